@@ -1,0 +1,32 @@
+"""What is read and how it becomes rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class DataConfig:
+    """Where samples come from and how they are packed."""
+
+    data_path: list[str] = field(
+        default_factory=list,
+        metadata={"help": "annotation files (.json, .jsonl), shard folders, or one mixture (.yaml)"},
+    )
+    image_folder: str | None = field(default=None, metadata={"help": "folder that image paths in annotations start from"})
+    tokenizer_model: str = field(
+        default="", metadata={"help": "folder of a Hugging Face tokenizer, or a sentencepiece .model file"}
+    )
+    seq_length: int = field(default=32768, metadata={"help": "tokens in a row, image positions included"})
+    max_tiles_per_row: int = field(default=64, metadata={"help": "image tiles in a row at most"})
+    image_aspect_ratio: str = field(
+        default="anyres",
+        metadata={"choices": ("anyres", "square", "pad"), "help": "anyres: base view and tiles; square, pad: one tile"},
+    )
+    oversized_samples: str = field(
+        default="refuse",
+        metadata={"choices": ("refuse", "skip"), "help": "a sample longer than a row: an error, or left out and counted"},
+    )
+    packing_window: int = field(default=50_000, metadata={"help": "samples that are packed together"})
+    num_workers: int = field(default=2, metadata={"help": "processes per rank that read and decode"})
+    cache_dir: str | None = field(default=None, metadata={"help": "where length indexes are kept; default: next to the data"})
