@@ -13,7 +13,9 @@ class DataConfig:
         default_factory=list,
         metadata={"help": "annotation files (.json, .jsonl), shard folders, or one mixture (.yaml)"},
     )
-    image_folder: str | None = field(default=None, metadata={"help": "folder that image paths in annotations start from"})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "folder that image paths in annotations start from"}
+    )
     tokenizer_model: str = field(
         default="", metadata={"help": "folder of a Hugging Face tokenizer, or a sentencepiece .model file"}
     )
@@ -25,8 +27,13 @@ class DataConfig:
     )
     oversized_samples: str = field(
         default="refuse",
-        metadata={"choices": ("refuse", "skip"), "help": "a sample longer than a row: an error, or left out and counted"},
+        metadata={
+            "choices": ("refuse", "skip"),
+            "help": "a sample longer than a row: an error, or left out and counted",
+        },
     )
     packing_window: int = field(default=50_000, metadata={"help": "samples that are packed together"})
     num_workers: int = field(default=2, metadata={"help": "processes per rank that read and decode"})
-    cache_dir: str | None = field(default=None, metadata={"help": "where length indexes are kept; default: next to the data"})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "where length indexes are kept; default: next to the data"}
+    )

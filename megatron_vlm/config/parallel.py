@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_vlm.config.errors import ConfigError
+
 
 @dataclass
 class ParallelConfig:
@@ -19,7 +21,7 @@ class ParallelConfig:
         default="data",
         metadata={
             "choices": ("data", "tensor"),
-            "help": "data: the tower is whole on every rank and tiles are dealt out; tensor: split like the language model",
+            "help": "data: whole tower on every rank, tiles dealt out; tensor: split over tensor ranks",
         },
     )
     use_distributed_optimizer: bool = field(default=True, metadata={"help": "shard optimizer state over data ranks"})
@@ -34,3 +36,13 @@ class ParallelConfig:
     @property
     def sequence_parallel(self) -> bool:
         return self.tensor_model_parallel_size > 1
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model in a world of that many processes. Raises ConfigError where the world does not divide."""
+        copies, rest = divmod(world_size, self.model_parallel_size)
+        if rest or not copies:
+            raise ConfigError(
+                f"world size = {world_size}: not a multiple of the {self.model_parallel_size} processes that hold one "
+                f"copy of the model. Start a multiple of {self.model_parallel_size} processes."
+            )
+        return copies

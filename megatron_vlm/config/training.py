@@ -22,9 +22,13 @@ class TrainingConfig:
     optimizer: str = field(default="adam", metadata={"choices": ("adam", "sgd"), "help": "adam is AdamW"})
     lr: float = field(default=1e-5, metadata={"help": "peak learning rate"})
     vision_lr: float | None = field(default=None, metadata={"help": "peak learning rate of the tower; default: lr"})
-    projector_lr: float | None = field(default=None, metadata={"help": "peak learning rate of the projector; default: lr"})
+    projector_lr: float | None = field(
+        default=None, metadata={"help": "peak learning rate of the projector; default: lr"}
+    )
     min_lr: float = field(default=0.0, metadata={"help": "learning rate at the end"})
-    lr_decay_style: str = field(default="cosine", metadata={"choices": ("cosine", "linear", "constant"), "help": "decay"})
+    lr_decay_style: str = field(
+        default="cosine", metadata={"choices": ("cosine", "linear", "constant"), "help": "decay"}
+    )
     lr_warmup_fraction: float = field(default=0.03, metadata={"help": "share of the run in which the rate rises"})
     weight_decay: float = field(default=0.0, metadata={"help": "decoupled weight decay; not on biases and norms"})
     adam_beta1: float = field(default=0.9, metadata={"help": "Adam's beta 1"})
@@ -36,15 +40,23 @@ class TrainingConfig:
         default=None, metadata={"choices": ("full", "selective"), "help": "activations recomputed in backward"}
     )
     attention_backend: str = field(
-        default="auto", metadata={"choices": ("auto", "sdpa", "varlen"), "help": "attention kernel; auto: fastest there is"}
+        default="auto",
+        metadata={"choices": ("auto", "sdpa", "varlen"), "help": "attention kernel; auto: fastest there is"},
     )
-    save: str | None = field(default=None, metadata={"help": "folder for checkpoints, metrics.jsonl and TensorBoard logs"})
+    save: str | None = field(
+        default=None, metadata={"help": "folder for checkpoints, metrics.jsonl and TensorBoard logs"}
+    )
     load: str | None = field(
-        default=None, metadata={"help": "checkpoint folder to go on from: weights, optimizer, data position; default: save"}
+        default=None,
+        metadata={"help": "checkpoint folder to go on from: weights, optimizer, data position; default: save"},
     )
     pretrained_checkpoint: str | None = field(
         default=None, metadata={"help": "checkpoint folder whose weights a new run starts from"}
     )
-    save_interval: int = field(default=1000, metadata={"help": "iterations between checkpoints; one is always saved last"})
+    save_interval: int = field(
+        default=1000, metadata={"help": "iterations between checkpoints; one is always saved last"}
+    )
     log_interval: int = field(default=1, metadata={"help": "iterations between progress lines"})
-    distributed_timeout_minutes: int = field(default=10, metadata={"help": "a collective that waits longer is an error"})
+    distributed_timeout_minutes: int = field(
+        default=10, metadata={"help": "a collective that waits longer is an error"}
+    )

@@ -1,0 +1,28 @@
+"""Settings: typed dataclasses, read from a YAML recipe and the command line, checked before any model is built."""
+
+from megatron_vlm.config.check import check_paths, check_recipe
+from megatron_vlm.config.command_line import parse_command_line
+from megatron_vlm.config.data import DataConfig
+from megatron_vlm.config.errors import ConfigError
+from megatron_vlm.config.model import LanguageConfig, ModelConfig, VisionConfig
+from megatron_vlm.config.parallel import ParallelConfig
+from megatron_vlm.config.recipe import Recipe, load_recipe, recipe_from_dict, recipe_to_dict
+from megatron_vlm.config.training import PARTS, TrainingConfig
+
+__all__ = [
+    "PARTS",
+    "ConfigError",
+    "DataConfig",
+    "LanguageConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "Recipe",
+    "TrainingConfig",
+    "VisionConfig",
+    "check_paths",
+    "check_recipe",
+    "load_recipe",
+    "parse_command_line",
+    "recipe_from_dict",
+    "recipe_to_dict",
+]

@@ -1,0 +1,34 @@
+"""Every combination of settings that cannot work, found before any model is built and reported together."""
+
+from __future__ import annotations
+
+from megatron_vlm.config.check_model import check_language, check_vision
+from megatron_vlm.config.check_paths import path_problems
+from megatron_vlm.config.check_training import check_batch, check_optimization
+from megatron_vlm.config.check_values import check_values
+from megatron_vlm.config.errors import ConfigError
+from megatron_vlm.config.recipe import Recipe
+
+
+def check_recipe(recipe: Recipe, world_size: int, *, paths: bool = False) -> None:
+    """Raise ConfigError with all problems of running `recipe` on `world_size` processes.
+
+    Looks at no file unless `paths` is set: then what `check_paths` finds is part of the same report.
+    """
+    problems = [
+        *check_values(recipe),
+        *check_vision(recipe),
+        *check_language(recipe),
+        *check_batch(recipe, world_size),
+        *check_optimization(recipe),
+        *(path_problems(recipe) if paths else []),
+    ]
+    if problems:
+        raise ConfigError([str(problem) for problem in problems])
+
+
+def check_paths(recipe: Recipe) -> None:
+    """Raise ConfigError with every file or folder the recipe names that is missing or of the wrong kind."""
+    problems = path_problems(recipe)
+    if problems:
+        raise ConfigError([str(problem) for problem in problems])

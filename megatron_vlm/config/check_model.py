@@ -1,0 +1,154 @@
+"""What the model's sizes must fulfil, on their own and against the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_vlm.config.problems import Problem, divides, divisors, multiples_around
+from megatron_vlm.config.recipe import Recipe
+
+
+def check_vision(recipe: Recipe) -> Iterator[Problem]:
+    """The tower, the tiles it is given, and the tower split over tensor ranks."""
+    vision, tensor = recipe.model.vision, recipe.parallel.tensor_model_parallel_size
+    if not divides(vision.num_attention_heads, vision.hidden_size):
+        yield Problem(
+            "model.vision.hidden_size",
+            vision.hidden_size,
+            f"not divisible by the tower's num_attention_heads = {vision.num_attention_heads}",
+            f"Use {multiples_around(vision.hidden_size, vision.num_attention_heads)}, or another number of heads",
+        )
+    if not divides(vision.patch_size, vision.image_size):
+        yield Problem(
+            "model.vision.image_size",
+            vision.image_size,
+            f"not divisible by patch_size = {vision.patch_size}",
+            f"Use {multiples_around(vision.image_size, vision.patch_size)}, or another patch_size",
+        )
+    if vision.vision_feature_layer >= 0 or vision.num_layers_used < 1:
+        yield Problem(
+            "model.vision.vision_feature_layer",
+            vision.vision_feature_layer,
+            f"no hidden state of a tower of {vision.num_hidden_layers} layers, counted from its end",
+            f"Give a number from {-vision.num_hidden_layers} to -1; -2 is the last layer but one",
+        )
+    if recipe.parallel.vision_parallel == "tensor":
+        for name in ("num_attention_heads", "intermediate_size"):
+            size = getattr(vision, name)
+            if not divides(tensor, size):
+                yield Problem(
+                    f"model.vision.{name}",
+                    size,
+                    f"not divisible by tensor_model_parallel_size = {tensor}, which vision_parallel = tensor needs",
+                    f"Use a tensor_model_parallel_size of {divisors(size, tensor)}, or vision_parallel = data",
+                )
+    yield from _check_pinpoints(recipe)
+
+
+def _check_pinpoints(recipe: Recipe) -> Iterator[Problem]:
+    side, pinpoints = recipe.model.vision.image_size, recipe.model.image_grid_pinpoints
+    key = "model.image_grid_pinpoints"
+    if not pinpoints:
+        yield Problem(key, [], "empty", f"Name at least one (width, height); [[{side}, {side}]] is a single tile")
+    for pinpoint in pinpoints:
+        if len(pinpoint) != 2:
+            yield Problem(key, pinpoint, "not a pair", "Write each resolution as [width, height]")
+        elif side >= 1 and not all(length >= 1 and length % side == 0 for length in pinpoint):
+            yield Problem(
+                key,
+                pinpoint,
+                f"width and height must be multiples of model.vision.image_size = {side}",
+                f"Name resolutions such as [{side}, {2 * side}]",
+            )
+
+
+def check_language(recipe: Recipe) -> Iterator[Problem]:
+    """The decoder's sizes, and how it is split over tensor, context and pipeline ranks."""
+    language, parallel = recipe.model.language, recipe.parallel
+    tensor = parallel.tensor_model_parallel_size
+    heads, key_value_heads = language.num_attention_heads, language.num_key_value_heads
+    if not divides(heads, language.hidden_size):
+        yield Problem(
+            "model.language.hidden_size",
+            language.hidden_size,
+            f"not divisible by num_attention_heads = {heads}",
+            f"Use {multiples_around(language.hidden_size, heads)}, or another number of heads",
+        )
+    elif not divides(2 * heads, language.hidden_size):
+        yield Problem(
+            "model.language.hidden_size",
+            language.hidden_size,
+            f"a head is {language.hidden_size // heads} wide, and the rotary embedding needs an even width",
+            f"Use {multiples_around(language.hidden_size, 2 * heads)}, or another number of heads",
+        )
+    if not divides(key_value_heads, heads):
+        yield Problem(
+            "model.language.num_key_value_heads",
+            key_value_heads,
+            f"does not divide num_attention_heads = {heads}",
+            f"Use {divisors(heads, heads)}",
+        )
+    yield from _check_head_split(recipe)
+    if not divides(tensor, language.intermediate_size):
+        yield Problem(
+            "model.language.intermediate_size",
+            language.intermediate_size,
+            f"not divisible by tensor_model_parallel_size = {tensor}",
+            f"Use a tensor_model_parallel_size of {divisors(language.intermediate_size, tensor)}",
+        )
+    if not divides(tensor, language.vocab_size):
+        padded = -(-language.vocab_size // tensor) * tensor
+        yield Problem(
+            "model.language.vocab_size",
+            language.vocab_size,
+            f"not divisible by tensor_model_parallel_size = {tensor}",
+            f"Pad the vocabulary to {padded}, or use a tensor_model_parallel_size of "
+            f"{divisors(language.vocab_size, tensor)}",
+        )
+    if language.vocab_size >= 1 and not 0 <= recipe.model.image_token_index < language.vocab_size:
+        yield Problem(
+            "model.image_token_index",
+            recipe.model.image_token_index,
+            f"outside the vocabulary of model.language.vocab_size = {language.vocab_size}",
+            f"Use an id from 0 to {language.vocab_size - 1} that is not one of the tokenizer's",
+        )
+    yield from _check_layer_split(recipe)
+
+
+def _check_head_split(recipe: Recipe) -> Iterator[Problem]:
+    """Tensor ranks share the heads out, and Ulysses context parallelism shares each rank's out once more."""
+    language, parallel = recipe.model.language, recipe.parallel
+    tensor, ranks = (
+        parallel.tensor_model_parallel_size,
+        parallel.tensor_model_parallel_size * parallel.context_parallel_size,
+    )
+    heads, key_value_heads = language.num_attention_heads, language.num_key_value_heads
+    if not divides(ranks, heads):
+        yield Problem(
+            "model.language.num_attention_heads",
+            heads,
+            f"not divisible by tensor_model_parallel_size * context_parallel_size = {ranks}",
+            f"Make that product {divisors(heads, ranks)}",
+        )
+    # Fewer heads than ranks are replicated; then each rank must get exactly one.
+    elif not all(divides(size, key_value_heads) or divides(key_value_heads, size) for size in (tensor, ranks)):
+        yield Problem(
+            "model.language.num_key_value_heads",
+            key_value_heads,
+            f"can neither be dealt out evenly nor be replicated evenly over tensor_model_parallel_size = {tensor} and "
+            f"tensor_model_parallel_size * context_parallel_size = {ranks}",
+            f"Use degrees that divide {key_value_heads} or are multiples of it",
+        )
+
+
+def _check_layer_split(recipe: Recipe) -> Iterator[Problem]:
+    parallel, layers = recipe.parallel, recipe.model.language.num_hidden_layers
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if not divides(stages * chunks, layers):
+        product = "pipeline_model_parallel_size" + (" * virtual_pipeline_model_parallel_size" if chunks > 1 else "")
+        yield Problem(
+            "model.language.num_hidden_layers",
+            layers,
+            f"not divisible by {product} = {stages * chunks}",
+            f"Make that {'product ' if chunks > 1 else ''}{divisors(layers, stages * chunks)}",
+        )

@@ -1,0 +1,78 @@
+"""Files and folders a recipe names: there, and of the right kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_vlm.config.errors import nearest
+from megatron_vlm.config.problems import Problem
+from megatron_vlm.config.recipe import Recipe
+
+_DATA_FILES = (".json", ".jsonl", ".yaml", ".yml")
+
+
+def path_problems(recipe: Recipe) -> list[Problem]:
+    """All paths of the recipe that cannot be used. Remote ones (s3://) are not looked at."""
+    return [*_check_data(recipe), *_check_tokenizer(recipe), *_check_checkpoints(recipe)]
+
+
+def _check_data(recipe: Recipe) -> Iterator[Problem]:
+    if not recipe.data.data_path:
+        yield Problem("data.data_path", [], "no data", "Name annotation files, shard folders or a mixture")
+    for name in recipe.data.data_path:
+        path = Path(name)
+        if _remote(name) or path.is_dir():
+            continue
+        if not path.exists():
+            yield _missing("data.data_path", path, "file or folder")
+        elif path.suffix not in _DATA_FILES:
+            yield Problem(
+                "data.data_path",
+                name,
+                f"a file of an unknown kind ({path.suffix or 'no suffix'})",
+                f"Name a file ending in {', '.join(_DATA_FILES)}, or a shard folder",
+            )
+    folder = recipe.data.image_folder
+    if folder is not None and not _remote(folder) and not Path(folder).is_dir():
+        yield _missing("data.image_folder", Path(folder), "folder")
+
+
+def _check_tokenizer(recipe: Recipe) -> Iterator[Problem]:
+    name = recipe.data.tokenizer_model
+    key, path = "data.tokenizer_model", Path(name)
+    remedy = "Name a Hugging Face tokenizer folder (with tokenizer.json) or a sentencepiece .model file"
+    if not name:
+        yield Problem(key, name, "no tokenizer", remedy)
+    elif not path.exists():
+        yield _missing(key, path, "file or folder")
+    elif path.is_dir() and not (path / "tokenizer.json").is_file():
+        yield Problem(key, name, "a folder without tokenizer.json", remedy)
+    elif path.is_file() and path.suffix != ".model":
+        yield Problem(key, name, "a file that does not end in .model", remedy)
+
+
+def _check_checkpoints(recipe: Recipe) -> Iterator[Problem]:
+    training = recipe.training
+    for name in ("load", "pretrained_checkpoint"):
+        value = getattr(training, name)
+        if value is not None and not Path(value).is_dir():
+            yield _missing(f"training.{name}", Path(value), "folder")
+    if training.save is not None and Path(training.save).exists() and not Path(training.save).is_dir():
+        yield Problem("training.save", training.save, "a file, not a folder", "Name a folder, or one yet to be made")
+
+
+def _missing(setting: str, path: Path, kind: str) -> Problem:
+    """A path that is not there, with the most alike name in its folder, or the part of the path that is missing."""
+    if path.exists():
+        return Problem(setting, path, f"not a {kind}", f"Name a {kind}")
+    parent = path.parent
+    if not parent.is_dir():
+        return Problem(setting, path, f"no such {kind}: {parent} does not exist", "Make it, or correct the path")
+    guess = nearest(path.name, sorted(entry.name for entry in parent.iterdir()))
+    remedy = f"Did you mean {parent / guess}? Relative paths" if guess else "Relative paths"
+    return Problem(setting, path, f"no such {kind}", f"{remedy} start from the working directory, {Path.cwd()}")
+
+
+def _remote(name: str) -> bool:
+    return "://" in name

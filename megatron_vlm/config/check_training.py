@@ -1,0 +1,103 @@
+"""What the batch and the optimizer ask of the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_vlm.config.problems import Problem, divides, divisors, multiples_around
+from megatron_vlm.config.recipe import Recipe
+
+
+def check_batch(recipe: Recipe, world_size: int) -> Iterator[Problem]:
+    """Rows over context and tensor ranks, steps over data ranks and pipeline stages, processes over all."""
+    parallel, seq_length = recipe.parallel, recipe.data.seq_length
+    split = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    if not divides(split, seq_length):
+        yield Problem(
+            "data.seq_length",
+            seq_length,
+            f"not divisible by tensor_model_parallel_size * context_parallel_size = {split}",
+            f"Use {multiples_around(seq_length, split)}",
+        )
+    trained_context = recipe.model.language.max_position_embeddings
+    if seq_length > trained_context >= 1:
+        yield Problem(
+            "data.seq_length",
+            seq_length,
+            f"longer than model.language.max_position_embeddings = {trained_context}",
+            f"Use at most {trained_context}, or raise max_position_embeddings if the model is to learn longer rows",
+        )
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if chunks > 1 and stages == 1:
+        yield Problem(
+            "parallel.virtual_pipeline_model_parallel_size",
+            chunks,
+            "an interleaved schedule needs more than one stage, and pipeline_model_parallel_size = 1",
+            "Use pipeline_model_parallel_size of 2 or more, or virtual_pipeline_model_parallel_size = 1",
+        )
+    yield from _check_world(recipe, world_size)
+
+
+def _check_world(recipe: Recipe, world_size: int) -> Iterator[Problem]:
+    parallel, rows = recipe.parallel, recipe.training.global_batch_size
+    needed = parallel.model_parallel_size
+    if needed < 1:  # reported with the sizes themselves
+        return
+    if world_size % needed:
+        yield Problem(
+            "world size",
+            world_size,
+            f"not a multiple of tensor * pipeline * context parallel sizes = {parallel.tensor_model_parallel_size} * "
+            f"{parallel.pipeline_model_parallel_size} * {parallel.context_parallel_size} = {needed}",
+            f"Start {multiples_around(world_size, needed)} processes (torchrun --nproc-per-node), or lower a size",
+        )
+        return  # the number of data ranks is not known
+    copies = parallel.data_parallel_size(world_size)
+    if not divides(copies, rows):
+        yield Problem(
+            "training.global_batch_size",
+            rows,
+            f"not divisible by the {copies} data-parallel ranks of {world_size} processes",
+            f"Use {multiples_around(rows, copies)} rows, or {divisors(rows, copies)} data-parallel ranks",
+        )
+        return
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if chunks > 1 and not divides(stages, rows // copies):
+        yield Problem(
+            "training.global_batch_size",
+            rows,
+            f"gives {rows // copies} micro-batches to each of {copies} data-parallel ranks, and the interleaved "
+            f"schedule needs a multiple of pipeline_model_parallel_size = {stages}",
+            f"Use {multiples_around(rows, stages * copies)} rows, or virtual_pipeline_model_parallel_size = 1",
+        )
+
+
+def check_optimization(recipe: Recipe) -> Iterator[Problem]:
+    """Optimizer against layout, and learning rates against each other."""
+    training, parallel = recipe.training, recipe.parallel
+    if training.optimizer != "adam" and parallel.use_distributed_optimizer:
+        # megatron-core asserts this when the optimizer is built, because of how the state is laid out in checkpoints.
+        yield Problem(
+            "training.optimizer",
+            training.optimizer,
+            "megatron-core's distributed optimizer only knows adam",
+            "Use optimizer = adam, or use_distributed_optimizer = false",
+        )
+    if parallel.overlap_param_gather:
+        for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
+            if not getattr(parallel, name):
+                yield Problem(
+                    "parallel.overlap_param_gather",
+                    True,
+                    f"needs parallel.{name}, which is false",
+                    f"Set {name} = true, or overlap_param_gather = false",
+                )
+    for name in ("lr", "vision_lr", "projector_lr"):
+        rate = getattr(training, name)
+        if rate is not None and rate > 0 and training.min_lr > rate:
+            yield Problem(
+                "training.min_lr",
+                training.min_lr,
+                f"above the peak training.{name} = {rate}: the rate would rise where it should fall",
+                f"Use a min_lr of at most {rate}",
+            )
