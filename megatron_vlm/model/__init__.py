@@ -1,0 +1,3 @@
+"""The model: tower, projector and language model, in any layout."""
+
+import megatron_vlm.runtime  # noqa: F401  (prepares the process before megatron.core is imported)

@@ -1,0 +1,76 @@
+"""The kernels that attention may run on; all take a row and its layout and give the same numbers.
+
+`sdpa` is torch's scaled_dot_product_attention over groups of documents and runs anywhere. `varlen` is torch's
+variable-length attention and needs a GPU and half precision. The fastest that can run is taken.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from megatron_vlm.model.row_layout import DocumentGroup, RowLayout
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout, scale: float | None = None
+) -> torch.Tensor:
+    """query [s, h, d], key and value [s, kv, d] over the whole row -> [s, h, d]; each document sees itself alone."""
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return varlen(query, key, value, layout, scale)
+    return sdpa(query, key, value, layout, scale)
+
+
+def _repeat_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    repeats = query.shape[1] // key.shape[1]
+    if repeats == 1:
+        return key, value
+    return key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+
+
+def sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout, scale: float | None = None
+) -> torch.Tensor:
+    """torch's scaled_dot_product_attention, one call per group of documents."""
+    key, value = _repeat_heads(query, key, value)
+    parts = [_attend_group(query, key, value, group, layout.causal, scale) for group in layout.groups]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out if layout.restore is None else out[layout.restore]
+
+
+def _attend_group(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: DocumentGroup, causal: bool, scale: float | None
+) -> torch.Tensor:
+    size = group.count * group.length
+
+    def rectangle(x: torch.Tensor) -> torch.Tensor:
+        rows = x[group.start : group.start + size] if group.gather is None else x[group.gather]
+        return rows.view(group.count, group.length, *x.shape[1:]).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(
+        rectangle(query), rectangle(key), rectangle(value), is_causal=causal, scale=scale
+    )
+    out = out.transpose(1, 2).flatten(0, 1)
+    return out if group.real is None else out[group.real]
+
+
+def varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout, scale: float | None = None
+) -> torch.Tensor:
+    """torch's variable-length attention (a flash kernel): one call for the row, no padding."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_kv,
+        layout.max_seqlen_q,
+        layout.max_seqlen_kv,
+        scale=scale,
+        window_size=(-1, 0) if layout.causal else (-1, -1),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, torch.Tensor)
+    return out

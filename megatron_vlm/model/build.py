@@ -1,0 +1,116 @@
+"""From a recipe to this rank's model chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vlm.config import Recipe
+from megatron_vlm.model.vlm import VisionLanguageModel
+from megatron_vlm.runtime.device import current_device, on_gpu
+from megatron_vlm.runtime.groups import vision_groups
+
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """CLIP's activation, x * sigmoid(1.702 x); megatron-core's is torch.compiled, 15 s at every start on a CPU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+def _shared_settings(recipe: Recipe) -> dict[str, Any]:
+    dtype = torch.bfloat16 if recipe.training.bf16 else torch.float32
+    recompute = recipe.training.recompute_granularity
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": recipe.training.bf16,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        # Weights are drawn after building, by name, so that every layout starts alike: initialize.py.
+        "perform_initialization": False,
+        "use_cpu_initialization": not on_gpu(),
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "apply_rope_fusion": False,
+        "recompute_granularity": recompute,
+        **({"recompute_method": "uniform", "recompute_num_layers": 1} if recompute == "full" else {}),
+    }
+
+
+def language_transformer_config(recipe: Recipe) -> TransformerConfig:
+    """megatron-core's settings for the language model in this layout."""
+    language, parallel = recipe.model.language, recipe.parallel
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    return TransformerConfig(
+        num_layers=language.num_hidden_layers,
+        hidden_size=language.hidden_size,
+        ffn_hidden_size=language.intermediate_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.num_key_value_heads,
+        layernorm_epsilon=language.layer_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
+        # Interleaving over two ranks has one peer before and behind; batched messages to it are matched in the wrong
+        # order from the third micro-batch on, silently.
+        overlap_p2p_comm=virtual > 1,
+        batch_p2p_comm=virtual == 1,
+        calculate_per_token_loss=True,
+        **_shared_settings(recipe),
+    )
+
+
+def vision_transformer_config(recipe: Recipe) -> TransformerConfig:
+    """megatron-core's settings for the tower; it is never cut over stages or context ranks."""
+    vision, parallel = recipe.model.vision, recipe.parallel
+    split = parallel.vision_parallel == "tensor"
+    return TransformerConfig(
+        num_layers=vision.num_layers_used,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.intermediate_size,
+        num_attention_heads=vision.num_attention_heads,
+        layernorm_epsilon=vision.layer_norm_eps,
+        activation_func=_ACTIVATIONS[vision.hidden_act],
+        add_bias_linear=True,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size if split else 1,
+        sequence_parallel=split and parallel.sequence_parallel,
+        **_shared_settings(recipe),
+    )
+
+
+def build_model(recipe: Recipe) -> list[VisionLanguageModel]:
+    """This rank's model chunks: one, or one per virtual stage. Weights are not set yet.
+
+    Process groups must exist (see runtime.launch); the recipe must have passed check_recipe.
+    """
+    config, vision_config = language_transformer_config(recipe), vision_transformer_config(recipe)
+    groups = vision_groups(recipe.parallel)
+    virtual = recipe.parallel.virtual_pipeline_model_parallel_size
+    chunks = []
+    for chunk in range(virtual):
+        stage = {"ignore_virtual": False, "vp_stage": chunk} if virtual > 1 else {"ignore_virtual": True}
+        model = VisionLanguageModel(
+            config,
+            vision_config,
+            groups,
+            recipe,
+            pre_process=parallel_state.is_pipeline_first_stage(**stage),
+            post_process=parallel_state.is_pipeline_last_stage(**stage),
+            vp_stage=chunk if virtual > 1 else None,
+        )
+        chunks.append(model.to(current_device()))
+    return chunks

@@ -1,0 +1,97 @@
+"""First weights, drawn by name: every layout starts from the same numbers.
+
+megatron-core draws while it builds, so that what a weight starts as depends on the stages and ranks before it. Here each
+tensor of the whole model is drawn from its own generator, seeded by (seed, name, layer), and each rank keeps its shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors
+
+from megatron_vlm.config import Recipe
+from megatron_vlm.model.sharding import model_sharded_state_dict
+from megatron_vlm.model.vlm import VisionLanguageModel
+
+_Draw = Callable[[torch.Size, torch.Generator, int], torch.Tensor]
+
+
+def _normal(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.Tensor:
+    """N(0, 1 / fan in): 0.022 at OLMo-1B's width, where its own initializer says 0.02."""
+    return torch.randn(shape, generator=generator) * shape[1:].numel() ** -0.5
+
+
+def _residual(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.Tensor:
+    """What is added to the residual stream is scaled by 1 / sqrt(2 layers) (GPT-2)."""
+    return _normal(shape, generator, layers) * (2 * layers) ** -0.5
+
+
+def _small(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.Tensor:
+    """Position embeddings, N(0, 0.02) as CLIP's."""
+    return torch.randn(shape, generator=generator) * 0.02
+
+
+def _vector(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.Tensor:
+    """Learned single tokens, N(0, 1 / width): the class embedding and the newline."""
+    return torch.randn(shape, generator=generator) * shape.numel() ** -0.5
+
+
+def _ones(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.Tensor:
+    return torch.ones(shape)
+
+
+def _zeros(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.Tensor:
+    return torch.zeros(shape)
+
+
+_RULES: list[tuple[str, _Draw]] = [
+    (r"\.unused\.", _zeros),
+    (r"norm\.weight$", _ones),
+    (r"\.bias$", _zeros),
+    (r"class_embedding$|image_newline$", _vector),
+    (r"position_embedding\.weight$", _small),
+    (r"(linear_proj|linear_fc2)\.weight$", _residual),
+    (r"\.weight$", _normal),
+]
+
+
+def _rule(key: str) -> _Draw:
+    for pattern, draw in _RULES:
+        if re.search(pattern, key):
+            return draw
+    raise KeyError(f"no rule says how {key} starts; add one to {__name__}")
+
+
+def _draw_shard(tensor: ShardedTensor, seed: int, layers: int) -> torch.Tensor:
+    stacked = tensor.prepend_axis_num
+    layer = tensor.global_offset[:stacked]
+    digest = hashlib.sha256(f"{seed}/{tensor.key}/{layer}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    whole = _rule(tensor.key)(torch.Size(tensor.global_shape[stacked:]), generator, layers)
+    offsets = tensor.global_offset[stacked:]
+    return whole[tuple(slice(o, o + n) for o, n in zip(offsets, tensor.data.shape, strict=True))]
+
+
+def initialize_weights(chunks: list[VisionLanguageModel], recipe: Recipe) -> None:
+    """Set every parameter from the recipe's seed, alike in all layouts."""
+    state = {f"chunk{i}": model_sharded_state_dict(chunk) for i, chunk in enumerate(chunks)}
+    apply_factories(state)
+    sharded, _ = extract_sharded_tensors(state)
+    model = recipe.model
+    with torch.no_grad():
+        for tensor in all_sharded_tensors(sharded):
+            vision = tensor.key.startswith("vision_model.")
+            layers = model.vision.num_layers_used if vision else model.language.num_hidden_layers
+            tensor.data.copy_(_draw_shard(tensor, recipe.training.seed, layers))
+
+
+def all_sharded_tensors(state: object) -> list[ShardedTensor]:
+    if isinstance(state, ShardedTensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
+    return [tensor for value in values for tensor in all_sharded_tensors(value)]

@@ -1,0 +1,76 @@
+"""The language model: megatron-core's embedding and transformer block, and our loss head."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vlm.config import LanguageConfig
+from megatron_vlm.model.layer_spec import block_spec
+from megatron_vlm.model.loss import LossHead
+from megatron_vlm.model.norm import LayerNormWithoutAffine
+from megatron_vlm.model.row_layout import RowLayout
+
+
+class LanguageModel(LanguageModule):
+    """One pipeline stage of an OLMo-1-like decoder.
+
+    GPTModel is deprecated in megatron-core 0.19 and its successor is absent in 0.16; this small subclass works with both
+    and leaves room for a decoder input with image features and for a loss that never makes a row's logits.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        language: LanguageConfig,
+        *,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+    ) -> None:
+        super().__init__(config=config)
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = language.tie_word_embeddings
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config, language.vocab_size, language.max_position_embeddings, position_embedding_type="none"
+            )
+        layers = get_num_layers_to_build(config, vp_stage)
+        self.decoder = TransformerBlock(
+            config,
+            block_spec(LayerNormWithoutAffine, layers),
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            tied_here = language.tie_word_embeddings and pre_process
+            self.output_layer = LossHead(config, language.vocab_size, not tied_here, self.tp_group)
+        self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids [s] of this context rank -> [s / tp, 1, H]; the embedding itself scatters over the tensor group."""
+        return self.embedding(input_ids=tokens[None], position_ids=None)
+
+    def decode(self, hidden: torch.Tensor | None, layout: RowLayout) -> torch.Tensor:
+        """Run this stage's layers; `hidden` is None where the schedule has set the input tensor."""
+        return self.decoder(hidden, attention_mask=None, packed_seq_params=layout)
+
+    def _tied_weight(self) -> torch.Tensor | None:
+        return self.embedding.word_embeddings.weight if self.pre_process else None
+
+    def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Sum of the losses of this context rank's labelled tokens; labels [s], already shifted."""
+        return self.output_layer(hidden, labels, self._tied_weight())
+
+    def logits(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """fp32 logits [n, V] at the positions `where` of this context rank's slice."""
+        return self.output_layer.logits(hidden, where, self._tied_weight())

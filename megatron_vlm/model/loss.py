@@ -1,0 +1,141 @@
+"""The loss head: cross entropy over the loss tokens of a row, without the logits of the row.
+
+32,768 tokens x 50,304 words in fp32 would be 6.6 GB, twice over in backward. Here only tokens that have a label count,
+a chunk of them at a time, and the gradient of a chunk is made while its logits are at hand (as Liger does,
+arXiv:2410.10989), each tensor rank holding its share of the vocabulary (Megatron-LM, arXiv:1909.08053).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+
+from megatron_vlm.data.batch import IGNORE_INDEX
+
+LOGITS_AT_ONCE = 2**26
+"""fp32 logits held at a time on a rank, 256 MB: large enough for full speed, small beside the activations."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(hidden @ weight.T)[target]; hidden [n, H], weight [V / tp, H], targets [n] in 0..V-1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        group: dist.ProcessGroup,
+        training: bool,
+    ) -> torch.Tensor:
+        need_hidden, need_weight = (training and needed for needed in ctx.needs_input_grad[:2])
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        first_word = group.rank() * len(weight)
+        chunk = max(1, LOGITS_AT_ONCE // len(weight))
+        for start in range(0, len(hidden), chunk):
+            part = hidden[start : start + chunk]
+            logits = (part @ weight.t()).float()
+            target = targets[start : start + chunk] - first_word
+            mine = (target >= 0) & (target < len(weight))
+            target = target.clamp(0, len(weight) - 1)[:, None]
+            logits -= _all_reduce(logits.amax(1, keepdim=True), dist.ReduceOp.MAX, group)
+            wanted = _all_reduce(logits.gather(1, target)[:, 0] * mine, dist.ReduceOp.SUM, group)
+            probabilities = logits.exp_()
+            normalizer = _all_reduce(probabilities.sum(1), dist.ReduceOp.SUM, group)
+            total += (normalizer.log() - wanted).sum()
+            if need_hidden or need_weight:
+                probabilities /= normalizer[:, None]
+                probabilities.scatter_add_(1, target, -mine[:, None].float())
+                grad_logits = probabilities.to(weight.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[start : start + chunk] = grad_logits @ weight
+                if grad_weight is not None:
+                    grad_weight += grad_logits.t() @ part
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _all_reduce(values: torch.Tensor, op: Any, group: dist.ProcessGroup) -> torch.Tensor:
+    if group.size() > 1:
+        dist.all_reduce(values, op=op, group=group)
+    return values
+
+
+class LossHead(MegatronModule):
+    """The output layer: its own weight, or none where the embedding's is at hand (tied, on the same stage)."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, own_weight: bool, group: dist.ProcessGroup) -> None:
+        super().__init__(config=config)
+        self.group = group
+        self.weight: torch.nn.Parameter | None = None
+        if own_weight:
+            rows = vocab_size // group.size()
+            self.weight = torch.nn.Parameter(torch.empty(rows, config.hidden_size, dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def _whole_slice(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[s / tp, 1, H] of this tensor rank -> [s, H]; backward sums what each vocabulary shard contributes."""
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=self.group
+            )
+        return hidden[:, 0]
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor, tied: torch.Tensor | None) -> torch.Tensor:
+        """hidden [s / tp, 1, H], labels [s] with IGNORE_INDEX -> sum of the losses of labelled tokens, fp32."""
+        weight = self.weight if self.weight is not None else tied
+        assert weight is not None
+        chosen = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        return _ChunkedCrossEntropy.apply(
+            self._whole_slice(hidden)[chosen], weight, labels[chosen], self.group, torch.is_grad_enabled()
+        )
+
+    def logits(self, hidden: torch.Tensor, where: torch.Tensor, tied: torch.Tensor | None) -> torch.Tensor:
+        """fp32 logits [n, V] of the positions `where` [n] of this context slice, on every tensor rank."""
+        weight = self.weight if self.weight is not None else tied
+        assert weight is not None
+        mine = (self._whole_slice(hidden)[where] @ weight.t()).float().contiguous()
+        if self.group.size() == 1:
+            return mine
+        shares = [torch.empty_like(mine) for _ in range(self.group.size())]
+        dist.all_gather(shares, mine, group=self.group)
+        return torch.cat(shares, dim=1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        if self.weight is None:
+            return {}
+        key = f"{prefix}weight"
+        return {
+            key: make_tp_sharded_tensor_for_checkpoint(
+                tensor=self.weight,
+                key=key,
+                allow_shape_mismatch=True,
+                prepend_offsets=sharded_offsets,
+                tp_group=self.group,
+                dp_cp_group=(metadata or {})["dp_cp_group"],
+            )
+        }

@@ -1,0 +1,37 @@
+"""The norms of the two towers, in the calling convention of megatron-core's layer specs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class LayerNormWithoutAffine(torch.nn.Module):
+    """OLMo-1's norm: no weight, no bias, computed in fp32 (as transformers' OlmoLayerNorm)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        self.shape, self.eps = (hidden_size,), eps
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(hidden.float(), self.shape, eps=self.eps).to(hidden.dtype)
+
+
+class LayerNorm(torch.nn.Module):
+    """A layer norm with weight and bias that may run on a sequence-parallel slice.
+
+    megatron-core's own wrapper of torch's norm refuses sequence parallelism. Under it each tensor rank normalises other
+    tokens, so that the parameters' gradients are summed over the tensor group: `sequence_parallel` says so.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        self.shape, self.eps = (hidden_size,), eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(hidden, self.shape, self.weight, self.bias, self.eps)

@@ -1,0 +1,124 @@
+"""The vision-language model, one pipeline stage of it.
+
+    my tiles - tower - projector - gather over TP x CP --------.
+    my slice of tokens - embedding - write my features into it - language layers - loss over my slice
+
+A row has its final length before it comes here (the loader has reserved the image positions), so that no stage, slice or
+shape depends on images.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vlm.config import PARTS, Recipe
+from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.model.image_merge import encode_tiles, place_features
+from megatron_vlm.model.language import LanguageModel
+from megatron_vlm.model.projector import Projector
+from megatron_vlm.model.row_layout import RowLayout, rotary_tables, row_layout
+from megatron_vlm.model.sharding import mark_split_weights
+from megatron_vlm.model.vision import VisionTower, mark_as_replicated
+from megatron_vlm.runtime.device import current_device
+
+
+class VisionLanguageModel(MegatronModule):
+    """Tower, projector, newline and language model; the first three live on the first stage."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vision_config: TransformerConfig,
+        vision_groups: ProcessGroupCollection,
+        recipe: Recipe,
+        *,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+    ) -> None:
+        super().__init__(config=config)
+        self.recipe = recipe
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.language_model = LanguageModel(
+            config, recipe.model.language, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+        )
+        # The pipeline schedule and the gradient finalizer read these from the outermost module.
+        self.model_type = self.language_model.model_type
+        self.share_embeddings_and_output_weights = self.language_model.share_embeddings_and_output_weights
+        mark_split_weights(self.language_model)
+        if pre_process:
+            vision = recipe.model.vision
+            self.vision_model = VisionTower(vision_config, vision, vision_groups)
+            if recipe.parallel.vision_parallel == "tensor":
+                mark_split_weights(self.vision_model)
+            elif config.sequence_parallel:
+                mark_as_replicated(self.vision_model)
+            self.projector = Projector(config, vision.hidden_size)
+            self.image_newline = torch.nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype))
+            self.image_newline.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self._freeze(recipe.training.trainable)
+
+    def parts(self) -> dict[str, list[torch.nn.Parameter]]:
+        """Parameters of each part that a recipe can train; the newline belongs to the projector's side of the seam."""
+        parts: dict[str, list[torch.nn.Parameter]] = {part: [] for part in PARTS}
+        parts["language"] = list(self.language_model.parameters())
+        if self.pre_process:
+            parts["vision"] = list(self.vision_model.parameters())
+            parts["projector"] = [*self.projector.parameters(), self.image_newline]
+        return parts
+
+    def _freeze(self, trainable: list[str]) -> None:
+        """Decide, before anything wraps the model, what has gradients; and tag parameters for their learning rate."""
+        for part, parameters in self.parts().items():
+            for parameter in parameters:
+                parameter.requires_grad = part in trainable
+                setattr(parameter, f"is_{part}", True)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
+        self.language_model.set_input_tensor(input_tensor)
+
+    def row_layout(self, batch: PackedBatch, cache: object = None) -> RowLayout:
+        """What every language layer must know of this row."""
+        language, device = self.recipe.model.language, current_device()
+        cos, sin = rotary_tables(
+            batch.positions.to(device), language.hidden_size // language.num_attention_heads, language.rope_theta
+        )
+        return row_layout(batch.bounds, causal=True, device=device, cos=cos, sin=sin, cache=cache)
+
+    def context_slice(self, row: torch.Tensor) -> torch.Tensor:
+        """This context rank's contiguous part of a row-long tensor [S, ...]."""
+        ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+        each = len(row) // ranks
+        return row[rank * each : (rank + 1) * each]
+
+    def embed(self, batch: PackedBatch) -> torch.Tensor:
+        """Embeddings of this rank's slice of the row with image features in place, [s / tp, 1, H]."""
+        tokens = self.context_slice(batch.tokens).to(current_device())
+        hidden = self.language_model.embed(tokens)
+        frozen = "vision" not in self.recipe.training.trainable
+        features = encode_tiles(
+            self.vision_model, self.projector, batch, self.recipe.parallel, tower_is_frozen=frozen
+        )
+        first = parallel_state.get_context_parallel_rank() * len(tokens)
+        if self.config.sequence_parallel:
+            first += parallel_state.get_tensor_model_parallel_rank() * len(hidden)
+        return place_features(hidden, features, self.image_newline, batch, first)
+
+    def forward(self, batch: PackedBatch, cache: object = None) -> torch.Tensor:
+        """Run this stage on a row.
+
+        Returns the hidden states [s / tp, 1, H] for the next stage; on the last stage the sum of the losses of this
+        context rank's labelled tokens (fp32 scalar), or the hidden states where a `cache` says that text is generated.
+        """
+        hidden = self.embed(batch) if self.pre_process else None
+        hidden = self.language_model.decode(hidden, self.row_layout(batch, cache))
+        if not self.post_process or cache is not None:
+            return hidden
+        return self.language_model.loss(hidden, self.context_slice(batch.labels).to(current_device()))

@@ -1,0 +1,58 @@
+"""AdamW in the calling convention megatron-core's distributed optimizer expects, on torch's own fused kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) whose `step` lives in the param group, as Apex's and TE's do.
+
+    torch.optim.AdamW keeps one `step` per parameter, and megatron-core's `fully_reshardable` optimizer checkpoint
+    cannot be loaded into that (KeyError: 'step').
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        **_: Any,
+    ) -> None:
+        if not (bias_correction and adam_w_mode):
+            raise ValueError("this Adam is AdamW with bias correction: there is no other mode")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            # counted even where a rank has nothing to update: the group's step is one number for all ranks
+            group["step"] = group.get("step", 0) + 1
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            torch._fused_adamw_(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(float(group["step"]), device=p.device) for p in params],
+                lr=float(group["lr"]),
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )

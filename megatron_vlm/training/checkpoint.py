@@ -1,0 +1,162 @@
+"""Checkpoints in megatron-core's distributed format: written in one layout, read in any.
+
+    SAVE/iter_0000010/            one complete state: weights, optimizer, schedule, data position, recipe.json
+    SAVE/latest_checkpointed_iteration.txt    written last, so that what it names is whole
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_vlm.config import Recipe, recipe_from_dict, recipe_to_dict
+from megatron_vlm.model.sharding import model_sharded_state_dict, sharding_metadata, unwrap
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RECIPE = "recipe.json"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is absent, incomplete or of another model; says which and what to do."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a restart needs beside the weights."""
+
+    iteration: int = 0
+    consumed_rows: int = 0
+    tokenizer_fingerprint: str = ""
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint in a save folder; None where none was ever finished."""
+    tracker = Path(folder) / TRACKER
+    if not tracker.is_file():
+        return None
+    named = Path(folder) / f"iter_{int(tracker.read_text().strip()):07d}"
+    if not (named / RECIPE).is_file():
+        raise CheckpointError(f"{tracker} names {named.name}, which is missing or incomplete: restore it or edit {TRACKER}")
+    return named
+
+
+def require_checkpoint(folder: str | Path) -> Path:
+    """Like latest_checkpoint, but a folder without one is an error."""
+    found = latest_checkpoint(folder)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no finished checkpoint (no {TRACKER}): is it a folder given as --save?")
+    return found
+
+
+def read_recipe(folder: str | Path) -> Recipe:
+    """The recipe that the newest checkpoint in a save folder was written with."""
+    return recipe_from_dict(json.loads((require_checkpoint(folder) / RECIPE).read_text())["recipe"])
+
+
+def _check_same_model(checkpoint: Path, recipe: Recipe, fingerprint: str) -> None:
+    stored = json.loads((checkpoint / RECIPE).read_text())
+    theirs, ours = stored["recipe"]["model"], recipe_to_dict(recipe)["model"]
+    wrong = [
+        f"model.{part}.{name} is {ours[part][name]} here and {theirs[part][name]} there"
+        for part in ("vision", "language")
+        for name in ours[part]
+        if ours[part][name] != theirs[part].get(name) and name != "max_position_embeddings"
+    ]
+    if ours["image_token_index"] != theirs["image_token_index"]:
+        wrong.append(f"model.image_token_index is {ours['image_token_index']} here, {theirs['image_token_index']} there")
+    if wrong:
+        raise CheckpointError(f"{checkpoint} is of another model: " + "; ".join(wrong))
+    known = stored.get("tokenizer_fingerprint")
+    if known and fingerprint and known != fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} was trained with another tokenizer (fingerprint {known[:12]}) than {recipe.data.tokenizer_model} "
+            f"({fingerprint[:12]}): its ids would mean other words. Set --tokenizer-model to the one it was trained with."
+        )
+
+
+def _model_state(chunks: list[Any]) -> dict[str, Any]:
+    return {f"chunk{i}": model_sharded_state_dict(chunk) for i, chunk in enumerate(chunks)}
+
+
+def _optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], loading: bool) -> Any:
+    return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=sharding_metadata())
+
+
+def save_checkpoint(
+    folder: str | Path,
+    chunks: list[Any],
+    recipe: Recipe,
+    progress: Progress,
+    optimizer: MegatronOptimizer | None = None,
+    schedule: OptimizerParamScheduler | None = None,
+) -> Path:
+    """Write a checkpoint; every rank calls this. Without an optimizer it holds weights alone."""
+    folder = Path(folder)
+    target = folder / f"iter_{progress.iteration:07d}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+    dist.barrier()
+    state = _model_state(chunks)
+    if optimizer is not None and schedule is not None:
+        state["optimizer"] = _optimizer_state(optimizer, state, loading=False)
+        state["schedule"] = schedule.state_dict()
+    state["progress"] = vars(progress)
+    dist_checkpointing.save(state, str(target), content_metadata={"weights_only": optimizer is None})
+    dist.barrier()
+    if dist.get_rank() == 0:
+        written = {"recipe": recipe_to_dict(recipe), "tokenizer_fingerprint": progress.tokenizer_fingerprint}
+        (target / RECIPE).write_text(json.dumps(written, indent=1))
+        _keep_tokenizer(recipe, folder)
+        temporary = folder / (TRACKER + ".tmp")
+        temporary.write_text(str(progress.iteration))
+        temporary.replace(folder / TRACKER)
+    dist.barrier()
+    return target
+
+
+def _keep_tokenizer(recipe: Recipe, folder: Path) -> None:
+    """A checkpoint is of no use without its tokenizer: it travels along."""
+    source, kept = Path(recipe.data.tokenizer_model or "/nonexistent"), folder / "tokenizer"
+    if not kept.exists() and source.is_dir():
+        shutil.copytree(source, kept)
+    elif not kept.exists() and source.is_file():
+        kept.mkdir()
+        shutil.copy(source, kept)
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    chunks: list[Any],
+    recipe: Recipe,
+    *,
+    tokenizer_fingerprint: str = "",
+    optimizer: MegatronOptimizer | None = None,
+    schedule: OptimizerParamScheduler | None = None,
+) -> Progress:
+    """Fill the chunks, and optimizer and schedule where given, from `checkpoint` (an iter_* folder), in any layout.
+
+    Raises CheckpointError where the checkpoint is of another model or tokenizer, or lacks what is asked for.
+    """
+    _check_same_model(checkpoint, recipe, tokenizer_fingerprint)
+    state = _model_state(chunks)
+    if optimizer is not None:
+        if (dist_checkpointing.load_content_metadata(str(checkpoint)) or {}).get("weights_only"):
+            raise CheckpointError(f"{checkpoint} holds weights alone: start from it with --pretrained-checkpoint")
+        state["optimizer"] = _optimizer_state(optimizer, state, loading=True)
+    loaded = dist_checkpointing.load(state, str(checkpoint))
+    for i, chunk in enumerate(chunks):
+        unwrap(chunk).load_state_dict(loaded[f"chunk{i}"])
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    if schedule is not None:
+        schedule.load_state_dict(loaded["schedule"])
+    return Progress(**loaded["progress"])

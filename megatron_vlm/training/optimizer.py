@@ -1,0 +1,101 @@
+"""Gradient buffers, optimizer and learning-rate schedule, all megatron-core's, set up from a recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_vlm.config import Recipe
+from megatron_vlm.model.vlm import VisionLanguageModel
+
+
+def wrap_for_data_parallel(chunks: list[VisionLanguageModel], recipe: Recipe) -> list[DistributedDataParallel]:
+    """Give each chunk its gradient buffers. What is trainable must be decided before."""
+    parallel = recipe.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
+    config = chunks[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        hooks = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+    return wrapped
+
+
+def _learning_rates_by_part(recipe: Recipe) -> dict[Any, Any]:
+    training = recipe.training
+    rates = {"vision": training.vision_lr, "projector": training.projector_lr}
+    return {
+        ParamKey(attr=f"is_{part}"): {"max_lr": rate, "min_lr": min(training.min_lr, rate)}
+        for part, rate in rates.items()
+        if rate is not None
+    }
+
+
+def build_optimizer(chunks: list[DistributedDataParallel], recipe: Recipe) -> MegatronOptimizer:
+    """megatron-core's optimizer over what is trainable, with the recipe's learning rate for each part."""
+    training = recipe.training
+    config = OptimizerConfig(
+        optimizer=training.optimizer,
+        lr=training.lr,
+        min_lr=training.min_lr,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_eps=training.adam_eps,
+        sgd_momentum=training.sgd_momentum,
+        clip_grad=training.clip_grad,
+        bf16=training.bf16,
+        params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
+        use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
+        overlap_param_gather=recipe.parallel.overlap_param_gather,
+    )
+    # Passing overrides replaces megatron-core's own (no weight decay on biases and norms), so they are merged.
+    overrides = {**get_standard_config_overrides(config), **_learning_rates_by_part(recipe)}
+    return get_megatron_optimizer(config, chunks, config_overrides=overrides)
+
+
+def build_schedule(optimizer: MegatronOptimizer, recipe: Recipe) -> OptimizerParamScheduler:
+    """Warm-up, then decay over the whole run; counted in iterations."""
+    training = recipe.training
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=training.lr,
+        min_lr=training.min_lr,
+        lr_warmup_steps=int(training.lr_warmup_fraction * training.train_iters),
+        lr_decay_steps=training.train_iters,
+        lr_decay_style=training.lr_decay_style,
+        start_wd=training.weight_decay,
+        end_wd=training.weight_decay,
+        wd_incr_steps=training.train_iters,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def learning_rates(optimizer: MegatronOptimizer) -> dict[str, float]:
+    """The rate in force now: the recipe's own, as `lr`, and the highest of any part that has another."""
+    groups = optimizer.param_groups
+    default = [group["lr"] for group in groups if group.get("default_config", True)]
+    return {"lr": float(default[0] if default else groups[0]["lr"])}

@@ -1,0 +1,83 @@
+"""One optimizer step: the rows of the step through megatron-core's pipeline schedule, then the update."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_vlm.config import Recipe
+from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
+from megatron_vlm.model.sharding import unwrap
+from megatron_vlm.runtime.device import current_device
+
+
+def _loss(batch: PackedBatch, model: Any, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """megatron-core's 3-tuple: sum of losses, number of loss tokens (both of this context slice), what to report."""
+    labels = model.context_slice(batch.labels)
+    count = (labels != IGNORE_INDEX).sum().to(device=output.device, dtype=torch.int)
+    return output, count, {"loss": torch.stack([output.detach().double(), count.double()])}
+
+
+def _forward(rows: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any]:
+    batch = next(rows)
+    return model(batch), partial(_loss, batch, unwrap(model))
+
+
+def rows_for_chunks(rows: Iterator[PackedBatch], chunks: int) -> list[Iterator[PackedBatch]]:
+    """With virtual stages every model chunk asks for the row: it is read once and handed to all."""
+    return list(itertools.tee(rows, chunks))
+
+
+def forward_backward(
+    chunks: list[DistributedDataParallel],
+    rows: list[Iterator[PackedBatch]],
+    recipe: Recipe,
+    *,
+    forward_only: bool = False,
+) -> torch.Tensor:
+    """Run the step's rows through this rank's chunks; gradients are left finished in the buffers.
+
+    Returns [sum of losses, number of loss tokens] over the rows of this data rank and this context slice, on the last
+    stage; zeros on the other stages. Gradients are those of the mean over the loss tokens of the whole step.
+    """
+    micro_batches = recipe.training.global_batch_size // parallel_state.get_data_parallel_world_size()
+    if not forward_only:
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+    several = len(chunks) > 1
+    reports = get_forward_backward_func()(
+        forward_step_func=_forward,
+        data_iterator=rows if several else rows[0],
+        model=chunks if several else chunks[0],
+        num_microbatches=micro_batches,
+        seq_length=recipe.data.seq_length,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    totals = [report["loss"] for report in reports]
+    return torch.stack(totals).sum(0) if totals else torch.zeros(2, dtype=torch.double, device=current_device())
+
+
+def global_loss(totals: torch.Tensor) -> tuple[float, int]:
+    """(mean loss over the loss tokens of the whole step, their number), on every rank of the world."""
+    if parallel_state.get_tensor_model_parallel_rank() != 0:
+        totals = torch.zeros_like(totals)  # tensor ranks hold the same loss: one of them counts
+    totals = totals.to(current_device())
+    dist.all_reduce(totals)
+    loss, count = totals.tolist()
+    return loss / max(count, 1.0), int(count)
+
+
+def update(optimizer: MegatronOptimizer) -> tuple[bool, float]:
+    """Clip and step. Returns (whether the weights were updated, the gradient norm before clipping)."""
+    updated, norm, _ = optimizer.step()
+    return bool(updated), float(norm if norm is not None else 0.0)
