@@ -1,0 +1,61 @@
+# megatron-vlm: everything a person runs, from a fresh clone. `make help` lists it.
+
+# The first of these that is Python 3.11 or 3.12; or say which: make PYTHON=/path/to/python3.12 test
+SUPPORTED := import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON    ?= $(shell for python in python3 python3.12 python3.11; do \
+                 $$python -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$python && break; done)
+VERSION   := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+
+# mosaicml-streaming's own pins exclude current transformers and numpy: docs/decisions.md, "mosaicml-streaming".
+STREAMING := mosaicml-streaming==0.13.0
+
+# Where torch and the rest are already there (a container, a cluster): make PY=python3 gpu-check
+PY        ?= .venv/bin/python
+INSTALLED := .venv/.installed-$(VERSION)
+READY     := $(if $(filter .venv/bin/python,$(PY)),$(INSTALLED))
+
+# One thread per process: the tests start many processes.
+TEST_ENV  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test test-full lint gpu-check bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F '\t' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+.venv: $(INSTALLED)  ## the virtual environment everything below runs in
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
+	    echo "make: Python 3.11 or 3.12 with the venv module is needed, found: $(or $(PYTHON),none). Name one: make PYTHON=/path/to/python3.12"; exit 1; }
+	@test -e $@ || rm -rf .venv
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[demo,test]'
+	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off --no-deps $(STREAMING)
+	@touch $@
+
+demo: $(READY)  ## easy-VQA: data, three training stages, export, answers to the test questions; into runs/demo
+	$(PY) examples/instellavl/demo/run.py
+
+lint: $(READY)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+test: lint  ## style, types, and all tests that take seconds
+	$(TEST_ENV) $(PY) -m pytest -q -m "not full and not gpu"
+
+test-full: lint  ## the same and the tests that take minutes
+	$(TEST_ENV) $(PY) -m pytest -q -m "not gpu" --timeout 1800
+
+gpu-check: $(READY)  ## on a machine with a GPU: the tests that need one, then the benchmarks
+	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+	    echo "make gpu-check: torch finds no GPU here. Nothing was checked."; exit 1; }
+	$(PY) -m pytest -q -m gpu tests/gpu
+	$(MAKE) bench
+
+bench: $(READY)  ## the benchmarks; tables here, JSON in benchmarks/results
+	for benchmark in benchmarks/*.py; do $(PY) $$benchmark || exit 1; done
+
+clean:  ## remove what make made, runs/ included
+	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
