@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-IGNORE_INDEX = -100
+from megatron_vlm.data.conversation import IGNORE_INDEX as IGNORE_INDEX
+from megatron_vlm.data.conversation import EncodedConversation
+from megatron_vlm.data.merge import NEWLINE, feature_order
+from megatron_vlm.data.tiling import ImageGeometry, Size, count_tiles
 
 
 @dataclass
@@ -46,3 +51,61 @@ def tile_range(num_tiles: int, rank: int, size: int) -> tuple[int, int]:
     """
     each = -(-num_tiles // size)
     return min(rank * each, num_tiles), min((rank + 1) * each, num_tiles)
+
+
+@dataclass
+class Document:
+    """One encoded conversation of a row."""
+
+    sample_id: str
+    encoded: EncodedConversation
+    image_sizes: list[Size]
+    """Upright (width, height) of its images, in the order of their positions."""
+
+
+def assemble_row(documents: Sequence[Document], seq_length: int, pad_id: int, geometry: ImageGeometry) -> PackedBatch:
+    """Lay documents end to end and pad the rest; the tiles are left out.
+
+    Labels are shifted within each document: its last position has none. A padded tail is a document of its own.
+
+    Args:
+        documents: together at most `seq_length` tokens.
+        seq_length: S, the length of the row.
+        pad_id: fills the tail.
+        geometry: what the documents' images were encoded with.
+    """
+    ends = np.cumsum([len(document.encoded.ids) for document in documents])
+    num_tokens = int(ends[-1])
+    if num_tokens > seq_length:
+        raise ValueError(f"{num_tokens} tokens in a row of {seq_length}")
+    bounds = [0, *ends.tolist()] + ([seq_length] if num_tokens < seq_length else [])
+    tokens = np.full(seq_length, pad_id, dtype=np.int64)
+    labels = np.full(seq_length, IGNORE_INDEX, dtype=np.int64)
+    positions = np.concatenate([np.arange(stop - start) for start, stop in zip(bounds, bounds[1:], strict=False)])
+    feature_positions: list[np.ndarray] = []
+    feature_sources: list[np.ndarray] = []
+    num_tiles = 0
+    for start, document in zip(bounds, documents, strict=False):
+        stop = start + len(document.encoded.ids)
+        tokens[start:stop] = document.encoded.ids
+        labels[start : stop - 1] = document.encoded.labels[1:]
+        for image_start, size in zip(document.encoded.image_starts, document.image_sizes, strict=True):
+            order = feature_order(size, geometry)
+            feature_positions.append(np.arange(start + image_start, start + image_start + len(order)))
+            feature_sources.append(np.where(order == NEWLINE, NEWLINE, order + num_tiles * geometry.patches_per_tile))
+            num_tiles += count_tiles(size, geometry)
+    return PackedBatch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        positions=torch.from_numpy(positions.astype(np.int64)),
+        bounds=bounds,
+        feature_positions=_joined(feature_positions),
+        feature_sources=_joined(feature_sources),
+        num_tiles=num_tiles,
+        sample_ids=[document.sample_id for document in documents],
+        num_tokens=num_tokens,
+    )
+
+
+def _joined(parts: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64))

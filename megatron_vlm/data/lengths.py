@@ -1,0 +1,266 @@
+"""The length index: tokens, tiles and image sizes of every sample of a source, measured once and kept.
+
+Planning needs nothing else, so every rank plans by itself without reading an image. The index is kept under a name made of
+everything the lengths follow from: the annotations' content, the tokenizer, the tiling and the template; when one of them
+changes, another index is built. Refused samples are looked at again each time, so a mended image is taken without more ado.
+An image that is replaced by one of another size while its annotation stays the same is found when the row is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from megatron_vlm.data.conversation import TEMPLATE, encode_conversation
+from megatron_vlm.data.errors import DataError, SampleError
+from megatron_vlm.data.merge import count_positions
+from megatron_vlm.data.sources import SampleSource
+from megatron_vlm.data.tiling import ImageGeometry, count_tiles
+from megatron_vlm.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+REFUSED = -1
+_FORMAT = "1"
+_CHUNK = 256
+_SECONDS_BETWEEN_REPORTS = 5.0
+
+
+@dataclass
+class Refusal:
+    """A sample that is left out, and why."""
+
+    index: int
+    """In its source."""
+    sample_id: str
+    reason: str
+    message: str
+
+
+@dataclass
+class LengthIndex:
+    """Lengths of the n samples of a source."""
+
+    tokens: np.ndarray
+    """[n] int32, image positions included; REFUSED where the sample is."""
+    tiles: np.ndarray
+    """[n] int32"""
+    size_starts: np.ndarray
+    """[n + 1] int64: sample i has the rows size_starts[i] to size_starts[i + 1] of `sizes`."""
+    sizes: np.ndarray
+    """[images, 2] int32: upright (width, height)"""
+    refused: list[Refusal]
+
+    def image_sizes(self, index: int) -> list[tuple[int, int]]:
+        """Upright (width, height) of each image of a sample."""
+        rows = self.sizes[self.size_starts[index] : self.size_starts[index + 1]].tolist()
+        return [(w, h) for w, h in rows]
+
+
+@dataclass
+class _Measure:
+    """Lengths of one sample."""
+
+    tokens: int
+    tiles: int
+    sizes: list[tuple[int, int]]
+    refusal: Refusal | None = None
+
+
+class _Measurer:
+    """Measures samples of one source."""
+
+    def __init__(self, source: SampleSource, tokenizer: Tokenizer, geometry: ImageGeometry) -> None:
+        self.source = source
+        self.tokenizer = tokenizer
+        self.geometry = geometry
+
+    def key(self) -> str:
+        parts = [_FORMAT, TEMPLATE, self.source.content_hash(), self.tokenizer.fingerprint, repr(self.geometry)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+    def measure(self, index: int) -> _Measure:
+        try:
+            sample = self.source.sample(index)
+            sizes = sample.measure_images()
+        except SampleError as error:
+            return _Measure(REFUSED, 0, [], Refusal(index, error.sample_id, error.reason, str(error)))
+        positions = [count_positions(size, self.geometry) for size in sizes]
+        # Any image token does: only the number of ids is of interest.
+        encoded = encode_conversation(sample.turns, self.tokenizer, positions, 0)
+        return _Measure(len(encoded.ids), sum(count_tiles(size, self.geometry) for size in sizes), sizes)
+
+    def measure_range(self, bounds: tuple[int, int]) -> list[_Measure]:
+        return [self.measure(index) for index in range(*bounds)]
+
+
+def load_or_build(
+    source: SampleSource,
+    tokenizer: Tokenizer,
+    geometry: ImageGeometry,
+    cache_dir: str | Path | None = None,
+    processes: int | None = None,
+) -> LengthIndex:
+    """The length index of a source: read from the cache, or built and put there.
+
+    Safe when several processes do it at once: each writes a file of its own and renames it.
+
+    Args:
+        source: what to measure.
+        tokenizer: gives the lengths of text.
+        geometry: gives the lengths of images.
+        cache_dir: where indexes are kept; default: `.lengths` in the folder of the annotations or beside the shards.
+        processes: processes that measure; default: as many as this machine's cores, fewer for small sources.
+
+    Raises:
+        DataError: the cache folder cannot be written, or a measuring process died.
+    """
+    measurer = _Measurer(source, tokenizer, geometry)
+    location = Path(source.name)
+    folder = Path(cache_dir) if cache_dir else location.parent / ".lengths"
+    path = folder / f"{location.stem}-{measurer.key()}.npz"
+    index = _read(path)
+    if index is None:
+        index = _collect(_measure_all(measurer, processes), len(source))
+        _write(path, index)
+    elif index.refused:
+        again = {refusal.index: measurer.measure(refusal.index) for refusal in index.refused}
+        if any(measure.refusal != old for measure, old in zip(again.values(), index.refused, strict=True)):
+            index = _replace(index, again)
+            _write(path, index)
+    _report(source, index, path.with_suffix(".refused.jsonl"))
+    return index
+
+
+def _measure_all(measurer: _Measurer, processes: int | None) -> Iterator[_Measure]:
+    """Measures of all samples, in order."""
+    total = len(measurer.source)
+    ranges = [(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
+    processes = min(processes or len(os.sched_getaffinity(0)), len(ranges))
+    started = reported = time.monotonic()
+    done = 0
+    for measures in _map_ranges(measurer, ranges, processes):
+        yield from measures
+        done += len(measures)
+        if time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
+            reported = time.monotonic()
+            logger.info(
+                "measuring %s: %d of %d samples, %.0f/s", measurer.source.name, done, total, done / (reported - started)
+            )
+
+
+def _map_ranges(measurer: _Measurer, ranges: Sequence[tuple[int, int]], processes: int) -> Iterator[list[_Measure]]:
+    if processes <= 1:
+        yield from map(measurer.measure_range, ranges)
+        return
+    # fork: the annotations are shared with the measuring processes, not copied
+    context = multiprocessing.get_context("fork")
+    global _forked_measurer
+    _forked_measurer = measurer
+    try:
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+            yield from pool.map(_measure_forked, ranges)
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"a process that measured {measurer.source.name} died, perhaps for want of memory. Try again with more memory."
+        ) from error
+    finally:
+        _forked_measurer = None
+
+
+_forked_measurer: _Measurer | None = None
+"""What processes forked by `_map_ranges` find."""
+
+
+def _measure_forked(bounds: tuple[int, int]) -> list[_Measure]:
+    assert _forked_measurer is not None
+    return _forked_measurer.measure_range(bounds)
+
+
+def _collect(measures: Iterator[_Measure], total: int) -> LengthIndex:
+    tokens, tiles = np.empty(total, np.int32), np.empty(total, np.int32)
+    counts = np.zeros(total + 1, np.int64)
+    sizes: list[tuple[int, int]] = []
+    refused = []
+    for index, measure in enumerate(measures):
+        tokens[index], tiles[index] = measure.tokens, measure.tiles
+        counts[index + 1] = len(measure.sizes)
+        sizes += measure.sizes
+        if measure.refusal:
+            refused.append(measure.refusal)
+    return LengthIndex(tokens, tiles, np.cumsum(counts), np.array(sizes, np.int32).reshape(-1, 2), refused)
+
+
+def _replace(index: LengthIndex, again: dict[int, _Measure]) -> LengthIndex:
+    """The index with some samples measured anew."""
+
+    def measures() -> Iterator[_Measure]:
+        for i in range(len(index.tokens)):
+            yield again.get(i) or _Measure(int(index.tokens[i]), int(index.tiles[i]), index.image_sizes(i))
+
+    return _collect(measures(), len(index.tokens))
+
+
+def _read(path: Path) -> LengthIndex | None:
+    try:
+        with np.load(path) as file:
+            refused = [Refusal(**item) for item in json.loads(str(file["refused"]))]
+            return LengthIndex(file["tokens"], file["tiles"], file["size_starts"], file["sizes"], refused)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        logger.warning("length index %s is damaged (%s) and is built anew", path, error)
+        return None
+
+
+def _write(path: Path, index: LengthIndex) -> None:
+    refused = json.dumps([asdict(refusal) for refusal in index.refused])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f"{path.stem}.", suffix=".partial", delete=False
+        ) as file:
+            np.savez(
+                file,
+                tokens=index.tokens,
+                tiles=index.tiles,
+                size_starts=index.size_starts,
+                sizes=index.sizes,
+                refused=refused,
+            )
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise DataError(f"the length index cannot be written to {path.parent}: {error}. Set cache_dir.") from error
+
+
+def _report(source: SampleSource, index: LengthIndex, listing: Path) -> None:
+    """Refusals, told by reason and listed one by one in a file beside the index."""
+    if not index.refused:
+        return
+    counts = Counter(refusal.reason for refusal in index.refused)
+    try:
+        listing.write_text("".join(json.dumps(asdict(refusal)) + "\n" for refusal in index.refused), encoding="utf-8")
+        where = f"all are listed in {listing}"
+    except OSError:  # a cache that others built and that is not ours to write to
+        where = "the first of each reason follows"
+    logger.warning(
+        "%s: %d of %d samples refused: %s; %s", source.name, len(index.refused), len(index.tokens),
+        ", ".join(f"{reason} {count}" for reason, count in counts.most_common()), where,
+    )  # fmt: skip
+    for reason in counts:
+        logger.warning("%s", next(refusal.message for refusal in index.refused if refusal.reason == reason))

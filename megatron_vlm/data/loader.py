@@ -1,0 +1,251 @@
+"""Rows for training, from a recipe and one counter.
+
+    data_path -> sources -> length index -> mixture of the epoch -> plan -> this rank's rows -> workers -> PackedBatch
+
+Every rank opens the data and plans by itself; what a rank reads differs only in which rows it takes (data parallelism) and
+which tiles of a row it decodes (tile_rank). The first call on a machine measures lengths and keeps them; let one process of
+each machine do it first and the others after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.data.errors import DataError, RowError
+from megatron_vlm.data.lengths import REFUSED, load_or_build
+from megatron_vlm.data.mixture import open_mixture
+from megatron_vlm.data.packing import Budget, EpochPlan, PlannedRow, RowPlan, plan_epoch
+from megatron_vlm.data.rows import RowBuilder
+from megatron_vlm.data.tiling import ImageGeometry
+from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from megatron_vlm.config import Recipe
+    from megatron_vlm.config.data import DataConfig
+
+logger = logging.getLogger(__name__)
+
+_ROWS_AHEAD_PER_WORKER = 2
+_WORKER_TIMEOUT_SECONDS = 300
+"""A row takes seconds; storage that hangs for longer than this is an error."""
+_NAMED = 5
+
+
+class _Failure:
+    """What a worker sends in place of a row that it could not build."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+
+class _Rows(Dataset[PackedBatch]):
+    """Planned rows as torch's DataLoader wants them."""
+
+    def __init__(self, builder: RowBuilder) -> None:
+        self._builder = builder
+
+    def __getitem__(self, row: PlannedRow) -> PackedBatch | _Failure:  # type: ignore[override]
+        try:
+            return self._builder.build(row)
+        except RowError as error:
+            return _Failure(str(error))
+        except Exception as error:
+            logger.exception("row %d cannot be built", row.counter)
+            return _Failure(f"row {row.counter} cannot be built: {type(error).__name__}: {error}")
+
+
+class _Order(Sampler[PlannedRow]):
+    """This rank's rows, without end; keeps those that were handed to workers and have not come back."""
+
+    def __init__(self, rows: Iterator[PlannedRow]) -> None:
+        self._rows = rows
+        self.outstanding: deque[PlannedRow] = deque()
+
+    def __iter__(self) -> Iterator[PlannedRow]:
+        for row in self._rows:
+            self.outstanding.append(row)
+            yield row
+
+
+class RowLoader(Iterator[PackedBatch]):
+    """Yields this rank's rows in order, for ever."""
+
+    def __init__(
+        self, plan: RowPlan, builder: RowBuilder, counts: dict[str, Any], rows: Iterator[PlannedRow], num_workers: int
+    ) -> None:
+        """
+        Args:
+            plan: all rows of the run.
+            builder: makes a batch of a row.
+            counts: what `summary` reports of the data.
+            rows: those of this rank.
+            num_workers: processes that build rows; 0: they are built when asked for.
+        """
+        self.plan = plan
+        self.tokenizer: Tokenizer = builder.tokenizer
+        self.data_wait_seconds = 0.0
+        """Time spent waiting for rows; set it to 0 to start anew."""
+        self._counts = counts
+        self._order = _Order(rows)
+        self._sources = builder.sources
+        workers: dict[str, Any] = {}
+        if num_workers:
+            workers = {
+                "multiprocessing_context": "fork",  # the annotations are shared with the workers, not copied
+                "prefetch_factor": _ROWS_AHEAD_PER_WORKER,
+                "timeout": _WORKER_TIMEOUT_SECONDS,
+            }
+        loader = DataLoader(
+            _Rows(builder),
+            sampler=self._order,
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=num_workers,
+            **workers,
+        )
+        self._batches: Iterator[Any] | None = iter(loader)
+
+    def __next__(self) -> PackedBatch:
+        """
+        Raises:
+            RowError: a row cannot be built, or a worker died; the message names the row and what is in it.
+        """
+        if self._batches is None:
+            raise RowError("the loader is closed")
+        started = time.perf_counter()
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:  # torch's word for a worker that died or hangs
+            waiting = self._order.outstanding[0]
+            raise RowError(
+                f"row {waiting.counter} did not come: {error}. It holds {self._name(waiting)}. A worker that was killed "
+                "usually wanted memory: give fewer num_workers, or more shared memory to the container."
+            ) from error
+        finally:
+            self.data_wait_seconds += time.perf_counter() - started
+        self._order.outstanding.popleft()
+        if isinstance(batch, _Failure):
+            raise RowError(batch.message)
+        return batch
+
+    def _name(self, row: PlannedRow) -> str:
+        located = [self._sources.locate(number) for number in row.members.tolist()]
+        named = ", ".join(
+            f"sample {index} of {self._sources.sources[source].name}" for source, index in located[:_NAMED]
+        )
+        return named + (f" and {len(located) - _NAMED} more" if len(located) > _NAMED else "")
+
+    def summary(self) -> dict[str, Any]:
+        """What became of the data: samples, usable, refused (by reason), skipped (too long), rows and fill of this epoch."""
+        return {**self._counts, "rows_per_epoch": self.plan.rows, "pack_fill": self.plan.fill}
+
+    def close(self) -> None:
+        """End the workers. Nothing can be read afterwards."""
+        self._batches = None  # torch ends the workers with their iterator
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def build_loader(
+    recipe: Recipe,
+    *,
+    dp_rank: int,
+    dp_size: int,
+    consumed_rows: int,
+    need_tiles: bool,
+    tile_rank: int = 0,
+    tile_ranks: int = 1,
+) -> RowLoader:
+    """Open the data of a recipe.
+
+    The rows of step s are those numbered `consumed_rows` + s * global_batch_size and following; the m-th of this rank is
+    m * dp_size + dp_rank further on. Which samples a row holds follows from the seed and its number alone.
+
+    Args:
+        recipe: its data, model, training.seed and training.global_batch_size are used.
+        dp_rank: this rank among the data-parallel ones.
+        dp_size: their number; divides global_batch_size.
+        consumed_rows: rows that all ranks together have consumed since the start of training.
+        need_tiles: False: no image is decoded and PackedBatch.tiles is None.
+        tile_rank: this rank among those that share the tiles of a row (see batch.tile_range).
+        tile_ranks: their number.
+
+    Raises:
+        DataError: something of the data cannot be opened, nothing usable is in it, or a sample is longer than a row and
+            oversized_samples is `refuse`.
+    """
+    if recipe.training.global_batch_size % dp_size:
+        raise DataError(f"global_batch_size {recipe.training.global_batch_size} is no multiple of {dp_size} data ranks")
+    data, seed = recipe.data, recipe.training.seed
+    mixture = open_mixture(data.data_path, data.image_folder)
+    tokenizer = load_tokenizer(data.tokenizer_model)
+    if len(tokenizer) > recipe.model.image_token_index:
+        raise DataError(
+            f"tokenizer {tokenizer.path} has {len(tokenizer)} ids and image_token_index is {recipe.model.image_token_index}: "
+            "image positions would be taken for text. Set it to an id that the tokenizer does not give."
+        )
+    geometry = ImageGeometry.of(recipe.model, data.image_aspect_ratio)
+    indexes = [load_or_build(source, tokenizer, geometry, data.cache_dir) for source in mixture.sources.sources]
+    tokens = np.concatenate([index.tokens for index in indexes])
+    tiles = np.concatenate([index.tiles for index in indexes])
+    refused = Counter(refusal.reason for index in indexes for refusal in index.refused)
+    usable = tokens != REFUSED
+    oversized = usable & ((tokens > data.seq_length) | (tiles > data.max_tiles_per_row))
+    builder = RowBuilder(
+        mixture.sources, indexes, tokenizer, geometry, recipe.model.image_token_index, data.seq_length,
+        (tile_rank, tile_ranks) if need_tiles else None,
+    )  # fmt: skip
+    _check_oversized(data, builder, np.flatnonzero(oversized), tokens, tiles)
+    usable &= ~oversized
+    if not usable.any():
+        reasons = ", ".join(f"{reason} {count}" for reason, count in refused.most_common()) or "no sample at all"
+        raise DataError(
+            f"the dataset is empty: none of {len(tokens)} samples of {', '.join(data.data_path)} is usable "
+            f"({reasons}; {int(oversized.sum())} longer than a row)"
+        )
+    budget = Budget(data.seq_length, data.max_tiles_per_row, data.packing_window)
+
+    def plan_of_epoch(epoch: int) -> EpochPlan:
+        return plan_epoch(mixture.draw(usable, seed, epoch), tokens, tiles, budget, seed, epoch)
+
+    plan = RowPlan(plan_of_epoch)
+    counts = {
+        "samples": len(tokens),
+        "usable": int(usable.sum()),
+        "refused": dict(refused),
+        "skipped": int(oversized.sum()),
+        "tokens_per_sample": float(tokens[usable].mean()),
+        "tiles_per_sample": float(tiles[usable].mean()),
+    }
+    return RowLoader(plan, builder, counts, plan.share(consumed_rows, dp_rank, dp_size), data.num_workers)
+
+
+def _check_oversized(
+    data: DataConfig, builder: RowBuilder, oversized: np.ndarray, tokens: np.ndarray, tiles: np.ndarray
+) -> None:
+    """Tell of samples longer than a row; an error unless they are to be skipped."""
+    if not len(oversized):
+        return
+    named = [
+        f"{sample.id!r} of {sample.file} ({tokens[number]} tokens, {tiles[number]} tiles)"
+        for number in oversized[:_NAMED].tolist()
+        for sample in [builder.sources.sample(number)]
+    ]
+    more = f" and {len(oversized) - _NAMED} more" if len(oversized) > _NAMED else ""
+    told = (
+        f"{len(oversized)} samples are longer than a row of {data.seq_length} tokens and {data.max_tiles_per_row} tiles: "
+        f"{', '.join(named)}{more}"
+    )
+    if data.oversized_samples == "refuse":
+        raise DataError(f"{told}. Raise seq_length or max_tiles_per_row, or set oversized_samples to skip.")
+    logger.warning("%s; they are skipped", told)

@@ -1,0 +1,110 @@
+"""From a planned row to a batch: samples are read, encoded, laid out; the images whose tiles are wanted are decoded.
+
+Every image was decoded once, when its shard was written or its lengths were measured, and refused if that failed. So an
+image that cannot be decoded now has been damaged or replaced since. That ends the run with an error that names it, rather
+than putting something in its place: only the ranks of the first stage decode, the ranks that know the labels do not, and
+nobody would learn that the model was shown something else. After the file is mended, the run goes on from its last
+checkpoint with exactly the rows that were still to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_vlm.data.batch import Document, PackedBatch, assemble_row, tile_range
+from megatron_vlm.data.conversation import encode_conversation
+from megatron_vlm.data.errors import RowError, SampleError
+from megatron_vlm.data.images import ImageUnreadable, decode_image
+from megatron_vlm.data.lengths import LengthIndex
+from megatron_vlm.data.merge import count_positions
+from megatron_vlm.data.packing import PlannedRow
+from megatron_vlm.data.sources import Sample, SourceList
+from megatron_vlm.data.tiling import ImageGeometry, count_tiles, cut_tiles
+from megatron_vlm.data.tokenizer import Tokenizer
+
+
+@dataclass
+class RowBuilder:
+    """Builds the batches of one rank."""
+
+    sources: SourceList
+    indexes: list[LengthIndex]
+    """One for each source."""
+    tokenizer: Tokenizer
+    geometry: ImageGeometry
+    image_token_index: int
+    seq_length: int
+    tile_share: tuple[int, int] | None
+    """(member, members) among the ranks that encode a row's tiles; None: this rank decodes no image."""
+
+    def build(self, row: PlannedRow) -> PackedBatch:
+        """
+        Raises:
+            RowError: a sample cannot be read any more, or is not what it was when its length was measured.
+        """
+        samples, documents = [], []
+        for number in row.members.tolist():
+            sample, document = self._read(row, number)
+            samples.append(sample)
+            documents.append(document)
+        batch = assemble_row(documents, self.seq_length, self.tokenizer.pad_id, self.geometry)
+        if self.tile_share is not None:
+            batch.tiles = self._tiles(row, samples, documents, *tile_range(batch.num_tiles, *self.tile_share))
+        return batch
+
+    def _read(self, row: PlannedRow, number: int) -> tuple[Sample, Document]:
+        place, index = self.sources.locate(number)
+        source, lengths = self.sources.sources[place], self.indexes[place]
+        try:
+            sample = source.sample(index)
+        except (SampleError, OSError) as error:
+            raise RowError(
+                f"row {row.counter}: sample {index} of {source.name} cannot be read any more: {error}"
+            ) from error
+        sizes = lengths.image_sizes(index)
+        positions = [count_positions(size, self.geometry) for size in sizes]
+        encoded = encode_conversation(sample.turns, self.tokenizer, positions, self.image_token_index)
+        if len(encoded.ids) != lengths.tokens[index]:
+            raise RowError(
+                f"row {row.counter}: sample {sample.id!r} of {sample.file} has {len(encoded.ids)} tokens where "
+                f"{lengths.tokens[index]} were measured: the data changed while training. Start again from the checkpoint."
+            )
+        return sample, Document(sample.id, encoded, sizes)
+
+    def _tiles(
+        self, row: PlannedRow, samples: Sequence[Sample], documents: Sequence[Document], start: int, stop: int
+    ) -> torch.Tensor:
+        """Tiles [start, stop) of the row, [n, 3, P, P] float32; images without any of them are not read."""
+        parts = []
+        first = 0
+        for sample, document in zip(samples, documents, strict=True):
+            for place, size in enumerate(document.image_sizes):
+                last = first + count_tiles(size, self.geometry)
+                begin, end = max(start, first), min(stop, last)
+                if begin < end:
+                    parts.append(self._cut(row, sample, place, size, begin - first, end - first))
+                first = last
+        side = self.geometry.tile_size
+        return torch.from_numpy(np.concatenate([np.empty((0, 3, side, side), np.float32), *parts]))
+
+    def _cut(
+        self, row: PlannedRow, sample: Sample, place: int, size: tuple[int, int], start: int, stop: int
+    ) -> np.ndarray:
+        where = f"row {row.counter}: sample {sample.id!r} of {sample.file}: image {sample.image_names[place]}"
+        try:
+            image = decode_image(sample.read_image(place))
+        except (OSError, ImageUnreadable) as error:
+            raise RowError(
+                f"{where} could be read when the data was measured and now cannot: {error}. "
+                "Put the image back and start again from the checkpoint."
+            ) from error
+        if image.size != size:
+            raise RowError(
+                f"{where} is {image.width}x{image.height} pixels, was {size[0]}x{size[1]} when the data was measured. "
+                "Put the image back, or give the changed one another name."
+            )
+        return cut_tiles(image, self.geometry, start, stop)

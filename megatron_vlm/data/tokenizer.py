@@ -1,0 +1,176 @@
+"""Text to ids: the tokenizer of a Hugging Face folder, or a sentencepiece model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.data.errors import DataError
+
+
+class Tokenizer(ABC):
+    """What the data, the checkpoints and the inference need of a tokenizer.
+
+    Text never yields the end-of-sequence or padding id, even where it spells their strings out: those ids are put in by
+    number, so a user who types a special string cannot end a turn.
+    """
+
+    path: Path
+    """The folder or file it was read from."""
+    eos_id: int
+    pad_id: int
+    """The end-of-sequence id where the tokenizer names no padding: padding is never a target and never attended to."""
+    fingerprint: str
+    """sha256, hex, of what decides the ids: two tokenizers with the same fingerprint give the same ids."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, nothing added in front or behind."""
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of ids, special ones included; the largest id is one less."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of some ids.
+
+        Args:
+            ids: ids below `len(self)`.
+            skip_special_tokens: leave the end-of-sequence and padding ids out; otherwise they are spelled out.
+        """
+        special = {self.eos_id, self.pad_id} if skip_special_tokens else set()
+        return self._decode([int(i) for i in ids if int(i) not in special])
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """`tokenizer.json` with the special tokens named by `tokenizer_config.json` or `special_tokens_map.json`."""
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as FastTokenizer
+
+        self.path = folder
+        definition = (folder / "tokenizer.json").read_bytes()
+        try:
+            self._fast = FastTokenizer.from_str(definition.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(
+                f"{folder / 'tokenizer.json'} is not a tokenizer: {error}. Download the folder again."
+            ) from error
+        special = {name: self._special_text(name) for name in ("eos_token", "pad_token")}
+        eos = special["eos_token"]
+        if eos is None:
+            raise DataError(
+                f"tokenizer folder {folder} names no eos_token. Add it to tokenizer_config.json: it ends every answer."
+            )
+        self.eos_id = self._special_id("eos_token", eos)
+        pad = special["pad_token"]
+        self.pad_id = self.eos_id if pad is None else self._special_id("pad_token", pad)
+        # Some tokenizers list their end-of-sequence string as an ordinary added token, which would be parsed out of text.
+        names = [name for name in (eos, pad) if name is not None]
+        self._fast.add_special_tokens([AddedToken(name, special=True, normalized=True) for name in names])
+        self._fast.encode_special_tokens = True
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        digest = hashlib.sha256(definition)
+        digest.update(f"eos={self.eos_id} pad={self.pad_id}".encode())
+        self.fingerprint = digest.hexdigest()
+
+    def _special_text(self, name: str) -> str | None:
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            path = self.path / file
+            if not path.exists():
+                continue
+            try:
+                value: Any = json.loads(path.read_text(encoding="utf-8")).get(name)
+            except (json.JSONDecodeError, AttributeError) as error:
+                raise DataError(f"{path} is not a JSON object: {error}. Download the folder again.") from error
+            if isinstance(value, dict):
+                value = value.get("content")
+            if value is not None:
+                return str(value)
+        return None
+
+    def _special_id(self, name: str, text: str) -> int:
+        number = self._fast.token_to_id(text)
+        if number is None:
+            raise DataError(
+                f"tokenizer folder {self.path}: {name} {text!r} is not in tokenizer.json. The files do not belong together."
+            )
+        return int(number)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._fast.encode(text, add_special_tokens=False).ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._fast.decode(ids, skip_special_tokens=False))
+
+    def __len__(self) -> int:
+        # Not the number of entries: ids may have gaps.
+        return max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece `.model` file."""
+
+    def __init__(self, file: Path) -> None:
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise DataError(f"{file} needs the package sentencepiece: pip install sentencepiece") from error
+        self.path = file
+        definition = file.read_bytes()
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=definition)
+        except RuntimeError as error:
+            raise DataError(f"{file} is not a sentencepiece model: {error}") from error
+        if self._processor.eos_id() < 0:
+            raise DataError(f"{file} has no end-of-sequence piece. Train it with an eos_id: it ends every answer.")
+        self.eos_id = int(self._processor.eos_id())
+        self.pad_id = int(self._processor.pad_id()) if self._processor.pad_id() >= 0 else self.eos_id
+        self.fingerprint = hashlib.sha256(definition).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        # Control pieces are never parsed out of text by sentencepiece itself.
+        return [int(i) for i in self._processor.encode(text)]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._processor.decode(ids))
+
+    def __len__(self) -> int:
+        return int(self._processor.get_piece_size())
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a tokenizer.
+
+    Args:
+        path: a Hugging Face folder that holds tokenizer.json, or a sentencepiece .model file.
+
+    Raises:
+        DataError: there is nothing at `path`, or nothing that this reads.
+    """
+    location = Path(path)
+    if location.is_dir():
+        if (location / "tokenizer.json").is_file():
+            return HuggingFaceTokenizer(location)
+        models = sorted(location.glob("*.model"))
+        if len(models) == 1:
+            return SentencePieceTokenizer(models[0])
+        raise DataError(f"tokenizer folder {location} holds neither tokenizer.json nor exactly one .model file")
+    if location.is_file() and location.suffix == ".model":
+        return SentencePieceTokenizer(location)
+    if not str(path):
+        raise DataError(
+            "no tokenizer: set tokenizer_model to a Hugging Face tokenizer folder or a sentencepiece .model file"
+        )
+    raise DataError(
+        f"no tokenizer at {location}: tokenizer_model must be a Hugging Face tokenizer folder or a sentencepiece .model file"
+    )
