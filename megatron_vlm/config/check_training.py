@@ -75,7 +75,7 @@ def _check_world(recipe: Recipe, world_size: int) -> Iterator[Problem]:
 def check_optimization(recipe: Recipe) -> Iterator[Problem]:
     """Optimizer against layout, and learning rates against each other."""
     training, parallel = recipe.training, recipe.parallel
-    if training.optimizer != "adam" and parallel.use_distributed_optimizer:
+    if training.optimizer == "sgd" and parallel.use_distributed_optimizer:
         # megatron-core asserts this when the optimizer is built, because of how the state is laid out in checkpoints.
         yield Problem(
             "training.optimizer",

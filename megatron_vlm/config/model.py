@@ -67,5 +67,5 @@ class ModelConfig:
             [336, 336], [336, 672], [336, 1008], [336, 1344], [336, 1680],
             [672, 336], [672, 672], [1008, 336], [1344, 336], [1680, 336],
         ],
-        metadata={"help": "resolutions an image may be tiled at: (width, height), multiples of image_size"},
+        metadata={"help": "resolutions images are tiled at: (width, height), multiples of image_size"},
     )  # fmt: skip

@@ -1,0 +1,68 @@
+"""Files and folders that are missing or of the wrong kind."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_vlm.config import ConfigError, Recipe, check_paths
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe all of whose paths are there."""
+    (tmp_path / "train.json").write_text("[]")
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    recipe = Recipe()
+    recipe.data.data_path = [str(tmp_path / "train.json"), str(tmp_path / "shards"), "s3://bucket/shards"]
+    recipe.data.tokenizer_model = str(tmp_path / "tokenizer")
+    recipe.data.image_folder = str(tmp_path)
+    recipe.training.load = recipe.training.pretrained_checkpoint = str(tmp_path)
+    recipe.training.save = str(tmp_path / "new")
+    return recipe
+
+
+def test_paths_that_are_there_pass(recipe, tmp_path):
+    check_paths(recipe)
+    (tmp_path / "bpe.model").write_bytes(b"")
+    recipe.data.tokenizer_model = str(tmp_path / "bpe.model")
+    check_paths(recipe)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "words"),
+    [
+        ("data", "data_path", [], "no data"),
+        ("data", "data_path", ["{}/trian.json"], "Did you mean {}/train.json?"),
+        ("data", "data_path", ["{}/missing/train.json"], "{}/missing does not exist"),
+        ("data", "data_path", ["{}/notes.txt"], "unknown kind (.txt)"),
+        ("data", "image_folder", "{}/images", "no such folder"),
+        ("data", "image_folder", "{}/notes.txt", "not a folder"),
+        ("data", "tokenizer_model", "", "no tokenizer"),
+        ("data", "tokenizer_model", "{}/tokeniser", "Did you mean {}/tokenizer?"),
+        ("data", "tokenizer_model", "{}/shards", "without tokenizer.json"),
+        ("data", "tokenizer_model", "{}/notes.txt", "does not end in .model"),
+        ("training", "load", "{}/checkpoint", "no such folder"),
+        ("training", "pretrained_checkpoint", "{}/checkpoint", "no such folder"),
+        ("training", "save", "{}/notes.txt", "a file, not a folder"),
+    ],
+)
+def test_each_wrong_path_is_named_with_a_remedy(recipe, tmp_path, section, name, value, words):
+    here = str(tmp_path)
+    filled = [item.format(here) for item in value] if isinstance(value, list) else value.format(here)
+    setattr(getattr(recipe, section), name, filled)
+    with pytest.raises(ConfigError) as caught:
+        check_paths(recipe)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{section}.{name} = ")
+    assert words.format(here) in problem
+
+
+def test_all_wrong_paths_are_reported_together(recipe):
+    recipe.data.data_path = ["/nowhere/a.json", "/nowhere/b.json"]
+    recipe.data.tokenizer_model = "/nowhere/tokenizer"
+    with pytest.raises(ConfigError) as caught:
+        check_paths(recipe)
+    assert len(caught.value.problems) == 3

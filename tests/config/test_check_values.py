@@ -1,0 +1,77 @@
+"""Ranges and choices, setting by setting."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_vlm.config import Recipe
+from megatron_vlm.config.check_values import AT_LEAST_ONE, FRACTIONS, NOT_NEGATIVE, POSITIVE
+from megatron_vlm.config.recipe import leaves
+
+# Written out a second time, so that a name lost from the check's own lists is noticed.
+FREE = {"model.vision.vision_feature_layer", "model.image_token_index"}
+UNCOUPLED_WRONG_VALUES = [
+    ("training.train_iters", 0),
+    ("training.global_batch_size", 0),
+    ("training.save_interval", 0),
+    ("training.log_interval", -1),
+    ("training.distributed_timeout_minutes", 0),
+    ("training.seed", -1),
+    ("training.lr", 0.0),
+    ("training.vision_lr", -1e-5),
+    ("training.projector_lr", 0.0),
+    ("training.min_lr", -1e-5),
+    ("training.weight_decay", -0.1),
+    ("training.clip_grad", -1.0),
+    ("training.adam_eps", 0.0),
+    ("training.adam_beta1", 1.0),
+    ("training.adam_beta2", -0.1),
+    ("training.sgd_momentum", 1.0),
+    ("training.lr_warmup_fraction", 1.0),
+    ("training.optimizer", "adamw"),
+    ("training.lr_decay_style", "exponential"),
+    ("training.recompute_granularity", "some"),
+    ("training.attention_backend", "flash3"),
+    ("data.seq_length", 0),
+    ("data.max_tiles_per_row", 0),
+    ("data.packing_window", 0),
+    ("data.num_workers", -1),
+    ("data.image_aspect_ratio", "any"),
+    ("data.oversized_samples", "cut"),
+    ("parallel.vision_parallel", "pipeline"),
+    ("model.vision.hidden_act", "relu"),
+    ("model.vision.layer_norm_eps", 0.0),
+    ("model.language.layer_norm_eps", 0.0),
+    ("model.language.rope_theta", 0.0),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), UNCOUPLED_WRONG_VALUES)
+def test_value_out_of_range_is_the_only_problem(problems_of, key, value):
+    (problem,) = problems_of({key: value})
+    assert problem.startswith(f"{key} = {value}:")
+
+
+@pytest.mark.parametrize("key", AT_LEAST_ONE)
+def test_a_size_of_zero_is_a_problem(problems_of, key):
+    assert any(problem.startswith(f"{key} = 0: too small") for problem in problems_of({key: 0}))
+
+
+def test_every_number_has_a_range():
+    numbers = {leaf.key for leaf in leaves(Recipe()) if leaf.kind in (int, float, float | None)}
+    assert numbers == FREE.union(AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, FRACTIONS)
+
+
+def test_unknown_choice_names_the_nearest(problems_of):
+    (problem,) = problems_of({"training.lr_decay_style": "cosin"})
+    assert "cosine, linear, constant" in problem
+    assert "the nearest is cosine" in problem
+
+
+def test_an_unknown_part_and_no_part_at_all_are_problems(problems_of):
+    (unknown,) = problems_of({"training.trainable": ["projector", "visoin"]})
+    assert unknown.startswith("training.trainable = visoin:")
+    assert "the nearest is vision" in unknown
+    (empty,) = problems_of({"training.trainable": []})
+    assert empty.startswith("training.trainable = nothing: empty")
+    assert problems_of({"training.trainable": ["projector"]}) == []
