@@ -94,8 +94,8 @@ def build_schedule(optimizer: MegatronOptimizer, recipe: Recipe) -> OptimizerPar
     )
 
 
-def learning_rates(optimizer: MegatronOptimizer) -> dict[str, float]:
-    """The rate in force now: the recipe's own, as `lr`, and the highest of any part that has another."""
+def learning_rate(optimizer: MegatronOptimizer) -> float:
+    """The rate in force now for parameters without one of their own."""
     groups = optimizer.param_groups
     default = [group["lr"] for group in groups if group.get("default_config", True)]
-    return {"lr": float(default[0] if default else groups[0]["lr"])}
+    return float(default[0] if default else groups[0]["lr"])

@@ -80,4 +80,7 @@ def global_loss(totals: torch.Tensor) -> tuple[float, int]:
 def update(optimizer: MegatronOptimizer) -> tuple[bool, float]:
     """Clip and step. Returns (whether the weights were updated, the gradient norm before clipping)."""
     updated, norm, _ = optimizer.step()
+    # Not only the buffers: an fp32 optimizer leaves each parameter's grad an alias of its buffer, and the next backward
+    # would be counted twice in its first micro-batch.
+    optimizer.zero_grad()
     return bool(updated), float(norm if norm is not None else 0.0)

@@ -1,0 +1,97 @@
+"""What a run reports: a line for the person, TensorBoard, and metrics.jsonl, one JSON object per iteration."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_vlm.config import Recipe
+from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.runtime.device import current_device
+from megatron_vlm.runtime.groups import Place
+from megatron_vlm.runtime.log import say
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RowCounter:
+    """Counts what passes through a rank's row iterator in a step; every data rank counts its own rows once."""
+
+    def __init__(self, rows: Any, place: Place) -> None:
+        self.rows, self.counts = rows, place.leads_row and place.first_stage
+        self.tokens = self.tiles = self.read = 0
+        self.waited = 0.0
+
+    def __iter__(self) -> RowCounter:
+        return self
+
+    def __next__(self) -> PackedBatch:
+        started = time.perf_counter()
+        batch: PackedBatch = next(self.rows)
+        self.waited += time.perf_counter() - started
+        if self.counts:
+            self.tokens += batch.num_tokens
+            self.tiles += batch.num_tiles
+            self.read += 1
+        return batch
+
+    def collect(self) -> dict[str, float]:
+        """Totals of the step over all data ranks, and the longest any rank waited for data; then start anew."""
+        sums = torch.tensor([self.tokens, self.tiles, self.read], dtype=torch.double, device=current_device())
+        longest = torch.tensor([self.waited], dtype=torch.double, device=current_device())
+        dist.all_reduce(sums)
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+        self.tokens = self.tiles = self.read = 0
+        self.waited = 0.0
+        tokens, tiles, rows = sums.tolist()
+        return {"tokens": tokens, "tiles": tiles, "rows": rows, "data_wait_ms": 1000 * longest.item()}
+
+
+class MetricsLog:
+    """Writes on rank 0; silent elsewhere."""
+
+    def __init__(self, recipe: Recipe, first_iteration: int) -> None:
+        self.recipe = recipe
+        self.file: Any = None
+        self.tensorboard: Any = None
+        if dist.get_rank() == 0 and recipe.training.save:
+            folder = Path(recipe.training.save)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = _open_after(folder / METRICS_FILE, first_iteration)
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_iteration + 1)
+
+    def write(self, iteration: int, values: dict[str, Any]) -> None:
+        """Log one iteration; `values` are numbers by name."""
+        if self.file is not None:
+            self.file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+            self.file.flush()
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, iteration)
+        total = self.recipe.training.train_iters
+        if iteration % self.recipe.training.log_interval == 0 or iteration == total:
+            say(
+                f"iteration {iteration:>{len(str(total))}}/{total} | lm loss {values['lm_loss']:.4f} | "
+                f"grad norm {values['grad_norm']:.3f} | lr {values['learning_rate']:.2e} | "
+                f"fill {100 * values['pack_fill']:.1f} % | {values['tokens_per_second']:,.0f} tokens/s | "
+                f"data wait {values['data_wait_ms']:.0f} ms"
+            )
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.tensorboard.close()
+
+
+def _open_after(path: Path, iteration: int) -> Any:
+    """The log, cut back to `iteration`: what a killed run wrote after its last checkpoint will be written again."""
+    if path.is_file():
+        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["iteration"] <= iteration]
+        path.write_text("".join(line + "\n" for line in kept))
+    return path.open("a")

@@ -1,0 +1,149 @@
+"""A training run from first weights or a checkpoint to the last iteration."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_vlm.config import Recipe
+from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.data.loader import RowLoader, build_loader
+from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.model.build import build_model
+from megatron_vlm.model.initialize import initialize_weights
+from megatron_vlm.model.vlm import VisionLanguageModel
+from megatron_vlm.runtime.groups import encoding_place, place
+from megatron_vlm.runtime.launch import local_rank
+from megatron_vlm.runtime.log import say
+from megatron_vlm.training.checkpoint import (
+    Progress,
+    latest_checkpoint,
+    load_checkpoint,
+    require_checkpoint,
+    save_checkpoint,
+)
+from megatron_vlm.training.metrics import MetricsLog, RowCounter
+from megatron_vlm.training.optimizer import build_optimizer, build_schedule, learning_rate, wrap_for_data_parallel
+from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks, update
+
+
+class Trainer:
+    """One rank's part of a run. Process groups must exist and the recipe must have passed its checks."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.place = recipe, place()
+        self.fingerprint = load_tokenizer(recipe.data.tokenizer_model).fingerprint
+        chunks = build_model(recipe)
+        self.progress = Progress(tokenizer_fingerprint=self.fingerprint)
+        resume_from = self._set_first_weights(chunks)
+        self.chunks = wrap_for_data_parallel(chunks, recipe)
+        self.optimizer = build_optimizer(self.chunks, recipe)
+        self.schedule = build_schedule(self.optimizer, recipe)
+        if resume_from is not None:
+            self.progress = load_checkpoint(
+                resume_from, self.chunks, recipe, tokenizer_fingerprint=self.fingerprint,
+                optimizer=self.optimizer, schedule=self.schedule,
+            )  # fmt: skip
+            say(f"going on after iteration {self.progress.iteration} from {resume_from}")
+        self.loader = self._open_data()
+        self.counter = RowCounter(self.loader, self.place)
+
+    def _open_data(self) -> RowLoader:
+        """The rows of this rank. One rank of each machine measures lengths first; the others find them in the cache."""
+        tile_rank, tile_ranks = encoding_place(self.recipe.parallel)
+
+        def build() -> RowLoader:
+            return build_loader(
+                self.recipe,
+                dp_rank=self.place.data,
+                dp_size=self.place.data_size,
+                consumed_rows=self.progress.consumed_rows,
+                need_tiles=self.place.first_stage,
+                tile_rank=tile_rank,
+                tile_ranks=tile_ranks,
+            )
+
+        leads_machine = local_rank() == 0
+        loader = build() if leads_machine else None
+        dist.barrier()
+        loader = loader or build()
+        say("data: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in loader.summary().items()))
+        return loader
+
+    def _set_first_weights(self, chunks: list[VisionLanguageModel]) -> Path | None:
+        """Weights of a new run. Returns the checkpoint to resume from instead, if there is one."""
+        training = self.recipe.training
+        resume_from = require_checkpoint(training.load) if training.load else None
+        if resume_from is None and training.save:
+            resume_from = latest_checkpoint(training.save)
+        if resume_from is None and training.pretrained_checkpoint:
+            source = require_checkpoint(training.pretrained_checkpoint)
+            load_checkpoint(source, chunks, self.recipe, tokenizer_fingerprint=self.fingerprint)
+            say(f"starting from the weights of {source}")
+        elif resume_from is None:
+            initialize_weights(chunks, self.recipe)
+            say(f"starting from random weights, seed {training.seed}")
+        return resume_from
+
+    def run(self) -> None:
+        """Train to the last iteration; save as the recipe says, and at the end."""
+        training = self.recipe.training
+        log = MetricsLog(self.recipe, self.progress.iteration)
+        rows = rows_for_chunks(self.counter, len(self.chunks))
+        while self.progress.iteration < training.train_iters:
+            self._iteration(rows, log)
+            last = self.progress.iteration == training.train_iters
+            if training.save and (last or self.progress.iteration % training.save_interval == 0):
+                self.save()
+        log.close()
+        self.loader.close()
+
+    def _iteration(self, rows: list[Iterator[PackedBatch]], log: MetricsLog) -> None:
+        started = time.perf_counter()
+        rate = learning_rate(self.optimizer)
+        totals = forward_backward(self.chunks, rows, self.recipe)
+        loss, loss_tokens = global_loss(totals)
+        updated, norm = update(self.optimizer)
+        self.schedule.step(increment=1)
+        self.progress.iteration += 1
+        self.progress.consumed_rows += self.recipe.training.global_batch_size
+        counts = self.counter.collect()
+        capacity = counts["rows"] * self.recipe.data.seq_length
+        log.write(
+            self.progress.iteration,
+            {
+                "lm_loss": loss,
+                "grad_norm": norm,
+                "learning_rate": rate,
+                "tokens": int(counts["tokens"]),
+                "loss_tokens": loss_tokens,
+                "tiles": int(counts["tiles"]),
+                "pack_fill": counts["tokens"] / capacity,
+                "tokens_per_second": counts["tokens"] / (time.perf_counter() - started),
+                "data_wait_ms": counts["data_wait_ms"],
+                "update_skipped": int(not updated),
+            },
+        )
+
+    def save(self) -> None:
+        folder = self.recipe.training.save
+        assert folder is not None
+        target = save_checkpoint(folder, self.chunks, self.recipe, self.progress, self.optimizer, self.schedule)
+        say(f"saved {target}")
+
+
+def train(recipe: Recipe) -> None:
+    """Run a recipe on this rank."""
+    trainer = Trainer(recipe)
+    size = dist.get_world_size()
+    parallel = recipe.parallel
+    say(
+        f"{size} rank{'s' if size > 1 else ''}: data {trainer.place.data_size} x tensor "
+        f"{parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} (x "
+        f"{parallel.virtual_pipeline_model_parallel_size} virtual) x context {parallel.context_parallel_size}, "
+        f"tower {parallel.vision_parallel}"
+    )
+    trainer.run()

@@ -1,0 +1,23 @@
+"""Start ranks for a test, with a time limit, and show their output when they fail."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(*command: str | Path, ranks: int, timeout: float, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a script (or `-m`, module) on `ranks` processes of this machine; ranks > 1 go through torchrun."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    arguments = [sys.executable, *torchrun, *map(str, command)]
+    done = subprocess.run(
+        arguments, cwd=ROOT, env=environment, timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(map(str, command))} on {ranks} ranks failed:\n{done.stdout[-6000:]}")
+    return done

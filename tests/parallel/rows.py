@@ -1,0 +1,104 @@
+"""Rows for the layout tests: images of several tile counts, text only, several turns, no loss token at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from megatron_vlm.config import DataConfig, LanguageConfig, ModelConfig, ParallelConfig, Recipe, TrainingConfig, VisionConfig
+from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch, tile_range
+
+SEQ_LENGTH, VOCABULARY, IMAGE_TOKEN = 96, 256, 250
+
+
+def tiny_recipe(parallel: ParallelConfig, **training: object) -> Recipe:
+    """The smallest model with every part of the real one; odd numbers where parallelism allows them."""
+    vision = VisionConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, image_size=15, patch_size=5
+    )
+    language = LanguageConfig(
+        hidden_size=48, intermediate_size=72, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
+        vocab_size=VOCABULARY, max_position_embeddings=SEQ_LENGTH,
+    )  # fmt: skip
+    return Recipe(
+        model=ModelConfig(vision, language, image_token_index=IMAGE_TOKEN, image_grid_pinpoints=[[15, 15], [30, 15]]),
+        data=DataConfig(seq_length=SEQ_LENGTH),
+        training=TrainingConfig(
+            global_batch_size=8,
+            lr=1e-3,
+            lr_warmup_fraction=0.0,
+            lr_decay_style="constant",
+            **training,  # type: ignore[arg-type]
+        ),
+        parallel=parallel,
+    )
+
+
+def _documents(generator: torch.Generator) -> list[int]:
+    """Lengths that fill a row but for a tail of padding (sometimes none)."""
+    lengths, left = [], SEQ_LENGTH - int(torch.randint(0, 9, (), generator=generator))
+    while left > 0:
+        length = min(left, int(torch.randint(7, 45, (), generator=generator)))
+        lengths.append(length)
+        left -= length
+    return lengths
+
+
+def make_row(index: int) -> PackedBatch:
+    """Row `index` of an endless, fixed sequence; all its tiles are in `tiles`."""
+    generator = torch.Generator().manual_seed(1000 + index)
+    vision = tiny_recipe(ParallelConfig()).model.vision
+    tokens = torch.randint(0, IMAGE_TOKEN, (SEQ_LENGTH,), generator=generator)
+    labels = torch.full((SEQ_LENGTH,), IGNORE_INDEX)
+    positions = torch.zeros(SEQ_LENGTH, dtype=torch.long)
+    bounds, where, sources, tiles = [0], [], [], 0
+    with_images, with_labels = index % 4 != 1, index % 5 != 3
+    for length in _documents(generator):
+        start, end = bounds[-1], bounds[-1] + length
+        positions[start:end] = torch.arange(length)
+        answers = torch.rand(length - 1, generator=generator) < 0.4  # several answered stretches: turns
+        if with_labels:
+            labels[start : end - 1][answers] = tokens[start + 1 : end][answers]
+        room = length - 3
+        if with_images and room > vision.patches_per_tile:
+            count = min(room, vision.patches_per_tile + 4)
+            places = torch.arange(start + 1, start + 1 + count)
+            where.append(places)
+            first = tiles * vision.patches_per_tile
+            chosen = first + torch.randperm(2 * vision.patches_per_tile, generator=generator)[:count].sort()[0]
+            chosen[vision.patches_per_tile // 2] = -1  # a newline among them
+            sources.append(chosen)
+            tokens[places] = IMAGE_TOKEN
+            tiles += 2
+        bounds.append(end)
+    if bounds[-1] < SEQ_LENGTH:
+        positions[bounds[-1] :] = torch.arange(SEQ_LENGTH - bounds[-1])
+        bounds.append(SEQ_LENGTH)
+    none = torch.zeros(0, dtype=torch.long)
+    return PackedBatch(
+        tokens=tokens,
+        labels=labels,
+        positions=positions,
+        bounds=bounds,
+        feature_positions=torch.cat(where) if where else none,
+        feature_sources=torch.cat(sources) if sources else none,
+        num_tiles=tiles,
+        tiles=torch.randn(tiles, 3, vision.image_size, vision.image_size, generator=generator),
+        num_tokens=bounds[-2] if bounds[-1] == SEQ_LENGTH else SEQ_LENGTH,
+    )
+
+
+def rows_of(data_rank: int, data_size: int, encoding: tuple[int, int] | None) -> Iterator[PackedBatch]:
+    """This data rank's share of the rows, with the tiles that member `encoding` = (rank, size) is dealt."""
+    index = data_rank
+    while True:
+        row = make_row(index)
+        if encoding is None:
+            row.tiles = None
+        else:
+            assert row.tiles is not None
+            start, stop = tile_range(row.num_tiles, *encoding)
+            row.tiles = row.tiles[start:stop]
+        yield row
+        index += data_size

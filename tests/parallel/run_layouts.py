@@ -1,0 +1,118 @@
+"""Run every layout of this world size in one set of ranks; report how far each is from one process.
+
+    torchrun --nproc-per-node N run_layouts.py FOLDER            one world: all its layouts, into FOLDER/world_N.json
+    python run_layouts.py FOLDER                                 one process: the reference first, into FOLDER/*.pt
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import megatron_vlm.runtime  # noqa: F401
+from megatron_vlm.runtime.groups import encoding_place, initialize_groups, place
+from megatron_vlm.runtime.launch import process_group
+
+# isort: split
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_vlm.config import check_recipe
+from megatron_vlm.model.build import build_model
+from megatron_vlm.model.initialize import initialize_weights
+from megatron_vlm.training.optimizer import build_optimizer, wrap_for_data_parallel
+from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks, update
+from tests.parallel.gradients import assemble, local_gradients, relative_differences
+from tests.parallel.layouts import LAYOUTS, Layout
+from tests.parallel.rows import rows_of, tiny_recipe
+
+STEPS = 3
+
+
+def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, Any]]:
+    """Train a few steps in `layout`; what every step gave: loss, gradient norm and, on rank 0, the whole gradients."""
+    recipe = tiny_recipe(
+        layout.parallel(),
+        optimizer=layout.optimizer,
+        trainable=list(layout.trainable),
+        bf16=layout.bf16,
+        recompute_granularity=layout.recompute,
+    )
+    check_recipe(recipe, dist.get_world_size())
+    initialize_groups(recipe.parallel)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    chunks = build_model(recipe)
+    initialize_weights(chunks, recipe)
+    frozen = [(p, p.detach().clone()) for chunk in chunks for p in chunk.parameters() if not p.requires_grad]
+    wrapped = wrap_for_data_parallel(chunks, recipe)
+    optimizer = build_optimizer(wrapped, recipe)
+    here = place()
+    encoding = encoding_place(recipe.parallel) if here.first_stage else None
+    rows = rows_for_chunks(rows_of(here.data, here.data_size, encoding), len(chunks))
+    steps = []
+    for _ in range(STEPS):
+        totals = forward_backward(wrapped, rows, recipe)
+        loss, loss_tokens = global_loss(totals)
+        shards = local_gradients(wrapped)
+        shards = [(*s[:3], s[3] / 2) if s[0] == break_gradient_of else s for s in shards]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, shards)
+        _, norm = update(optimizer)
+        gradients = assemble([s for rank in everyone for s in rank]) if dist.get_rank() == 0 else {}
+        steps.append({"loss": loss, "loss_tokens": loss_tokens, "grad_norm": norm, "gradients": gradients})
+    steps[-1]["frozen_changed"] = sum(not torch.equal(p, before) for p, before in frozen)
+    parallel_state.destroy_model_parallel()
+    return steps
+
+
+def reference_name(layout: Layout) -> str:
+    """Layouts that must agree share a reference: same optimizer, same trainable parts."""
+    return f"reference_{layout.optimizer}_{'-'.join(layout.trainable)}.pt"
+
+
+def compare(steps: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, Any]:
+    """The worst of each kind of difference, with the tensor and step it was seen in."""
+    worst: dict[str, Any] = {"gradient": (0.0, "", -1), "loss": 0.0, "grad_norm": 0.0, "first_step": 0.0}
+    for number, (ours, theirs) in enumerate(zip(steps, reference, strict=True)):
+        differences = relative_differences(ours["gradients"], theirs["gradients"])
+        for name, difference in differences.items():
+            if not difference <= worst["gradient"][0]:  # also true of nan
+                worst["gradient"] = (difference, name, number)
+        worst["tensors"] = len(differences)
+        worst["first_step"] = worst["gradient"][0] if number == 0 else worst["first_step"]
+        for key in ("loss", "grad_norm"):
+            worst[key] = max(worst[key], abs(ours[key] - theirs[key]) / abs(theirs[key]))
+        worst["same_tokens"] = ours["loss_tokens"] == theirs["loss_tokens"]
+    worst["frozen_changed"] = steps[-1]["frozen_changed"]
+    return worst
+
+
+def main(folder: Path) -> None:
+    with process_group(timeout_minutes=2):
+        world = dist.get_world_size()
+        if world == 1:
+            for layout in {reference_name(case): case for cases in LAYOUTS.values() for case in cases}.values():
+                alone = Layout(optimizer=layout.optimizer, trainable=layout.trainable)
+                torch.save(run(alone), folder / reference_name(layout))
+        results: dict[str, Any] = {}
+        for layout in LAYOUTS[world]:
+            started = time.monotonic()
+            steps = run(layout)
+            if dist.get_rank() == 0:
+                reference = torch.load(folder / reference_name(layout))
+                results[layout.name] = compare(steps, reference)
+                print(f"{layout.name}: {results[layout.name]} ({time.monotonic() - started:.1f} s)", flush=True)
+        if world == 2:
+            steps = run(Layout(tp=2), break_gradient_of="projector.linear_1.weight")
+            if dist.get_rank() == 0:
+                results["bite"] = compare(steps, torch.load(folder / reference_name(Layout())))
+        if dist.get_rank() == 0:
+            (folder / f"world_{world}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
