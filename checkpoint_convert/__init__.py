@@ -1,0 +1,1 @@
+"""Hugging Face <-> Megatron: one name map for both directions, and the folders on either side."""

@@ -1,0 +1,31 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from checkpoint_convert.errors import ConversionError
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A sibling folder to fill, renamed to `target` when the block ends well and removed when it does not.
+
+    Raises ConversionError if `target` exists and is not an empty folder: nothing of a user's is overwritten.
+    """
+    target = target.absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConversionError(f"{target} already exists and is not empty; give another --save folder, or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    making = target.with_name(f".{target.name}.making-{os.getpid()}")
+    making.mkdir()
+    try:
+        yield making
+        os.replace(making, target)
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise

@@ -1,0 +1,205 @@
+"""The name map: which Hugging Face tensors make up which Megatron tensor. One table serves both directions.
+
+Hugging Face names are those of a `llava_next` file as transformers 4 writes it, which transformers 5, vLLM and SGLang
+read too; names.py brings every other spelling to this one. Megatron tensors are whole: not sharded, one per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from checkpoint_convert.errors import ConversionError, some_of
+from checkpoint_convert.rules import Copy, InterleaveQKV, Rule, StackGateUp
+from megatron_vlm.config import ModelConfig
+from megatron_vlm.model.vision import unused_shapes
+
+VISION = "vision_tower.vision_model."
+LANGUAGE = "language_model.model."
+PROJECTOR = "multi_modal_projector."
+
+_VISION_LAYER = "vision_model.decoder.layers.{layer}."
+_HF_VISION_LAYER = VISION + "encoder.layers.{layer}."
+_LANGUAGE_LAYER = "language_model.decoder.layers.{layer}."
+_HF_LANGUAGE_LAYER = LANGUAGE + "layers.{layer}."
+
+# Megatron name | Hugging Face name(s) | rule | shape(s) on the Hugging Face side, in the letters of _sizes.
+# "copy" is the same tensor on both sides; "qkv" and "gate_up" are explained in rules.py.
+_Row = tuple[str, tuple[str, ...], str, tuple[str, ...]]
+
+_VISION_TABLE: tuple[_Row, ...] = (
+    ("vision_model.patch_embedding.weight", (VISION + "embeddings.patch_embedding.weight",), "copy", ("C 3 p p",)),
+    ("vision_model.class_embedding", (VISION + "embeddings.class_embedding",), "copy", ("C",)),
+    ("vision_model.position_embedding.weight", (VISION + "embeddings.position_embedding.weight",), "copy", ("N C",)),
+    ("vision_model.pre_norm.weight", (VISION + "pre_layrnorm.weight",), "copy", ("C",)),
+    ("vision_model.pre_norm.bias", (VISION + "pre_layrnorm.bias",), "copy", ("C",)),
+)
+_VISION_LAYER_TABLE: tuple[_Row, ...] = (
+    ("input_layernorm.weight", ("layer_norm1.weight",), "copy", ("C",)),
+    ("input_layernorm.bias", ("layer_norm1.bias",), "copy", ("C",)),
+    (
+        "self_attention.linear_qkv.weight",
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        "qkv",
+        ("C C", "C C", "C C"),
+    ),
+    (
+        "self_attention.linear_qkv.bias",
+        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+        "qkv",
+        ("C", "C", "C"),
+    ),
+    ("self_attention.linear_proj.weight", ("self_attn.out_proj.weight",), "copy", ("C C",)),
+    ("self_attention.linear_proj.bias", ("self_attn.out_proj.bias",), "copy", ("C",)),
+    ("pre_mlp_layernorm.weight", ("layer_norm2.weight",), "copy", ("C",)),
+    ("pre_mlp_layernorm.bias", ("layer_norm2.bias",), "copy", ("C",)),
+    ("mlp.linear_fc1.weight", ("mlp.fc1.weight",), "copy", ("F C",)),
+    ("mlp.linear_fc1.bias", ("mlp.fc1.bias",), "copy", ("F",)),
+    ("mlp.linear_fc2.weight", ("mlp.fc2.weight",), "copy", ("C F",)),
+    ("mlp.linear_fc2.bias", ("mlp.fc2.bias",), "copy", ("C",)),
+)
+_PROJECTOR_TABLE: tuple[_Row, ...] = (
+    ("projector.linear_1.weight", (PROJECTOR + "linear_1.weight",), "copy", ("H C",)),
+    ("projector.linear_1.bias", (PROJECTOR + "linear_1.bias",), "copy", ("H",)),
+    ("projector.linear_2.weight", (PROJECTOR + "linear_2.weight",), "copy", ("H H",)),
+    ("projector.linear_2.bias", (PROJECTOR + "linear_2.bias",), "copy", ("H",)),
+    ("image_newline", ("image_newline",), "copy", ("H",)),
+)
+_LANGUAGE_TABLE: tuple[_Row, ...] = (
+    ("language_model.embedding.word_embeddings.weight", (LANGUAGE + "embed_tokens.weight",), "copy", ("V H",)),
+)
+_LANGUAGE_LAYER_TABLE: tuple[_Row, ...] = (
+    (
+        "self_attention.linear_qkv.weight",
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        "qkv",
+        ("H H", "K H", "K H"),
+    ),
+    ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), "copy", ("H H",)),
+    ("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up", ("I H", "I H")),
+    ("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "copy", ("H I",)),
+)
+_OUTPUT_TABLE: tuple[_Row, ...] = (
+    ("language_model.output_layer.weight", ("language_model.lm_head.weight",), "copy", ("V H",)),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron tensor: its name, the Hugging Face tensors it is made of, their shapes, and how."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    rule: Rule
+    hf_shapes: tuple[tuple[int, ...], ...]
+
+
+def _sizes(model: ModelConfig) -> dict[str, int]:
+    vision, language = model.vision, model.language
+    head_dim = language.hidden_size // language.num_attention_heads
+    return {
+        "C": vision.hidden_size,
+        "F": vision.intermediate_size,
+        "N": vision.patches_per_tile + 1,
+        "p": vision.patch_size,
+        "H": language.hidden_size,
+        "I": language.intermediate_size,
+        "K": language.num_key_value_heads * head_dim,
+        "V": language.vocab_size,
+        "3": 3,
+    }
+
+
+def _entries(
+    table: Iterable[_Row],
+    sizes: dict[str, int],
+    rules: dict[str, Rule],
+    megatron: str = "",
+    hf: str = "",
+    layers: int = 1,
+) -> Iterator[Entry]:
+    for layer in range(layers):
+        for name, hf_names, rule, shapes in table:
+            yield Entry(
+                megatron=megatron.format(layer=layer) + name,
+                hf=tuple(hf.format(layer=layer) + hf_name for hf_name in hf_names),
+                rule=rules[rule],
+                hf_shapes=tuple(tuple(sizes[letter] for letter in shape.split()) for shape in shapes),
+            )
+
+
+def name_map(model: ModelConfig) -> list[Entry]:
+    """All entries of this model. Layers of the tower that no feature uses travel under their own names."""
+    vision, language, sizes = model.vision, model.language, _sizes(model)
+    common: dict[str, Rule] = {"copy": Copy(), "gate_up": StackGateUp()}
+    vision_rules = common | {"qkv": InterleaveQKV(vision.num_attention_heads, vision.num_attention_heads)}
+    language_rules = common | {"qkv": InterleaveQKV(language.num_attention_heads, language.num_key_value_heads)}
+    entries = [
+        *_entries(_VISION_TABLE, sizes, vision_rules),
+        *_entries(
+            _VISION_LAYER_TABLE, sizes, vision_rules, _VISION_LAYER, _HF_VISION_LAYER, layers=vision.num_layers_used
+        ),
+        *(
+            Entry(f"vision_model.unused.{name.replace('.', '__')}", (VISION + name,), Copy(), (shape,))
+            for name, shape in unused_shapes(vision).items()
+        ),
+        *_entries(_PROJECTOR_TABLE, sizes, common),
+        *_entries(_LANGUAGE_TABLE, sizes, common),
+        *_entries(
+            _LANGUAGE_LAYER_TABLE,
+            sizes,
+            language_rules,
+            _LANGUAGE_LAYER,
+            _HF_LANGUAGE_LAYER,
+            layers=language.num_hidden_layers,
+        ),
+    ]
+    if not language.tie_word_embeddings:
+        entries += _entries(_OUTPUT_TABLE, sizes, common)
+    return entries
+
+
+def to_megatron(
+    entries: list[Entry], tensors: Mapping[str, torch.Tensor], source: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(Megatron name, tensor) for every entry. `source` names the folder in errors.
+
+    Raises ConversionError, at once, if a tensor is missing, left over or of another shape.
+    """
+    _check(tensors, {name: shape for e in entries for name, shape in zip(e.hf, e.hf_shapes, strict=True)}, source)
+    return ((entry.megatron, entry.rule.to_megatron([tensors[name] for name in entry.hf])) for entry in entries)
+
+
+def to_hf(entries: list[Entry], tensors: Mapping[str, torch.Tensor], source: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, tensor) for every entry; errors as in to_megatron."""
+    _check(tensors, {entry.megatron: _megatron_shape(entry) for entry in entries}, source)
+    return (pair for entry in entries for pair in zip(entry.hf, entry.rule.to_hf(tensors[entry.megatron]), strict=True))
+
+
+def _megatron_shape(entry: Entry) -> tuple[int, ...]:
+    """The rule's own answer, asked with tensors that have shapes and no memory."""
+    made = entry.rule.to_megatron([torch.empty(shape, device="meta") for shape in entry.hf_shapes])
+    return tuple(made.shape)
+
+
+def _check(tensors: Mapping[str, torch.Tensor], expected: dict[str, tuple[int, ...]], source: str) -> None:
+    missing = [name for name in expected if name not in tensors]
+    extra = [name for name in tensors if name not in expected]
+    shapes = [
+        f"{name}: {tuple(tensors[name].shape)}, the config says {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    problems = [
+        f"{title}:\n{some_of(names)}"
+        for title, names in (
+            ("tensors that are missing", missing),
+            ("tensors that have no place in this model", extra),
+            ("tensors of another shape", shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise ConversionError(f"{source} does not hold the model its config describes\n" + "\n".join(problems))

@@ -1,0 +1,36 @@
+"""Spellings of the same tensor: every Hugging Face dialect is brought to the names of name_map.py."""
+
+from __future__ import annotations
+
+import re
+
+# A whole VLM: transformers 5 drops `vision_model.` from the tower, and both versions call things otherwise in memory
+# (`model.` in front, the head outside the language model) than on disk.
+_WHOLE = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^model\.(vision_tower|multi_modal_projector|image_newline)", r"\1"),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+)
+# A tower alone: CLIPVisionModel of transformers 4, CLIPModel (the tower of a two-tower file), or transformers 5.
+_TOWER = (
+    (r"^vision_model\.", "vision_tower.vision_model."),
+    (r"^(?=embeddings\.|pre_layrnorm\.|encoder\.|post_layernorm\.)", "vision_tower.vision_model."),
+)
+_LANGUAGE = ((r"^(?=model\.|lm_head\.)", "language_model."),)
+
+DIALECTS = {"whole": _WHOLE, "vision": _TOWER, "language": _LANGUAGE}
+
+# In files of the kind and of no use to us: the text half of a CLIPModel, and counters that older versions saved.
+_IGNORED = re.compile(
+    r"^(text_model\.|text_projection\.|visual_projection\.|logit_scale$)|\.position_ids$|\.rotary_emb\.inv_freq$"
+)
+
+
+def canonical_name(name: str, dialect: str) -> str | None:
+    """The name in name_map.py of tensor `name` in a file of kind "whole", "vision" or "language"; None: not needed."""
+    if _IGNORED.search(name):
+        return None
+    for pattern, replacement in DIALECTS[dialect]:
+        name = re.sub(pattern, replacement, name)
+    return name

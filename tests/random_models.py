@@ -1,0 +1,133 @@
+"""Small models and tokenizers with random numbers everywhere, so that nothing that is mixed up goes unseen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+EOS, PAD = "|||IP_ADDRESS|||", "<|padding|>"
+VISION_SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 3,
+    "image_size": 28,
+    "patch_size": 7,
+    "hidden_act": "quick_gelu",
+}
+LANGUAGE_SIZES: dict[str, Any] = {
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "vocab_size": 283,
+    "max_position_embeddings": 512,
+}
+GROUPED_QUERY_SIZES = LANGUAGE_SIZES | {
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "rope_theta": 500.0,
+    "tie_word_embeddings": False,
+}
+# (height, width), in an order in which no pair is followed by its own mirror image
+GRID_PINPOINTS = [[28, 28], [56, 28], [84, 28], [28, 56], [56, 56], [28, 84]]
+_SENTENCES = (
+    "What is the colour of the circle in this image?",
+    "Describe this image.",
+    "A red dog. A blue dog. Is there a dog in the image? yes, no, yes",
+)
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> None:
+    """Draw every parameter from N(0, 0.05), norm weights from 1 + N(0, 0.2).
+
+    Fresh models have zero biases and unit norms, which hide a bias that is dropped and norms that are swapped.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm_weight = "norm" in name and name.endswith("weight") and parameter.dim() == 1
+            parameter.copy_(1 + 0.2 * noise if is_norm_weight else 0.05 * noise)
+
+
+def write_tokenizer(folder: Path, size: int = 270) -> int:
+    """A byte-level BPE tokenizer with the published special strings, as a Hugging Face folder; returns its length."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 1, initial_alphabet=alphabet, special_tokens=["<|endoftext|>", PAD], show_progress=False
+    )
+    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    tokenizer.add_special_tokens([AddedToken(EOS, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert tokenizer.get_vocab_size() == size
+    return size
+
+
+def clip_vision_model(sizes: dict[str, Any] = VISION_SIZES, seed: int = 1) -> Any:
+    """A random transformers CLIPVisionModel."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    model = CLIPVisionModel(CLIPVisionConfig(**sizes)).eval()
+    randomize(model, seed)
+    return model
+
+
+def _olmo_config(sizes: dict[str, Any], eos_id: int, pad_id: int) -> Any:
+    from transformers import OlmoConfig
+
+    settings = {"tie_word_embeddings": True, "rope_theta": 10000.0, **sizes}
+    rope = {"rope_theta": settings.pop("rope_theta"), "rope_type": "default"}
+    return OlmoConfig(**settings, rope_parameters=rope, eos_token_id=eos_id, pad_token_id=pad_id, bos_token_id=None)
+
+
+def olmo_model(sizes: dict[str, Any] = LANGUAGE_SIZES, seed: int = 2, eos_id: int = 269, pad_id: int = 1) -> Any:
+    """A random transformers OlmoForCausalLM."""
+    from transformers import OlmoForCausalLM
+
+    model = OlmoForCausalLM(_olmo_config(sizes, eos_id, pad_id)).eval()
+    randomize(model, seed)
+    return model
+
+
+def llava_next_model(
+    vision: dict[str, Any] = VISION_SIZES,
+    language: dict[str, Any] = LANGUAGE_SIZES,
+    image_token_index: int = 270,
+    seed: int = 3,
+    pinpoints: list[list[int]] = GRID_PINPOINTS,
+) -> Any:
+    """A random transformers LlavaNextForConditionalGeneration with a CLIP tower and an OLMo decoder."""
+    from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    text = _olmo_config(language, eos_id=image_token_index - 1, pad_id=1)
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=text,
+        image_token_index=image_token_index,
+        image_grid_pinpoints=pinpoints,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+    model = LlavaNextForConditionalGeneration(config).eval()
+    randomize(model, seed)
+    return model
+
+
+def write_llava_next(folder: Path, **settings: Any) -> Any:
+    """A random LlavaNextForConditionalGeneration with its tokenizer in `folder`; returns the model."""
+    words = write_tokenizer(folder)
+    model = llava_next_model(image_token_index=words, **settings)
+    model.save_pretrained(folder)
+    return model
