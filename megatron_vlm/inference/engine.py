@@ -1,0 +1,159 @@
+"""Generation straight from a Megatron checkpoint, without a conversion.
+
+    prompts and images -> one packed row -> its last logits -> a token per prompt -> a row of those -> ...
+
+The prompts are read as one row, as in training; each then grows by one token per step, with its keys and values kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import megatron_vlm.runtime  # noqa: F401  (prepares the process before megatron.core is imported)
+from megatron_vlm.config import ModelConfig, ParallelConfig
+from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
+from megatron_vlm.data.conversation import Turn, encode_prompt
+from megatron_vlm.data.merge import NEWLINE, merge_sources
+from megatron_vlm.data.tiling import image_to_tiles
+from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_vlm.inference.sampling import greedy
+from megatron_vlm.model.build import build_model
+from megatron_vlm.model.kv_cache import KVCache
+from megatron_vlm.model.vlm import VisionLanguageModel
+from megatron_vlm.runtime.device import current_device
+from megatron_vlm.runtime.launch import distributed
+from megatron_vlm.training.checkpoint import load_checkpoint, read_recipe, require_checkpoint
+
+
+@dataclass
+class Prompt:
+    """A conversation that ends with a question, and the images its `<image>` placeholders stand for, in order."""
+
+    turns: Sequence[Turn]
+    images: Sequence[Image.Image] = field(default_factory=list)
+
+
+class GenerationEngine:
+    """Answers batches of prompts with a model of one process."""
+
+    def __init__(self, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.recipe = model.recipe
+
+    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+        """The text of each answer, special tokens left out; arguments and errors as in `generate`."""
+        return [self.tokenizer.decode(ids) for ids in self.generate(prompts, max_new_tokens)]
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers, as ids.
+
+        Args:
+            prompts: answered together; each gets the answer it would get alone.
+            max_new_tokens: an answer that has not ended by then is cut off.
+
+        Returns:
+            New tokens of each prompt, the end-of-sequence id included where it came.
+
+        Raises:
+            ValueError: a prompt that does not end with a question, or whose placeholders are not as many as its images.
+        """
+        if not prompts or max_new_tokens < 1:
+            return [[] for _ in prompts]
+        batch = read_prompts(prompts, self.recipe.model, self.recipe.data.image_aspect_ratio, self.tokenizer)
+        lengths = np.diff(batch.bounds).tolist()
+        cache, device = KVCache(lengths, max_new_tokens), current_device()
+        language = self.model.language_model
+        hidden = self.model(batch, cache)
+        last = torch.tensor(batch.bounds[1:], device=device) - 1
+        answers: list[list[int]] = [[] for _ in prompts]
+        going = set(range(len(prompts)))
+        while True:
+            chosen = greedy(language.logits(hidden, last))
+            for number, token in enumerate(chosen.tolist()):
+                if number in going:
+                    answers[number].append(token)
+                    if token == self.tokenizer.eos_id or len(answers[number]) == max_new_tokens:
+                        going.discard(number)
+            if not going:
+                return answers
+            cache.advance(device)
+            assert cache.lengths is not None
+            row = _row_of_single_tokens(chosen.cpu(), cache.lengths.cpu())
+            # Straight to the language model: a row without images would send a tile of zeros through the tower.
+            embedded = language.embed(row.tokens.to(device))
+            hidden = language.decode(embedded, self.model.row_layout(row, cache))
+            last = torch.arange(len(prompts), device=device)
+
+
+def read_prompts(prompts: Sequence[Prompt], model: ModelConfig, aspect_ratio: str, tokenizer: Tokenizer) -> PackedBatch:
+    """The prompts as one packed row, a document each. Raises ValueError as `encode_prompt` does, naming the prompt."""
+    per_tile = model.vision.patches_per_tile
+    ids, positions, bounds = [], [], [0]
+    feature_positions, feature_sources, tiles = [], [], []
+    num_tiles = 0
+    for number, prompt in enumerate(prompts):
+        sources = [merge_sources(image.size, model, aspect_ratio) for image in prompt.images]
+        try:
+            encoded = encode_prompt(prompt.turns, tokenizer, [len(s) for s in sources], model.image_token_index)
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from error
+        for image, source, start in zip(prompt.images, sources, encoded.image_starts, strict=True):
+            tiles.append(image_to_tiles(image, model, aspect_ratio))
+            feature_positions.append(bounds[-1] + start + np.arange(len(source)))
+            feature_sources.append(np.where(source == NEWLINE, NEWLINE, source + num_tiles * per_tile))
+            num_tiles += len(tiles[-1])
+        ids.append(encoded.ids)
+        positions.append(np.arange(len(encoded.ids)))
+        bounds.append(bounds[-1] + len(encoded.ids))
+    tokens = torch.from_numpy(np.concatenate(ids))
+    none = np.empty(0, dtype=np.int64)
+    return PackedBatch(
+        tokens=tokens,
+        labels=torch.full_like(tokens, IGNORE_INDEX),
+        positions=torch.from_numpy(np.concatenate(positions)),
+        bounds=bounds,
+        feature_positions=torch.from_numpy(np.concatenate([none, *feature_positions])),
+        feature_sources=torch.from_numpy(np.concatenate([none, *feature_sources])),
+        num_tiles=num_tiles,
+        tiles=torch.from_numpy(np.concatenate(tiles)) if tiles else None,
+        num_tokens=bounds[-1],
+    )
+
+
+def _row_of_single_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> PackedBatch:
+    nothing = torch.empty(0, dtype=torch.int64)
+    return PackedBatch(
+        tokens=tokens,
+        labels=torch.full_like(tokens, IGNORE_INDEX),
+        positions=positions,
+        bounds=list(range(len(tokens) + 1)),
+        feature_positions=nothing,
+        feature_sources=nothing,
+        num_tiles=0,
+        num_tokens=len(tokens),
+    )
+
+
+@contextmanager
+def load_engine(folder: str | Path) -> Iterator[GenerationEngine]:
+    """An engine on the newest checkpoint in `folder`, and its own tokenizer, for the time of the block.
+
+    Raises:
+        CheckpointError: there is no finished checkpoint.
+        DataError: it has no tokenizer.
+    """
+    checkpoint, recipe = require_checkpoint(folder), read_recipe(folder)
+    tokenizer = load_tokenizer(Path(folder) / "tokenizer")
+    recipe.parallel = ParallelConfig()
+    with distributed(recipe.parallel):
+        chunks = build_model(recipe)
+        load_checkpoint(checkpoint, chunks, recipe, tokenizer_fingerprint=tokenizer.fingerprint)
+        yield GenerationEngine(chunks[0], tokenizer)
