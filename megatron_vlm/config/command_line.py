@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from megatron_vlm.config.errors import ConfigError, nearest
+from megatron_vlm.config.errors import ConfigError, nearest_key
 from megatron_vlm.config.recipe import REPLACED, Leaf, Recipe, apply, leaves, read_yaml
 from megatron_vlm.config.values import without_none
 
@@ -66,7 +66,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[Recipe, argpa
 def flag(key: str) -> str:
     """The flag of a setting: Megatron-LM's name, or the dotted name for what belongs to the model."""
     if not key.startswith("model."):
-        key = key.partition(".")[2]
+        key = key.rpartition(".")[2]
     return "--" + key.replace("_", "-")
 
 
@@ -116,19 +116,18 @@ def _as_yaml(text: Any, leaf: Leaf) -> Any:
 
 
 def _unknown_arguments(arguments: list[str], settings: list[Leaf]) -> list[str]:
-    flags = ["--config", "--dry-run", *(flag(leaf.key) for leaf in settings)]
-    short = {known.rpartition(".")[2]: known for known in flags if "." in known}
+    keys = ["config", "dry_run", *(leaf.key for leaf in settings)]
     problems = []
     for argument in arguments:
         if not argument.startswith("-"):
             continue
         name = argument.partition("=")[0]
         plain = name.lstrip("-").replace("-", "_")
-        guess = nearest(name, flags) or short.get(nearest(name.lstrip("-"), short) or "")
+        guess = nearest_key(plain, keys)
         if plain in REPLACED:
             remedy = f"About {plain}: {REPLACED[plain]}."
         elif guess:
-            remedy = f"Did you mean {guess}?"
+            remedy = f"Did you mean {flag(guess)}?"
         else:
             remedy = "All flags: python -m megatron_vlm.train --help"
         problems.append(f"{name}: there is no such flag. {remedy}")

@@ -23,3 +23,12 @@ def nearest(name: str, right_names: Iterable[str]) -> str | None:
     """The right name most like `name`, or None where none is alike."""
     matches = difflib.get_close_matches(name, list(right_names), n=1, cutoff=0.55)
     return matches[0] if matches else None
+
+
+def nearest_key(key: str, right_keys: Iterable[str]) -> str | None:
+    """The dotted key whose last name is most like that of `key`; of several, the one whose section is."""
+    by_name: dict[str, list[str]] = {}
+    for right in right_keys:
+        by_name.setdefault(right.rpartition(".")[2], []).append(right)
+    name = nearest(key.rpartition(".")[2], by_name)
+    return None if name is None else difflib.get_close_matches(key, by_name[name], n=1, cutoff=0.0)[0]

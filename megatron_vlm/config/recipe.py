@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_vlm.config.data import DataConfig
-from megatron_vlm.config.errors import ConfigError, nearest
+from megatron_vlm.config.errors import ConfigError, nearest_key
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.parallel import ParallelConfig
 from megatron_vlm.config.training import TrainingConfig
@@ -118,12 +118,7 @@ def right_name(key: str) -> str:
         return f"About {name}: {REPLACED[name]}."
     keys = [leaf.key for leaf in leaves(Recipe())]
     keys += sorted({parent for known in keys if (parent := known.rpartition(".")[0])})
-    # The right name in the wrong section comes first: `training.seq_length` is meant as `data.seq_length`.
-    elsewhere = [known for known in keys if known.rpartition(".")[2] == name]
-    guess = nearest(key, elsewhere) or (elsewhere[0] if elsewhere else None) or nearest(key, keys)
-    if guess is None:
-        by_name = {known.rpartition(".")[2]: known for known in keys}
-        guess = by_name.get(nearest(name, by_name) or "")
+    guess = nearest_key(key, keys)
     return f"Did you mean {guess}?" if guess else "All settings: python -m megatron_vlm.train --help"
 
 

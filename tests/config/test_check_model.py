@@ -9,6 +9,7 @@ CASES = [
     ({"model.vision.hidden_size": 34}, 1, "model.vision.hidden_size = 34", "Use 32 or 36"),
     ({"model.vision.patch_size": 5}, 1, "model.vision.image_size = 28", "Use 25 or 30"),
     ({"model.vision.vision_feature_layer": 1}, 1, "model.vision.vision_feature_layer = 1", "from -4 to -1"),
+    ({"model.vision.vision_feature_layer": 0}, 1, "model.vision.vision_feature_layer = 0", "from -4 to -1"),
     ({"model.vision.vision_feature_layer": -5}, 1, "model.vision.vision_feature_layer = -5", "from -4 to -1"),
     (
         TENSOR
@@ -100,3 +101,11 @@ def test_key_value_heads_may_be_fewer_than_ranks(problems_of, key_value_heads):
         "parallel.context_parallel_size": 4,
     }
     assert problems_of(changes, 8) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model.vision.vision_feature_layer": -4}, {"model.image_token_index": 0}, {"model.image_token_index": 511}],
+)
+def test_the_ends_of_ranges_are_allowed(problems_of, changes):
+    assert problems_of(changes) == []

@@ -26,6 +26,9 @@ def recipe(tmp_path):
 
 def test_paths_that_are_there_pass(recipe, tmp_path):
     check_paths(recipe)
+    (tmp_path / "new").mkdir()
+    recipe.data.image_folder = "s3://bucket/images"
+    check_paths(recipe)
     (tmp_path / "bpe.model").write_bytes(b"")
     recipe.data.tokenizer_model = str(tmp_path / "bpe.model")
     check_paths(recipe)

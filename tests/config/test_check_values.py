@@ -75,3 +75,8 @@ def test_an_unknown_part_and_no_part_at_all_are_problems(problems_of):
     (empty,) = problems_of({"training.trainable": []})
     assert empty.startswith("training.trainable = nothing: empty")
     assert problems_of({"training.trainable": ["projector"]}) == []
+
+
+@pytest.mark.parametrize("key", NOT_NEGATIVE + FRACTIONS)
+def test_zero_is_allowed(problems_of, key):
+    assert problems_of({key: 0}) == []

@@ -101,6 +101,8 @@ def test_none_unsets_what_the_recipe_set(tmp_path):
         ("--train_iters 3", "Did you mean --train-iters?"),
         ("--model.langauge.hidden-size 3", "Did you mean --model.language.hidden-size?"),
         ("--train-iter 3", "Did you mean --train-iters?"),  # no silent abbreviations
+        ("--dry_run", "Did you mean --dry-run?"),
+        ("--model.language.hiden-size 3", "Did you mean --model.language.hidden-size?"),
         ("--sequence-parallel", "always on when tensor_model_parallel_size > 1"),
         ("--micro-batch-size 1", "always one packed row"),
         ("--qqqq 1", "--help"),

@@ -50,6 +50,9 @@ def test_file_beats_defaults_and_overrides_beat_the_file(tmp_path):
         ("trainning: {lr: 3}", "training"),
         ("model: {langauge: {}}", "model.language"),
         ("model: {hidden_size: 3}", "model.vision.hidden_size"),
+        ("model: {language: {hiden_size: 3}}", "model.language.hidden_size"),
+        ("model: {image_grid_pinpoint: []}", "model.image_grid_pinpoints"),
+        ("lrr: 3", "training.lr"),
     ],
 )
 def test_unknown_key_names_file_key_and_the_nearest_right_name(tmp_path, text, guess):
@@ -85,6 +88,7 @@ def test_all_wrong_keys_and_types_are_reported_together(tmp_path):
     [
         ("training: {lr: [", "not valid YAML"),
         ("training: {lr: 1.0, lr: 2.0}", "lr is given twice"),
+        ("? [a]\n: 1\n", "not valid YAML"),
         ("- 1\n- 2\n", "the whole file: expected settings"),
     ],
 )

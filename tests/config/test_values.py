@@ -42,6 +42,7 @@ def test_accepted(value, kind, expected):
         ("yes", bool, "expected true or false, got 'yes'"),
         (None, str, "expected text, got nothing"),
         (7, str, "put it in quotes"),
+        ([], float, "expected a number, got []"),
         ("projector", list[str], "a list of one is [projector]"),
         ([1], list[str], "expected a list, each element text"),
         ([28, 28], list[list[int]], "expected a list, each element a list, each element a whole number"),
