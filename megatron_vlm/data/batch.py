@@ -34,11 +34,12 @@ class PackedBatch:
     feature_positions: torch.Tensor
     """[N] int64, ascending: the positions in the row that image features fill."""
     feature_sources: torch.Tensor
-    """[N] int64: which feature fills each of them; tile t's patch p is t * patches_per_tile + p, and -1 is the newline."""
+    """[N] int64: which feature fills each of them; tile t's patch p is t * patches_per_tile + p, and -1 is the newline.
+    """
     num_tiles: int
     """T: tiles of the whole row, whether or not this rank holds any."""
     tiles: torch.Tensor | None = None
-    """[n, 3, image_size, image_size] float32, normalised: the tiles this rank encodes (see tile_range); None where none."""
+    """[n, 3, image_size, image_size] float32, normalised: the tiles this rank encodes (see tile_range), if any."""
     sample_ids: list[str] = field(default_factory=list)
     num_tokens: int = 0
     """Tokens of real documents: S minus the padded tail."""
@@ -47,7 +48,8 @@ class PackedBatch:
 def tile_range(num_tiles: int, rank: int, size: int) -> tuple[int, int]:
     """The tiles [start, stop) of a row that member `rank` of `size` encoding ranks is dealt.
 
-    Every rank is dealt ceil(num_tiles / size) places, in order; the last ranks may have fewer tiles than places or none.
+    Every rank is dealt ceil(num_tiles / size) places, in order; the last ranks may have fewer tiles than places or
+    none.
     """
     each = -(-num_tiles // size)
     return min(rank * each, num_tiles), min((rank + 1) * each, num_tiles)

@@ -1,8 +1,8 @@
 """The `instella` conversation template: turns to ids, with labels on the answers only.
 
 A conversation is rendered as an end-of-sequence id, then for each turn `<|user|>\\n{question}\\n` or
-`<|assistant|>\\n{answer}` + end-of-sequence id + `\\n`. Supervised are the answer, the end-of-sequence id and the newline
-after it; questions, roles and image positions never are.
+`<|assistant|>\\n{answer}` + end-of-sequence id + `\\n`. Supervised are the answer, the end-of-sequence id and the
+newline after it; questions, roles and image positions never are.
 """
 
 from __future__ import annotations

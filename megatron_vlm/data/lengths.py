@@ -1,9 +1,10 @@
 """The length index: tokens, tiles and image sizes of every sample of a source, measured once and kept.
 
-Planning needs nothing else, so every rank plans by itself without reading an image. The index is kept under a name made of
-everything the lengths follow from: the annotations' content, the tokenizer, the tiling and the template; when one of them
-changes, another index is built. Refused samples are looked at again each time, so a mended image is taken without more ado.
-An image that is replaced by one of another size while its annotation stays the same is found when the row is built.
+Planning needs nothing else, so every rank plans by itself without reading an image. The index is kept under a name
+made of everything the lengths follow from: the annotations' content, the tokenizer, the tiling and the template; when
+one of them changes, another index is built. Refused samples are looked at again each time, so a mended image is taken
+without more ado. An image that is replaced by one of another size while its annotation stays the same is found when
+the row is built.
 """
 
 from __future__ import annotations
@@ -11,14 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -28,6 +25,7 @@ import numpy as np
 from megatron_vlm.data.conversation import TEMPLATE, encode_conversation
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.merge import count_positions
+from megatron_vlm.data.parallel import map_numbers
 from megatron_vlm.data.sources import SampleSource
 from megatron_vlm.data.tiling import ImageGeometry, count_tiles
 from megatron_vlm.data.tokenizer import Tokenizer
@@ -36,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 REFUSED = -1
 _FORMAT = "1"
-_CHUNK = 256
-_SECONDS_BETWEEN_REPORTS = 5.0
 
 
 @dataclass
@@ -104,9 +100,6 @@ class _Measurer:
         encoded = encode_conversation(sample.turns, self.tokenizer, positions, 0)
         return _Measure(len(encoded.ids), sum(count_tiles(size, self.geometry) for size in sizes), sizes)
 
-    def measure_range(self, bounds: tuple[int, int]) -> list[_Measure]:
-        return [self.measure(index) for index in range(*bounds)]
-
 
 def load_or_build(
     source: SampleSource,
@@ -135,7 +128,8 @@ def load_or_build(
     path = folder / f"{location.stem}-{measurer.key()}.npz"
     index = _read(path)
     if index is None:
-        index = _collect(_measure_all(measurer, processes), len(source))
+        measures = map_numbers(measurer.measure, len(source), processes, f"measuring {source.name}")
+        index = _collect(measures, len(source))
         _write(path, index)
     elif index.refused:
         again = {refusal.index: measurer.measure(refusal.index) for refusal in index.refused}
@@ -144,51 +138,6 @@ def load_or_build(
             _write(path, index)
     _report(source, index, path.with_suffix(".refused.jsonl"))
     return index
-
-
-def _measure_all(measurer: _Measurer, processes: int | None) -> Iterator[_Measure]:
-    """Measures of all samples, in order."""
-    total = len(measurer.source)
-    ranges = [(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
-    processes = min(processes or len(os.sched_getaffinity(0)), len(ranges))
-    started = reported = time.monotonic()
-    done = 0
-    for measures in _map_ranges(measurer, ranges, processes):
-        yield from measures
-        done += len(measures)
-        if time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
-            reported = time.monotonic()
-            logger.info(
-                "measuring %s: %d of %d samples, %.0f/s", measurer.source.name, done, total, done / (reported - started)
-            )
-
-
-def _map_ranges(measurer: _Measurer, ranges: Sequence[tuple[int, int]], processes: int) -> Iterator[list[_Measure]]:
-    if processes <= 1:
-        yield from map(measurer.measure_range, ranges)
-        return
-    # fork: the annotations are shared with the measuring processes, not copied
-    context = multiprocessing.get_context("fork")
-    global _forked_measurer
-    _forked_measurer = measurer
-    try:
-        with ProcessPoolExecutor(processes, mp_context=context) as pool:
-            yield from pool.map(_measure_forked, ranges)
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"a process that measured {measurer.source.name} died, perhaps for want of memory. Try again with more memory."
-        ) from error
-    finally:
-        _forked_measurer = None
-
-
-_forked_measurer: _Measurer | None = None
-"""What processes forked by `_map_ranges` find."""
-
-
-def _measure_forked(bounds: tuple[int, int]) -> list[_Measure]:
-    assert _forked_measurer is not None
-    return _forked_measurer.measure_range(bounds)
 
 
 def _collect(measures: Iterator[_Measure], total: int) -> LengthIndex:

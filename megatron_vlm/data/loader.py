@@ -2,9 +2,9 @@
 
     data_path -> sources -> length index -> mixture of the epoch -> plan -> this rank's rows -> workers -> PackedBatch
 
-Every rank opens the data and plans by itself; what a rank reads differs only in which rows it takes (data parallelism) and
-which tiles of a row it decodes (tile_rank). The first call on a machine measures lengths and keeps them; let one process of
-each machine do it first and the others after it.
+Every rank opens the data and plans by itself; what a rank reads differs only in which rows it takes (data
+parallelism) and which tiles of a row it decodes (tile_rank). The first call on a machine measures lengths and keeps
+them; let one process of each machine do it first and the others after it.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ class RowLoader(Iterator[PackedBatch]):
         except RuntimeError as error:  # torch's word for a worker that died or hangs
             waiting = self._order.outstanding[0]
             raise RowError(
-                f"row {waiting.counter} did not come: {error}. It holds {self._name(waiting)}. A worker that was killed "
-                "usually wanted memory: give fewer num_workers, or more shared memory to the container."
+                f"row {waiting.counter} did not come: {error}. It holds {self._name(waiting)}. A worker that was "
+                "killed usually wanted memory: give fewer num_workers, or more shared memory to the container."
             ) from error
         finally:
             self.data_wait_seconds += time.perf_counter() - started
@@ -144,7 +144,7 @@ class RowLoader(Iterator[PackedBatch]):
         return named + (f" and {len(located) - _NAMED} more" if len(located) > _NAMED else "")
 
     def summary(self) -> dict[str, Any]:
-        """What became of the data: samples, usable, refused (by reason), skipped (too long), rows and fill of this epoch."""
+        """Samples, usable, refused (by reason), skipped (too long); rows and fill of this epoch."""
         return {**self._counts, "rows_per_epoch": self.plan.rows, "pack_fill": self.plan.fill}
 
     def close(self) -> None:
@@ -168,8 +168,8 @@ def build_loader(
 ) -> RowLoader:
     """Open the data of a recipe.
 
-    The rows of step s are those numbered `consumed_rows` + s * global_batch_size and following; the m-th of this rank is
-    m * dp_size + dp_rank further on. Which samples a row holds follows from the seed and its number alone.
+    The rows of step s are those numbered `consumed_rows` + s * global_batch_size and following; the m-th of this rank
+    is m * dp_size + dp_rank further on. Which samples a row holds follows from the seed and its number alone.
 
     Args:
         recipe: its data, model, training.seed and training.global_batch_size are used.
@@ -191,8 +191,9 @@ def build_loader(
     tokenizer = load_tokenizer(data.tokenizer_model)
     if len(tokenizer) > recipe.model.image_token_index:
         raise DataError(
-            f"tokenizer {tokenizer.path} has {len(tokenizer)} ids and image_token_index is {recipe.model.image_token_index}: "
-            "image positions would be taken for text. Set it to an id that the tokenizer does not give."
+            f"tokenizer {tokenizer.path} has {len(tokenizer)} ids and image_token_index is "
+            f"{recipe.model.image_token_index}: image positions would be taken for text. "
+            "Set it to an id that the tokenizer does not give."
         )
     geometry = ImageGeometry.of(recipe.model, data.image_aspect_ratio)
     indexes = [load_or_build(source, tokenizer, geometry, data.cache_dir) for source in mixture.sources.sources]
@@ -243,8 +244,8 @@ def _check_oversized(
     ]
     more = f" and {len(oversized) - _NAMED} more" if len(oversized) > _NAMED else ""
     told = (
-        f"{len(oversized)} samples are longer than a row of {data.seq_length} tokens and {data.max_tiles_per_row} tiles: "
-        f"{', '.join(named)}{more}"
+        f"{len(oversized)} samples are longer than a row of {data.seq_length} tokens and {data.max_tiles_per_row} "
+        f"tiles: {', '.join(named)}{more}"
     )
     if data.oversized_samples == "refuse":
         raise DataError(f"{told}. Raise seq_length or max_tiles_per_row, or set oversized_samples to skip.")

@@ -1,7 +1,7 @@
 """Which feature fills which position of an image: pure index computation.
 
-Base view first, patch by patch; then the tiles as one big grid of patches, without the rows or columns that only hold the
-black around the image, each row followed by the learned newline. LLaVA-NeXT's `spatial_unpad`; the rounding is
+Base view first, patch by patch; then the tiles as one big grid of patches, without the rows or columns that only hold
+the black around the image, each row followed by the learned newline. LLaVA-NeXT's `spatial_unpad`; the rounding is
 transformers' (`unpad_image` of LlavaNext), which gives the published counts too.
 """
 
@@ -34,7 +34,7 @@ def unpadded_window(size: Size, columns: int, rows: int) -> tuple[int, int, int,
 
 @lru_cache(maxsize=1024)
 def feature_order(size: Size, geometry: ImageGeometry) -> np.ndarray:
-    """Features of an image in the order of its positions: tile * patches_per_tile + patch, or NEWLINE. Read-only int64."""
+    """An image's features in the order of its positions: tile * patches_per_tile + patch, or NEWLINE. Read-only."""
     grid, patches = geometry.grid, geometry.patches_per_tile
     base = np.arange(patches, dtype=np.int64)
     if geometry.aspect_ratio != "anyres":
@@ -74,8 +74,8 @@ def merge_sources(size: Size, model: ModelConfig, aspect_ratio: str) -> np.ndarr
         aspect_ratio: anyres; square and pad have one tile and no newline.
 
     Returns:
-        [positions] int64, read-only: tile * patches_per_tile + patch with the image's own tiles counted from 0 (the base
-        view), or -1 for the newline.
+        [positions] int64, read-only: tile * patches_per_tile + patch with the image's own tiles counted from 0 (the
+        base view), or -1 for the newline.
     """
     return feature_order((int(size[0]), int(size[1])), ImageGeometry.of(model, aspect_ratio))
 

@@ -5,7 +5,7 @@ A mixture is a YAML file:
     datasets:
       - json_path: captions.json          # or shard_path: a folder of shards
       - json_path: charts.json
-        sampling_strategy: random:10%     # all | first:N | end:N | random:N | choose:N | repeat:K; N may be a percentage
+        sampling_strategy: random:10%     # all | first:N | end:N | random:N | choose:N | repeat:K; N or P%
       - shard_path: shards/tables
         choose: 2000                      # the same as sampling_strategy: choose:2000
       - shard_path: shards/science
@@ -74,15 +74,15 @@ class SamplingRule:
             rng: this epoch's.
         """
         everything = np.flatnonzero(usable)
-        count = ceil(self.amount * len(usable) / 100) if self.percent else self.amount
+        count = ceil(self.amount * len(usable) / 100) if self.percent else int(self.amount)
         if self.kind == "first":
             return everything[everything < count]
         if self.kind == "end":
             return everything[everything >= len(usable) - count]
         if self.kind == "random":
-            return rng.permutation(everything)[: int(count)]
+            return rng.permutation(everything)[:count]
         if self.kind == "choose":
-            copies, rest = divmod(int(count), max(len(everything), 1))
+            copies, rest = divmod(count, max(len(everything), 1))
         else:  # all, repeat
             copies = floor(self.amount)
             rest = round((self.amount - copies) * len(everything))

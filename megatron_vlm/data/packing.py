@@ -1,9 +1,9 @@
 """The plan: which samples share a row, and in which order rows come, from lengths alone.
 
-An epoch's samples are permuted and cut into windows; each window is packed by itself under two budgets, tokens and tiles,
-and its rows are shuffled. All of it follows from (seed, epoch): every rank computes the same plan. Training counts the rows
-it has consumed since its start; epoch and row follow from that count by adding up the rows of the epochs before, whatever
-the number of data-parallel ranks was.
+An epoch's samples are permuted and cut into windows; each window is packed by itself under two budgets, tokens and
+tiles, and its rows are shuffled. All of it follows from (seed, epoch): every rank computes the same plan. Training
+counts the rows it has consumed since its start; epoch and row follow from that count by adding up the rows of the
+epochs before, whatever the number of data-parallel ranks was.
 """
 
 from __future__ import annotations
@@ -101,9 +101,9 @@ def pack_window(
 ) -> list[list[int]]:
     """Share samples out to rows.
 
-    Each row begins with the longest sample left, so that the hard ones are placed while small ones remain to go with them;
-    takes samples as they come while there is ample room, so that the mix of lengths stays what it is to the end; and is
-    closed by the set that fills it best of some that are tried.
+    Each row begins with the longest sample left, so that the hard ones are placed while small ones remain to go with
+    them; takes samples as they come while there is ample room, so that the mix of lengths stays what it is to the
+    end; and is closed by the set that fills it best of some that are tried.
 
     Args:
         tokens: [n] of each sample, at most `seq_length`.
@@ -260,7 +260,7 @@ class RowPlan:
         return PlannedRow(counter, epoch, self._plan(epoch).row(counter - start))
 
     def share(self, consumed_rows: int, rank: int, size: int) -> Iterator[PlannedRow]:
-        """Every size-th row from `consumed_rows` + `rank` on, for ever: what one of `size` data-parallel ranks reads."""
+        """Every size-th row from `consumed_rows` + `rank` on, for ever: what one of `size` data ranks reads."""
         counter = consumed_rows + rank
         while True:
             yield self.row(counter)

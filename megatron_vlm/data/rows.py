@@ -1,10 +1,10 @@
 """From a planned row to a batch: samples are read, encoded, laid out; the images whose tiles are wanted are decoded.
 
-Every image was decoded once, when its shard was written or its lengths were measured, and refused if that failed. So an
-image that cannot be decoded now has been damaged or replaced since. That ends the run with an error that names it, rather
-than putting something in its place: only the ranks of the first stage decode, the ranks that know the labels do not, and
-nobody would learn that the model was shown something else. After the file is mended, the run goes on from its last
-checkpoint with exactly the rows that were still to come.
+Every image was decoded once, when its shard was written or its lengths were measured, and refused if that failed. So
+an image that cannot be decoded now has been damaged or replaced since. That ends the run with an error that names it,
+rather than putting something in its place: only the ranks of the first stage decode, the ranks that know the labels
+do not, and nobody would learn that the model was shown something else. After the file is mended, the run goes on from
+its last checkpoint with exactly the rows that were still to come.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class RowBuilder:
         if len(encoded.ids) != lengths.tokens[index]:
             raise RowError(
                 f"row {row.counter}: sample {sample.id!r} of {sample.file} has {len(encoded.ids)} tokens where "
-                f"{lengths.tokens[index]} were measured: the data changed while training. Start again from the checkpoint."
+                f"{lengths.tokens[index]} were measured: the data changed. Start again from the checkpoint."
             )
         return sample, Document(sample.id, encoded, sizes)
 

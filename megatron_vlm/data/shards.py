@@ -1,11 +1,13 @@
 """Shards: samples in mosaicml-streaming's MDS format, with its built-in encodings only, so that it reads them unaided.
 
-| column        | encoding      | holds |
-|---------------|---------------|-------|
-| annotation    | json          | the annotation, id included |
-| images        | bytes         | the original image files, end to end; never encoded anew |
-| image_lengths | ndarray:int64 | bytes of each image file |
-| image_sizes   | ndarray:int32 | width and height of each image, upright: w0, h0, w1, h1, … |
+| column        | encoding | holds |
+|---------------|----------|-------|
+| annotation    | json     | the annotation, id included |
+| images        | bytes    | the original image files, end to end; never encoded anew |
+| image_lengths | json     | bytes of each image file |
+| image_sizes   | json     | [width, height] of each image, upright |
+
+Lists are JSON because the format's arrays may not be empty, and a sample of text alone has no image.
 """
 
 from __future__ import annotations
@@ -13,13 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-
-import numpy as np
 
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.streaming_shim import import_streaming
@@ -27,8 +27,8 @@ from megatron_vlm.data.streaming_shim import import_streaming
 COLUMNS = {
     "annotation": "json",
     "images": "bytes",
-    "image_lengths": "ndarray:int64",
-    "image_sizes": "ndarray:int32",
+    "image_lengths": "json",
+    "image_sizes": "json",
 }
 INDEX = "index.json"
 
@@ -46,7 +46,8 @@ class ShardSample:
 class ShardWriter:
     """Writes one folder of shards; used as a context manager.
 
-    Shards go into a sibling folder first, which takes the final name when all is written: a folder by that name is whole.
+    Shards go into a sibling folder first, which takes the final name when all is written: a folder by that name is
+    whole.
     """
 
     def __init__(self, folder: str | Path, size_limit: int = 1 << 26) -> None:
@@ -75,8 +76,8 @@ class ShardWriter:
             {
                 "annotation": sample.annotation,
                 "images": b"".join(sample.images),
-                "image_lengths": np.array([len(image) for image in sample.images], dtype=np.int64),
-                "image_sizes": np.array(sample.image_sizes, dtype=np.int32).reshape(-1),
+                "image_lengths": [len(image) for image in sample.images],
+                "image_sizes": sample.image_sizes,
             }
         )
         self.written += 1
@@ -138,8 +139,6 @@ class ShardFolder:
 
     def __getitem__(self, index: int) -> ShardSample:
         columns = self._data[index]
-        ends = np.cumsum(columns["image_lengths"])
-        starts: Sequence[int] = [0, *ends[:-1].tolist()]
-        images = [columns["images"][start:end] for start, end in zip(starts, ends.tolist(), strict=False)]
-        sizes = columns["image_sizes"].reshape(-1, 2).tolist()
-        return ShardSample(columns["annotation"], images, [(w, h) for w, h in sizes])
+        bounds = [0, *accumulate(columns["image_lengths"])]
+        images = [columns["images"][start:stop] for start, stop in pairwise(bounds)]
+        return ShardSample(columns["annotation"], images, [(w, h) for w, h in columns["image_sizes"]])

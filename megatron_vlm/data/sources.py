@@ -7,10 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megatron_vlm.data.annotations import Annotation, AnnotationFile, parse_annotation
+from megatron_vlm.data.annotations import AnnotationFile, parse_annotation
 from megatron_vlm.data.conversation import Turn
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.images import ImageUnreadable, verify_image
@@ -94,11 +95,12 @@ class AnnotationSource(SampleSource):
     def __len__(self) -> int:
         return len(self._file)
 
-    def annotation(self, index: int) -> Annotation:
-        return parse_annotation(self._file.entry(index), index, self.name)
+    def entry(self, index: int) -> dict[str, Any]:
+        """The annotation as written."""
+        return self._file.entry(index)
 
     def sample(self, index: int) -> Sample:
-        annotation = self.annotation(index)
+        annotation = parse_annotation(self.entry(index), index, self.name)
         paths = [self.image_folder / path for path in annotation.image_paths]
         return Sample(
             id=annotation.id,

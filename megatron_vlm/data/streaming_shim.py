@@ -1,8 +1,9 @@
 """mosaicml-streaming, imported so that it works beside a CPU build of torch.
 
-Importing the package runs its catalogues of ready-made datasets, which need torchvision; the torchvision that PyPI pairs
-with a CPU build of torch does not import. The catalogues are not used here, so empty modules stand in for them. The
-package's own pins exclude current transformers and numpy although it runs with both: it is installed with --no-deps.
+Importing the package runs its catalogues of ready-made datasets, which need torchvision; the torchvision that PyPI
+pairs with a CPU build of torch does not import. The catalogues are not used here, so empty modules stand in for them.
+The package's own pins exclude current transformers and numpy although it runs with both: it is installed with
+--no-deps.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def import_streaming() -> Any:
         import streaming
     except ImportError as error:
         raise ImportError(
-            f"shards are read and written with mosaicml-streaming, which cannot be imported ({error}). Install it with: "
-            "pip install --no-deps mosaicml-streaming==0.13.0 && "
+            f"shards are read and written with mosaicml-streaming, which cannot be imported ({error}). "
+            "Install it with: pip install --no-deps mosaicml-streaming==0.13.0 && "
             "pip install 'zstd<2' 'xxhash<4' 'python-snappy<1' brotli boto3 'catalogue<3' tqdm transformers"
         ) from error
     return streaming

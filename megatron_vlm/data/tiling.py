@@ -1,7 +1,8 @@
 """Images to tiles: which grid an image is cut at, and the cutting.
 
-The rule is LLaVA-NeXT's anyres: the base view is the whole image resized to one tile, ignoring its aspect ratio; besides,
-the image is resized, keeping its aspect ratio, into the best of some resolutions, centred on black, and cut row by row.
+The rule is LLaVA-NeXT's anyres: the base view is the whole image resized to one tile, ignoring its aspect ratio;
+besides, the image is resized, keeping its aspect ratio, into the best of some resolutions, centred on black, and cut
+row by row.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def _normalise(views: list[Image.Image]) -> np.ndarray:
 
 
 def cut_tiles(image: Image.Image, geometry: ImageGeometry, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Tiles [start, stop) of an image, all of them by default: [t, 3, tile_size, tile_size] float32, base view first."""
+    """Tiles [start, stop) of an image, by default all: [t, 3, tile_size, tile_size] float32, base view first."""
     side = geometry.tile_size
     image = image.convert("RGB")
     total = count_tiles(image.size, geometry)

@@ -73,7 +73,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_id = self._special_id("eos_token", eos)
         pad = special["pad_token"]
         self.pad_id = self.eos_id if pad is None else self._special_id("pad_token", pad)
-        # Some tokenizers list their end-of-sequence string as an ordinary added token, which would be parsed out of text.
+        # Some tokenizers list their end-of-sequence string as an ordinary added token, which would be parsed out of
+        # text.
         names = [name for name in (eos, pad) if name is not None]
         self._fast.add_special_tokens([AddedToken(name, special=True, normalized=True) for name in names])
         self._fast.encode_special_tokens = True
@@ -102,7 +103,7 @@ class HuggingFaceTokenizer(Tokenizer):
         number = self._fast.token_to_id(text)
         if number is None:
             raise DataError(
-                f"tokenizer folder {self.path}: {name} {text!r} is not in tokenizer.json. The files do not belong together."
+                f"tokenizer folder {self.path}: {name} {text!r} is not in its tokenizer.json: files of two tokenizers."
             )
         return int(number)
 
@@ -157,6 +158,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         DataError: there is nothing at `path`, or nothing that this reads.
     """
+    if not str(path):
+        raise DataError(
+            "no tokenizer: set tokenizer_model to a Hugging Face tokenizer folder or a sentencepiece .model file"
+        )
     location = Path(path)
     if location.is_dir():
         if (location / "tokenizer.json").is_file():
@@ -167,10 +172,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise DataError(f"tokenizer folder {location} holds neither tokenizer.json nor exactly one .model file")
     if location.is_file() and location.suffix == ".model":
         return SentencePieceTokenizer(location)
-    if not str(path):
-        raise DataError(
-            "no tokenizer: set tokenizer_model to a Hugging Face tokenizer folder or a sentencepiece .model file"
-        )
     raise DataError(
-        f"no tokenizer at {location}: tokenizer_model must be a Hugging Face tokenizer folder or a sentencepiece .model file"
+        f"no tokenizer at {location}: tokenizer_model is a Hugging Face tokenizer folder or a sentencepiece .model"
     )

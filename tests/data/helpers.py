@@ -49,6 +49,26 @@ def tiny_tokenizer_folder(folder: Path) -> Path:
     return folder
 
 
+def tiny_sentencepiece(file: Path) -> Path:
+    """A sentencepiece model trained on the spot; bytes it has not seen are spelled out."""
+    import sentencepiece
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("wb") as stream:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["What colour is the shape?", "The circle is red.", "The square is blue."] * 9),
+            model_writer=stream,
+            vocab_size=320,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    return file
+
+
 def image_bytes(width: int, height: int, seed: int = 0, kind: str = "PNG", **save: Any) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     stream = io.BytesIO()
@@ -104,7 +124,9 @@ def mixed_folder(root: Path, samples: int = 40, seed: int = 0) -> Folder:
 
 
 def make_recipe(data_path: Path | list[str], image_folder: Path | None, tokenizer: Path, **settings: Any) -> Any:
-    """A recipe with the settings that the loader reads; `seed` and `global_batch_size` go to training, the rest to data."""
+    """A recipe with the settings that the loader reads; `seed` and `global_batch_size` go to training, the rest to
+    data.
+    """
     training = {key: settings.pop(key) for key in ("seed", "global_batch_size") if key in settings}
     data = {"seq_length": 192, "max_tiles_per_row": 16, "num_workers": 0, **settings}
     paths = [str(data_path)] if isinstance(data_path, Path) else data_path

@@ -1,0 +1,78 @@
+"""Positions that images fill."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.data.merge import NEWLINE, merge_sources, num_image_tokens
+from megatron_vlm.data.tiling import tile_count
+from tests.data.helpers import tiny_model
+
+PUBLISHED = {
+    (100, 100): 1176, (336, 336): 1176, (336, 672): 1776, (672, 336): 1752, (672, 672): 2928, (336, 1008): 2376,
+    (1008, 336): 2328, (336, 1344): 2976, (1344, 336): 2904, (336, 1680): 3576, (1680, 336): 3480, (640, 480): 2340,
+    (480, 640): 2352, (1024, 768): 2340, (1920, 1080): 1948, (2480, 3508): 2256, (5000, 336): 1544,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "tokens"), PUBLISHED.items())
+def test_published_counts(size: tuple[int, int], tokens: int) -> None:
+    model = ModelConfig()
+    assert num_image_tokens(size, model, "anyres") == tokens
+    assert len(merge_sources(size, model, "anyres")) == tokens
+    assert num_image_tokens(size, model, "square") == num_image_tokens(size, model, "pad") == 576
+
+
+def test_order_of_a_two_by_two_grid() -> None:
+    """Tiles of 2x2 patches: base 0-3, tiles 4-7, 8-11, 12-15, 16-19."""
+    assert merge_sources((16, 16), tiny_model(), "anyres").tolist() == [
+        0, 1, 2, 3,
+        4, 5, 8, 9, NEWLINE,
+        6, 7, 10, 11, NEWLINE,
+        12, 13, 16, 17, NEWLINE,
+        14, 15, 18, 19, NEWLINE,
+    ]  # fmt: skip
+
+
+def test_black_rows_are_left_out() -> None:
+    """24x8 covers its grid; of 1200x10 so little is left that only the base view counts, as in transformers."""
+    assert merge_sources((24, 8), tiny_model(), "anyres").tolist() == [
+        0, 1, 2, 3, 4, 5, 8, 9, 12, 13, NEWLINE, 6, 7, 10, 11, 14, 15, NEWLINE,
+    ]  # fmt: skip
+    assert merge_sources((1200, 10), tiny_model(), "anyres").tolist() == [0, 1, 2, 3]
+
+
+def test_square_and_pad_are_the_base_view_alone() -> None:
+    for mode in ("square", "pad"):
+        assert merge_sources((30, 9), tiny_model(), mode).tolist() == [0, 1, 2, 3]
+
+
+def test_every_feature_at_most_once_and_counts_without_building() -> None:
+    model, draw = ModelConfig(), random.Random(1)
+    for _ in range(300):
+        size = (int(10 ** draw.uniform(0, 4)), int(10 ** draw.uniform(0, 4)))
+        order = merge_sources(size, model, "anyres")
+        assert len(order) == num_image_tokens(size, model, "anyres")
+        features = order[order != NEWLINE]
+        assert len(np.unique(features)) == len(features)
+        assert features.max() < tile_count(size, model, "anyres") * 576
+        np.testing.assert_array_equal(features[:576], np.arange(576))
+
+
+def test_counts_agree_with_transformers() -> None:
+    """transformers' own unpadding of the same grid, over many sizes."""
+    import torch
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+    model, draw = ModelConfig(), random.Random(2)
+    pinpoints = [[h, w] for w, h in model.image_grid_pinpoints]
+    for _ in range(300):
+        width, height = int(10 ** draw.uniform(1, 4)), int(10 ** draw.uniform(1, 4))
+        down, across = get_anyres_image_grid_shape((height, width), pinpoints, 336)
+        kept = unpad_image(torch.empty(1, down * 24, across * 24), (height, width))
+        expected = 576 + kept.shape[1] * (kept.shape[2] + 1)
+        assert num_image_tokens((width, height), model, "anyres") == expected, (width, height)
