@@ -1,0 +1,46 @@
+"""Attention over grouped documents against one dense attention with an explicit mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+
+def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int], causal: bool) -> torch.Tensor:
+    """softmax(q k / sqrt d) v over the whole row, with the mask written out."""
+    document = torch.bucketize(torch.arange(len(q)), torch.tensor(bounds[1:]), right=True)
+    mask = document[:, None] == document[None]
+    if causal:
+        mask &= torch.ones_like(mask).tril()
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    return F.scaled_dot_product_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), mask).transpose(0, 1)
+
+
+LENGTHS = [[30], [5, 5, 5], [9, 30, 8, 1, 10, 2], [7, 1, 7, 1, 7], [1300, 40, 1100, 39, 41]]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: "-".join(map(str, lengths)))
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_grouped_documents_equal_a_masked_row(lengths: list[int], causal: bool, kv_heads: int) -> None:
+    import megatron_vlm.runtime  # noqa: F401
+    from megatron_vlm.model.attention_kernels import sdpa
+    from megatron_vlm.model.row_layout import row_layout
+
+    bounds = [0]
+    for length in lengths:
+        bounds.append(bounds[-1] + length)
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(bounds[-1], 4, 8, generator=generator, requires_grad=True)
+    k, v = (torch.randn(bounds[-1], kv_heads, 8, generator=generator, requires_grad=True) for _ in range(2))
+    layout = row_layout(bounds, causal=causal, device=q.device)
+    upstream = torch.randn(bounds[-1], 4, 8, generator=generator)
+    out = sdpa(q, k, v, layout)
+    expected = _dense(q, k, v, bounds, causal)
+    assert torch.allclose(out, expected, atol=1e-5)
+    ours = torch.autograd.grad(out, (q, k, v), upstream)
+    theirs = torch.autograd.grad(expected, (q, k, v), upstream)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, other, atol=1e-4)

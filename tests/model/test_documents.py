@@ -1,0 +1,122 @@
+"""I2: a packed row is its documents one by one. I3: no document sees another. I9: rows without images or labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vlm.config import ParallelConfig
+from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
+from tests.parallel.rows import SEQ_LENGTH, make_row, tiny_recipe
+
+EQUAL = 1e-5
+
+
+@pytest.fixture(scope="module")
+def model(one_process: None) -> Any:
+    from megatron_vlm.model.build import build_model
+    from megatron_vlm.model.initialize import initialize_weights
+
+    recipe = tiny_recipe(ParallelConfig())
+    chunks = build_model(recipe)
+    initialize_weights(chunks, recipe)
+    return chunks[0]
+
+
+def _documents(row: PackedBatch, patches: int) -> list[PackedBatch]:
+    """Each document of a row as a row of its own, with the tiles it uses."""
+    alone = []
+    for start, end in zip(row.bounds, row.bounds[1:], strict=False):
+        here = (row.feature_positions >= start) & (row.feature_positions < end)
+        sources = row.feature_sources[here]
+        used = sorted({int(s) // patches for s in sources if s >= 0})
+        places = {tile: place for place, tile in enumerate(used)}
+        moved = [int(s) if s < 0 else places[int(s) // patches] * patches + int(s) % patches for s in sources]
+        assert row.tiles is not None
+        alone.append(
+            PackedBatch(
+                tokens=row.tokens[start:end],
+                labels=row.labels[start:end],
+                positions=row.positions[start:end],
+                bounds=[0, end - start],
+                feature_positions=row.feature_positions[here] - start,
+                feature_sources=torch.tensor(moved, dtype=torch.long),
+                num_tiles=len(used),
+                tiles=row.tiles[used],
+            )
+        )
+    return alone
+
+
+def _loss_and_gradients(model: Any, rows: list[PackedBatch]) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    total = 0.0
+    for row in rows:
+        loss = model(row)
+        loss.backward()
+        total += float(loss)
+    return total, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_a_packed_row_is_its_documents_one_by_one(model: Any, index: int) -> None:
+    row = make_row(index)
+    packed, gradients = _loss_and_gradients(model, [row])
+    apart, expected = _loss_and_gradients(model, _documents(row, model.vision_model.vision.patches_per_tile))
+    assert packed == pytest.approx(apart, rel=EQUAL, abs=1e-12)
+    for name, gradient in gradients.items():
+        norm = float(expected[name].norm())
+        assert float((gradient - expected[name]).norm()) <= EQUAL * norm + 1e-9, name
+
+
+def _logits(model: Any, row: PackedBatch) -> torch.Tensor:
+    with torch.no_grad():
+        hidden = model.language_model.decode(model.embed(row), model.row_layout(row))
+        return model.language_model.logits(hidden, torch.arange(SEQ_LENGTH))
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_no_document_sees_another_bit_for_bit(model: Any, index: int) -> None:
+    """Words and image features of document 1 are changed: not one bit of another document's logits moves."""
+    row, changed = make_row(index), make_row(index)
+    start, end = row.bounds[1], row.bounds[2]
+    changed.tokens[start:end] = (changed.tokens[start:end] + 1) % 250
+    here = (row.feature_positions >= start) & (row.feature_positions < end)
+    changed.feature_sources[here] = -1
+    before, after = _logits(model, row), _logits(model, changed)
+    assert not torch.equal(before[start:end], after[start:end])
+    others = torch.ones(SEQ_LENGTH, dtype=torch.bool)
+    others[start:end] = False
+    assert torch.equal(before[others], after[others])
+
+
+def test_positions_restart_in_every_document(model: Any) -> None:
+    """The same document twice in a row gives the same logits twice: rotary positions are the document's own."""
+    half = SEQ_LENGTH // 2
+    row = make_row(1)
+    row.tokens[half:] = row.tokens[:half]
+    row.positions = torch.arange(half).repeat(2)
+    row.bounds = [0, half, SEQ_LENGTH]
+    logits = _logits(model, row)
+    assert torch.allclose(logits[:half], logits[half:], atol=1e-5)
+
+
+def test_a_row_of_text_leaves_every_parameter_with_a_gradient(model: Any) -> None:
+    row = make_row(1)
+    assert row.num_tiles == 0
+    _, gradients = _loss_and_gradients(model, [row])
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in gradients.items():
+        if not name.startswith("language_model."):
+            assert not gradient.any(), f"{name} moved by a row without images"
+    assert any(g.any() for name, g in gradients.items() if name.startswith("language_model."))
+
+
+def test_a_row_without_a_loss_token_gives_zero_gradients(model: Any) -> None:
+    row = make_row(0)
+    row.labels[:] = IGNORE_INDEX
+    loss, gradients = _loss_and_gradients(model, [row])
+    assert loss == 0.0
+    assert all(not gradient.any() for gradient in gradients.values())

@@ -1,0 +1,47 @@
+"""The chunked loss head against torch's own cross entropy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_vlm.data.batch import IGNORE_INDEX
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_equals_cross_entropy(
+    one_process: None, monkeypatch: pytest.MonkeyPatch, chunk_tokens: int, frozen: bool
+) -> None:
+    from megatron.core import parallel_state
+
+    from megatron_vlm.config import ParallelConfig
+    from megatron_vlm.model import loss
+    from megatron_vlm.model.build import language_transformer_config
+    from tests.parallel.rows import tiny_recipe
+
+    generator = torch.Generator().manual_seed(0)
+    config = language_transformer_config(tiny_recipe(ParallelConfig()))
+    words = 53
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", chunk_tokens * words)
+    head = loss.LossHead(config, words, True, parallel_state.get_tensor_model_parallel_group())
+    weight = torch.randn(words, config.hidden_size, generator=generator)
+    head.weight.data.copy_(weight)
+    head.weight.requires_grad = not frozen
+    hidden = torch.randn(40, 1, config.hidden_size, generator=generator, requires_grad=True)
+    labels = torch.randint(0, words, (40,), generator=generator)
+    labels[torch.rand(40, generator=generator) < 0.5] = IGNORE_INDEX
+
+    total = head(hidden, labels, None)
+    (total * 3).backward()
+    theirs, weight = hidden.detach().clone().requires_grad_(), weight.requires_grad_()
+    expected = F.cross_entropy(theirs[:, 0] @ weight.t(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    (expected * 3).backward()
+
+    assert float(total) == pytest.approx(float(expected), rel=1e-6)
+    assert torch.allclose(hidden.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+    if frozen:
+        assert head.weight.grad is None
+    else:
+        assert torch.allclose(head.weight.grad, weight.grad, rtol=1e-5, atol=1e-4)
