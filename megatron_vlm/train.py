@@ -7,8 +7,9 @@ import sys
 import traceback
 
 import megatron_vlm.runtime  # noqa: F401  (prepares the process before megatron.core is imported)
-from megatron_vlm.config import ConfigError, check_paths, check_recipe, parse_command_line
+from megatron_vlm.config import ConfigError, check_recipe, parse_command_line
 from megatron_vlm.data.errors import DataError
+from megatron_vlm.plan import describe_run
 from megatron_vlm.runtime.launch import distributed, world_size
 from megatron_vlm.runtime.log import configure_logging
 from megatron_vlm.training.checkpoint import CheckpointError
@@ -20,13 +21,14 @@ def main(arguments: list[str]) -> int:
     speaks = os.environ.get("RANK", "0") == "0"
     try:
         recipe, options = parse_command_line(arguments)
-        check_recipe(recipe, world_size())
-        check_paths(recipe)
+        check_recipe(recipe, world_size(), paths=True)
     except ConfigError as error:
         if speaks:
             print(error, file=sys.stderr, flush=True)
         return 2
     if options.dry_run:
+        if speaks:
+            print(describe_run(recipe, world_size()))
         return 0
     training = recipe.training
     with distributed(recipe.parallel, seed=training.seed, timeout_minutes=training.distributed_timeout_minutes):

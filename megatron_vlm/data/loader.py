@@ -143,9 +143,15 @@ class RowLoader(Iterator[PackedBatch]):
         )
         return named + (f" and {len(located) - _NAMED} more" if len(located) > _NAMED else "")
 
+    @property
+    def worker_pids(self) -> list[int]:
+        """Processes that build rows."""
+        return [worker.pid for worker in getattr(self._batches, "_workers", [])]
+
     def summary(self) -> dict[str, Any]:
         """Samples, usable, refused (by reason), skipped (too long); rows and fill of this epoch."""
-        return {**self._counts, "rows_per_epoch": self.plan.rows, "pack_fill": self.plan.fill}
+        epoch = {"rows_per_epoch": self.plan.rows, "samples_per_epoch": len(self.plan.current.members)}
+        return {**self._counts, **epoch, "pack_fill": self.plan.fill}
 
     def close(self) -> None:
         """End the workers. Nothing can be read afterwards."""

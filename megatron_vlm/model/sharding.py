@@ -55,7 +55,11 @@ def mark_split_weights(model: torch.nn.Module) -> None:
     parallelism is that of the first rank's shards (2.31 for 3.06 in the test model) and clipping is silently wrong.
     """
     for module in model.modules():
+        split: int | None = None
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=0, stride=1)
+            split = 0
         elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=1, stride=1)
+            split = 1
+        # megatron-core 0.19 says it at once, 0.16 only while drawing
+        if split is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=split, stride=1)
