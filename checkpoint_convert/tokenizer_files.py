@@ -95,6 +95,7 @@ def export_tokenizer(tokenizer: Tokenizer, model: ModelConfig, folder: Path) -> 
         "model_max_length": model.language.max_position_embeddings,
         "padding_side": "left",  # prompts of a batch end together, where generation goes on
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token types, which no OLMo takes
     }
     _write(folder / "tokenizer_config.json", config)
 

@@ -58,6 +58,7 @@ def test_processor_gives_our_ids_and_tiles(exported: tuple[Path, Any, ModelConfi
     ]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(images=images, text=text, return_tensors="pt")
+    assert sorted(inputs) == ["attention_mask", "image_sizes", "input_ids", "pixel_values"]
     lengths = [num_image_tokens(image.size, model, "anyres") for image in images]
     turns = [Turn("human", "<image>\n<image>\nWhich one? ")]
     wanted = encode_prompt(turns, tokenizer, lengths, model.image_token_index)
