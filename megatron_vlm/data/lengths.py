@@ -16,8 +16,10 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 from zipfile import BadZipFile
 
 import numpy as np
@@ -60,6 +62,8 @@ class LengthIndex:
     sizes: np.ndarray
     """[images, 2] int32: upright (width, height)"""
     refused: list[Refusal]
+    listing: Path = Path()
+    """File beside the index that lists the refused samples, one JSON object per line."""
 
     def image_sizes(self, index: int) -> list[tuple[int, int]]:
         """Upright (width, height) of each image of a sample."""
@@ -127,16 +131,17 @@ def load_or_build(
     folder = Path(cache_dir) if cache_dir else location.parent / ".lengths"
     path = folder / f"{location.stem}-{measurer.key()}.npz"
     index = _read(path)
+    changed = index is None
     if index is None:
         measures = map_numbers(measurer.measure, len(source), processes, f"measuring {source.name}")
         index = _collect(measures, len(source))
-        _write(path, index)
     elif index.refused:
         again = {refusal.index: measurer.measure(refusal.index) for refusal in index.refused}
         if any(measure.refusal != old for measure, old in zip(again.values(), index.refused, strict=True)):
-            index = _replace(index, again)
-            _write(path, index)
-    _report(source, index, path.with_suffix(".refused.jsonl"))
+            index, changed = _replace(index, again), True
+    index.listing = path.with_suffix(".refused.jsonl")
+    if changed:
+        _write(path, index)
     return index
 
 
@@ -177,39 +182,36 @@ def _read(path: Path) -> LengthIndex | None:
 
 
 def _write(path: Path, index: LengthIndex) -> None:
-    refused = json.dumps([asdict(refusal) for refusal in index.refused])
+    refused = [asdict(refusal) for refusal in index.refused]
+    arrays = {name: getattr(index, name) for name in ("tokens", "tiles", "size_starts", "sizes")}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f"{path.stem}.", suffix=".partial", delete=False
-        ) as file:
-            np.savez(
-                file,
-                tokens=index.tokens,
-                tiles=index.tiles,
-                size_starts=index.size_starts,
-                sizes=index.sizes,
-                refused=refused,
-            )
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        with _replacing(index.listing) as file:
+            file.write("".join(json.dumps(refusal) + "\n" for refusal in refused).encode())
+        with _replacing(path) as file:
+            np.savez(file, **arrays, refused=json.dumps(refused))
     except OSError as error:
         raise DataError(f"the length index cannot be written to {path.parent}: {error}. Set cache_dir.") from error
 
 
-def _report(source: SampleSource, index: LengthIndex, listing: Path) -> None:
-    """Refusals, told by reason and listed one by one in a file beside the index."""
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the name `path` when it is whole."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.stem}.", suffix=".partial", delete=False) as file:
+        yield file
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def describe_refusals(source: SampleSource, index: LengthIndex) -> list[str]:
+    """Lines that tell how many samples were refused for which reason, each reason with an example; none if none was."""
     if not index.refused:
-        return
-    counts = Counter(refusal.reason for refusal in index.refused)
-    try:
-        listing.write_text("".join(json.dumps(asdict(refusal)) + "\n" for refusal in index.refused), encoding="utf-8")
-        where = f"all are listed in {listing}"
-    except OSError:  # a cache that others built and that is not ours to write to
-        where = "the first of each reason follows"
-    logger.warning(
-        "%s: %d of %d samples refused: %s; %s", source.name, len(index.refused), len(index.tokens),
-        ", ".join(f"{reason} {count}" for reason, count in counts.most_common()), where,
-    )  # fmt: skip
-    for reason in counts:
-        logger.warning("%s", next(refusal.message for refusal in index.refused if refusal.reason == reason))
+        return []
+    counts = Counter(refusal.reason for refusal in index.refused).most_common()
+    reasons = ", ".join(f"{reason} {count}" for reason, count in counts)
+    examples = [next(refusal.message for refusal in index.refused if refusal.reason == reason) for reason, _ in counts]
+    return [
+        f"{source.name}: {len(index.refused)} of {len(index.tokens)} samples refused: {reasons}; "
+        f"all are listed in {index.listing}. For example:",
+        *examples,
+    ]

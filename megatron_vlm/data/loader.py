@@ -10,6 +10,8 @@ them; let one process of each machine do it first and the others after it.
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.data.errors import DataError, RowError
-from megatron_vlm.data.lengths import REFUSED, load_or_build
+from megatron_vlm.data.lengths import REFUSED, describe_refusals, load_or_build
 from megatron_vlm.data.mixture import open_mixture
 from megatron_vlm.data.packing import Budget, EpochPlan, PlannedRow, RowPlan, plan_epoch
 from megatron_vlm.data.rows import RowBuilder
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ROWS_AHEAD_PER_WORKER = 2
-_WORKER_TIMEOUT_SECONDS = 300
-"""A row takes seconds; storage that hangs for longer than this is an error."""
 _NAMED = 5
 
 
@@ -101,7 +101,6 @@ class RowLoader(Iterator[PackedBatch]):
             workers = {
                 "multiprocessing_context": "fork",  # the annotations are shared with the workers, not copied
                 "prefetch_factor": _ROWS_AHEAD_PER_WORKER,
-                "timeout": _WORKER_TIMEOUT_SECONDS,
             }
         loader = DataLoader(
             _Rows(builder),
@@ -111,7 +110,7 @@ class RowLoader(Iterator[PackedBatch]):
             num_workers=num_workers,
             **workers,
         )
-        self._batches: Iterator[Any] | None = iter(loader)
+        self._batches: Iterator[Any] | None = _start(loader)
 
     def __next__(self) -> PackedBatch:
         """
@@ -123,7 +122,7 @@ class RowLoader(Iterator[PackedBatch]):
         started = time.perf_counter()
         try:
             batch = next(self._batches)
-        except RuntimeError as error:  # torch's word for a worker that died or hangs
+        except RuntimeError as error:  # torch's word for a worker that died
             waiting = self._order.outstanding[0]
             raise RowError(
                 f"row {waiting.counter} did not come: {error}. It holds {self._name(waiting)}. A worker that was "
@@ -156,6 +155,19 @@ class RowLoader(Iterator[PackedBatch]):
     def close(self) -> None:
         """End the workers. Nothing can be read afterwards."""
         self._batches = None  # torch ends the workers with their iterator
+
+
+def _start(loader: DataLoader[PackedBatch]) -> Iterator[Any]:
+    """Start the workers, without the handler by which torch raises wherever the main thread is when one dies.
+
+    A worker that died is found within seconds by the call that waits for its row, which can say what the row holds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)  # torch sets no handler here
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    signal.signal(signal.SIGCHLD, handler)
+    return batches
 
 
 def _unchanged(batch: Any) -> Any:
@@ -206,13 +218,20 @@ def build_loader(
     tokens = np.concatenate([index.tokens for index in indexes])
     tiles = np.concatenate([index.tiles for index in indexes])
     refused = Counter(refusal.reason for index in indexes for refusal in index.refused)
+    speaks = dp_rank == 0 and need_tiles and tile_rank == 0  # one process of the whole run
+    if speaks:
+        for source, index in zip(mixture.sources.sources, indexes, strict=True):
+            for line in describe_refusals(source, index):
+                logger.warning("%s", line)
     usable = tokens != REFUSED
     oversized = usable & ((tokens > data.seq_length) | (tiles > data.max_tiles_per_row))
     builder = RowBuilder(
         mixture.sources, indexes, tokenizer, geometry, recipe.model.image_token_index, data.seq_length,
         (tile_rank, tile_ranks) if need_tiles else None,
     )  # fmt: skip
-    _check_oversized(data, builder, np.flatnonzero(oversized), tokens, tiles)
+    told = _check_oversized(data, builder, np.flatnonzero(oversized), tokens, tiles)
+    if told and speaks:
+        logger.warning("%s; they are skipped", told)
     usable &= ~oversized
     if not usable.any():
         reasons = ", ".join(f"{reason} {count}" for reason, count in refused.most_common()) or "no sample at all"
@@ -239,10 +258,10 @@ def build_loader(
 
 def _check_oversized(
     data: DataConfig, builder: RowBuilder, oversized: np.ndarray, tokens: np.ndarray, tiles: np.ndarray
-) -> None:
-    """Tell of samples longer than a row; an error unless they are to be skipped."""
+) -> str:
+    """What to tell of samples longer than a row; an error unless they are to be skipped."""
     if not len(oversized):
-        return
+        return ""
     named = [
         f"{sample.id!r} of {sample.file} ({tokens[number]} tokens, {tiles[number]} tiles)"
         for number in oversized[:_NAMED].tolist()
@@ -255,4 +274,4 @@ def _check_oversized(
     )
     if data.oversized_samples == "refuse":
         raise DataError(f"{told}. Raise seq_length or max_tiles_per_row, or set oversized_samples to skip.")
-    logger.warning("%s; they are skipped", told)
+    return told

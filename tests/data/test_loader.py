@@ -1,0 +1,259 @@
+"""From files to batches: the same rows whatever the ranks and workers, and errors that name the sample."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch, tile_range
+from megatron_vlm.data.errors import DataError, RowError
+from megatron_vlm.data.loader import RowLoader, build_loader
+from megatron_vlm.data.prepare import prepare_shards
+from megatron_vlm.data.tiling import image_to_tiles
+from megatron_vlm.data.tokenizer import load_tokenizer
+from tests.data.helpers import Folder, image_bytes, make_recipe, mixed_folder, tiny_sentencepiece, tiny_tokenizer_folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_tokenizer_folder(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    folder = mixed_folder(tmp_path_factory.mktemp("data"), 40)
+    folder.write()
+    return folder
+
+
+def loader(recipe: Any, rank: int = 0, size: int = 1, consumed: int = 0, **kwargs: Any) -> RowLoader:
+    arguments = {"need_tiles": True, "tile_rank": 0, "tile_ranks": 1, **kwargs}
+    return build_loader(recipe, dp_rank=rank, dp_size=size, consumed_rows=consumed, **arguments)
+
+
+def recipe_for(folder: Folder, tokenizer: Path, **settings: Any) -> Any:
+    return make_recipe(folder.root / "train.json", folder.images, tokenizer, **settings)
+
+
+def take(rows: RowLoader, count: int) -> list[PackedBatch]:
+    batches = [next(rows) for _ in range(count)]
+    rows.close()
+    return batches
+
+
+def assert_same(a: PackedBatch, b: PackedBatch) -> None:
+    for name in ("tokens", "labels", "positions", "feature_positions", "feature_sources", "tiles"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert (x is None) == (y is None) and (x is None or torch.equal(x, y)), name
+    assert (a.bounds, a.num_tiles, a.sample_ids, a.num_tokens) == (b.bounds, b.num_tiles, b.sample_ids, b.num_tokens)
+
+
+def test_an_epoch_has_every_sample_once(folder: Folder, tokenizer: Path) -> None:
+    rows = loader(recipe_for(folder, tokenizer))
+    epoch = take(rows, rows.summary()["rows_per_epoch"])
+    assert Counter(name for batch in epoch for name in batch.sample_ids) == Counter(f"s{i}" for i in range(40))
+    assert rows.summary()["samples"] == rows.summary()["usable"] == 40
+
+
+def test_batches_hold_what_the_samples_say(folder: Folder, tokenizer: Path) -> None:
+    recipe = recipe_for(folder, tokenizer)
+    words = load_tokenizer(tokenizer)
+    for batch in take(loader(recipe), 8):
+        assert batch.tokens.shape == (192,) and batch.tiles is not None and len(batch.tiles) == batch.num_tiles
+        images = batch.tokens == recipe.model.image_token_index
+        assert torch.equal(batch.feature_positions, torch.nonzero(images)[:, 0])
+        supervised = batch.labels != IGNORE_INDEX
+        assert torch.equal(batch.labels[supervised], batch.tokens.roll(-1)[supervised])
+        assert not (batch.labels == recipe.model.image_token_index).any()
+        expected_tiles = []
+        for name, start, stop in zip(batch.sample_ids, batch.bounds, batch.bounds[1:], strict=False):
+            entry = folder.entries[int(name[1:])]
+            labels = batch.labels[start:stop]
+            answers = [m["value"] for m in entry["conversations"] if m["from"] == "gpt"]
+            assert words.decode(labels[labels != IGNORE_INDEX].tolist()) == "\n".join([*answers, ""])
+            paths = entry.get("image", [])
+            for path in [paths] if isinstance(paths, str) else paths:
+                expected_tiles.append(image_to_tiles(Image.open(folder.images / path), recipe.model, "anyres"))
+        np.testing.assert_array_equal(batch.tiles, np.concatenate(expected_tiles))
+
+
+def test_the_order_is_that_of_one_process(folder: Folder, tokenizer: Path) -> None:
+    recipe = recipe_for(folder, tokenizer)
+    reference = take(loader(recipe), 48)
+    for size in (2, 4):
+        shares = [take(loader(recipe, rank, size), 48 // size) for rank in range(size)]
+        for number, batch in enumerate(reference):
+            assert_same(batch, shares[number % size][number // size])
+    ids = [batch.sample_ids for batch in reference]
+    assert ids[:20] != ids[20:40]  # each epoch has an order of its own
+
+
+def test_workers_change_nothing(folder: Folder, tokenizer: Path) -> None:
+    inline = take(loader(recipe_for(folder, tokenizer)), 30)
+    for workers in (1, 2):
+        rows = loader(recipe_for(folder, tokenizer, num_workers=workers))
+        for a, b in zip(inline, take(rows, 30), strict=True):
+            assert_same(a, b)
+        assert rows.data_wait_seconds > 0
+
+
+@pytest.mark.parametrize("consumed", [4, 20, 44])
+def test_a_restart_goes_on_with_another_number_of_ranks(folder: Folder, tokenizer: Path, consumed: int) -> None:
+    recipe = recipe_for(folder, tokenizer)
+    reference = take(loader(recipe), 60)[consumed:]
+    for size in (1, 2, 4):
+        shares = [take(loader(recipe, rank, size, consumed), 12 // size) for rank in range(size)]
+        for number in range(12):
+            assert_same(reference[number], shares[number % size][number // size])
+
+
+def test_the_seed_decides(folder: Folder, tokenizer: Path) -> None:
+    ids = [[b.sample_ids for b in take(loader(recipe_for(folder, tokenizer, seed=seed)), 5)] for seed in (1, 1, 2)]
+    assert ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.parametrize("members", [2, 3, 20])
+def test_tiles_are_dealt_to_the_encoding_ranks(folder: Folder, tokenizer: Path, members: int) -> None:
+    recipe = recipe_for(folder, tokenizer)
+    whole = take(loader(recipe), 4)
+    for rank in range(members):
+        for batch, part in zip(whole, take(loader(recipe, tile_rank=rank, tile_ranks=members), 4), strict=True):
+            assert batch.tiles is not None and part.tiles is not None
+            start, stop = tile_range(batch.num_tiles, rank, members)
+            assert torch.equal(part.tiles, batch.tiles[start:stop]) and part.tiles.shape[1:] == (3, 8, 8)
+            assert torch.equal(part.feature_sources, batch.feature_sources)
+
+
+def test_a_rank_without_tiles_reads_no_image(tmp_path: Path, tokenizer: Path) -> None:
+    folder = mixed_folder(tmp_path, 12)
+    folder.write()
+    recipe = recipe_for(folder, tokenizer)
+    whole = take(loader(recipe), 4)
+    for image in folder.images.iterdir():
+        image.unlink()
+    for batch, blind in zip(whole, take(loader(recipe, need_tiles=False), 4), strict=True):
+        assert blind.tiles is None
+        batch.tiles = None
+        assert_same(batch, blind)
+
+
+def test_shards_give_the_batches_of_their_annotations(folder: Folder, tokenizer: Path, tmp_path: Path) -> None:
+    prepare_shards([folder.root / "train.json"], folder.images, tmp_path / "s", processes=1, size_limit=20000)
+    plain = take(loader(recipe_for(folder, tokenizer)), 12)
+    for workers in (0, 2):
+        recipe = make_recipe(tmp_path / "s", None, tokenizer, num_workers=workers)
+        for a, b in zip(plain, take(loader(recipe), 12), strict=True):
+            assert_same(a, b)
+
+
+def test_a_mixture_and_another_tokenizer(folder: Folder, tmp_path: Path) -> None:
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(f"datasets: [{{json_path: {folder.root / 'train.json'}, choose: 6}}]")
+    model = tiny_sentencepiece(tmp_path / "t.model")
+    rows = loader(make_recipe(mix, folder.images, model, image_aspect_ratio="pad", seq_length=512))
+    first = [name for batch in take(rows, rows.summary()["rows_per_epoch"]) for name in batch.sample_ids]
+    assert len(set(first)) == 6
+
+
+def test_text_only_rows(tmp_path: Path, tokenizer: Path) -> None:
+    folder = Folder(tmp_path)
+    for i in range(8):
+        folder.add(f"t{i}", "hi " * i, "yes")
+    folder.write()
+    for batch in take(loader(make_recipe(tmp_path / "train.json", None, tokenizer)), 2):
+        assert batch.tiles is not None and batch.tiles.shape == (0, 3, 8, 8) and batch.num_tiles == 0
+
+
+def test_bad_samples_are_counted_and_left_out(tmp_path: Path, tokenizer: Path) -> None:
+    folder = mixed_folder(tmp_path, 8)
+    folder.add("empty", "hi", "")
+    folder.add("robot", "hi", "yes")
+    folder.entries[-1]["conversations"][1]["from"] = "robot"
+    folder.add("count", "<image><image>", "yes", image=folder.image("x.png", 9, 9))
+    folder.add("gone", "<image>", "yes", image="gone.png")
+    folder.add("broken", "<image>", "yes", image="broken.png")
+    (folder.images / "broken.png").write_bytes(image_bytes(30, 30)[:200])
+    folder.write()
+    rows = loader(recipe_for(folder, tokenizer))
+    summary = rows.summary()
+    assert (summary["samples"], summary["usable"], summary["skipped"]) == (13, 8, 0)
+    assert summary["refused"] == {
+        "empty answer": 1, "unknown role": 1, "image count mismatch": 1, "missing image": 1, "unreadable image": 1,
+    }  # fmt: skip
+    read = {name for batch in take(rows, summary["rows_per_epoch"]) for name in batch.sample_ids}
+    assert read == {f"s{i}" for i in range(8)}
+
+
+def test_samples_longer_than_a_row(tmp_path: Path, tokenizer: Path) -> None:
+    folder = mixed_folder(tmp_path, 8)
+    folder.add("long", "hi " * 400, "yes")
+    folder.write()
+    with pytest.raises(DataError, match=r"1 samples are longer than a row of 192 tokens.*'long' of .*train\.json"):
+        loader(recipe_for(folder, tokenizer))
+    rows = loader(recipe_for(folder, tokenizer, oversized_samples="skip"))
+    assert (rows.summary()["skipped"], rows.summary()["usable"]) == (1, 8)
+    with pytest.raises(DataError, match="4096 tokens and 3 tiles: 's0' .* 5 tiles"):
+        loader(recipe_for(folder, tokenizer, max_tiles_per_row=3, seq_length=4096))
+
+
+def test_nothing_usable(tmp_path: Path, tokenizer: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.add("empty", "hi", "")
+    folder.write()
+    with pytest.raises(DataError, match=r"dataset is empty: none of 1 samples .* \(empty answer 1; 0 longer"):
+        loader(recipe_for(folder, tokenizer))
+
+
+def test_a_tokenizer_that_gives_the_image_token(folder: Folder, tokenizer: Path) -> None:
+    recipe = recipe_for(folder, tokenizer)
+    recipe.model.image_token_index = 100
+    with pytest.raises(DataError, match="image_token_index is 100"):
+        loader(recipe)
+
+
+def test_rows_that_do_not_divide(folder: Folder, tokenizer: Path) -> None:
+    with pytest.raises(DataError, match="global_batch_size 4 is no multiple of 3"):
+        loader(recipe_for(folder, tokenizer), 0, 3)
+
+
+def test_a_killed_worker_ends_the_run(folder: Folder, tokenizer: Path) -> None:
+    rows = loader(recipe_for(folder, tokenizer, num_workers=2))
+    next(rows)
+    os.kill(rows.worker_pids[0], signal.SIGKILL)
+    with pytest.raises(RowError, match=r"row \d+ did not come: .*exited unexpectedly.* sample \d+ of .*train\.json"):
+        take(rows, 40)
+
+
+def test_an_error_in_a_worker_names_the_sample(tmp_path: Path, tokenizer: Path) -> None:
+    folder = mixed_folder(tmp_path, 12)
+    folder.write()
+    for workers in (0, 2):
+        rows = loader(recipe_for(folder, tokenizer, num_workers=workers))
+        image = (folder.images / "5_0.png").read_bytes()
+        (folder.images / "5_0.png").unlink()
+        with pytest.raises(RowError, match=r"row \d+: sample 's5' of .*train\.json: image .*5_0\.png"):
+            take(rows, 40)
+        (folder.images / "5_0.png").write_bytes(image)
+
+
+def test_refusals_are_told_by_one_process(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = mixed_folder(tmp_path, 8)
+    folder.add("empty", "hi", "")
+    folder.write()
+    told: list[str] = []
+    monkeypatch.setattr(logging.getLogger("megatron_vlm.data.loader"), "warning", lambda *args: told.append(args[1]))
+    recipe = recipe_for(folder, tokenizer)
+    for rank, tile_rank, need_tiles in [(1, 0, True), (0, 1, True), (0, 0, False)]:
+        loader(recipe, rank, 2, tile_rank=tile_rank, tile_ranks=2, need_tiles=need_tiles)
+        assert not told
+    loader(recipe, 0, 2)
+    assert "1 of 9 samples refused: empty answer 1" in told[0]
