@@ -17,6 +17,8 @@ READY     := $(if $(filter .venv/bin/python,$(PY)),$(INSTALLED))
 # One thread per process: the tests start many processes.
 TEST_ENV  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
+BENCHMARKS := train_step
+
 .DEFAULT_GOAL := help
 .PHONY: help .venv demo test test-full lint gpu-check bench clean
 
@@ -55,7 +57,7 @@ gpu-check: $(READY)  ## on a machine with a GPU: the tests that need one, then t
 	$(MAKE) bench
 
 bench: $(READY)  ## the benchmarks; tables here, JSON in benchmarks/results
-	for benchmark in benchmarks/*.py; do $(PY) $$benchmark || exit 1; done
+	for benchmark in $(BENCHMARKS); do $(PY) -W ignore -m benchmarks.$$benchmark || exit 1; done
 
 clean:  ## remove what make made, runs/ included
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

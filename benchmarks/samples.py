@@ -1,0 +1,163 @@
+"""Samples with the lengths of easy-VQA, made of random tokens, and the rows and batches that both peers train on.
+
+easy-VQA's training split asks between 2 and 21 questions about each image. As in LLaVA's data, a sample is a
+conversation about one image: here it holds between one question and all that the image has, or, one time in three, a
+caption. Tokens of a turn are counted with the published tokenizer and conversation template.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_vlm.config import ModelConfig
+from megatron_vlm.data.batch import IGNORE_INDEX, Document, PackedBatch, assemble_row
+from megatron_vlm.data.conversation import EncodedConversation
+from megatron_vlm.data.merge import count_positions
+from megatron_vlm.data.packing import order_rows, pack_window
+from megatron_vlm.data.tiling import ImageGeometry, count_tiles
+
+IMAGES_BY_QUESTIONS = {
+    2: 9, 3: 31, 4: 72, 5: 180, 6: 251, 7: 380, 8: 518, 9: 531, 10: 538, 11: 490, 12: 382, 13: 240, 14: 159, 15: 111,
+    16: 53, 17: 26, 18: 22, 19: 5, 20: 1, 21: 1,
+}  # fmt: skip
+"""Images of easy-VQA's training split (4,000) by the number of questions asked about them."""
+IMAGE_SIZE = (64, 64)
+"""Of every image of easy-VQA, pixels."""
+CAPTIONS = 1 / 3
+USER_ROLE, ASSISTANT_ROLE = 6, 6
+"""Tokens of `<|user|>\\n` with the newline that ends the question, and of `<|assistant|>\\n`."""
+QUESTION, ANSWER, CAPTION = (6, 10), (3, 4), (9, 12)
+"""Fewest and most tokens; answers with the end-of-text and the newline that close them."""
+PAD = 1
+
+
+@dataclass
+class Sample:
+    """One conversation about one image."""
+
+    document: Document
+    tiles: torch.Tensor
+    """[n, 3, image_size, image_size] float32"""
+
+    def __len__(self) -> int:
+        return len(self.document.encoded.ids)
+
+
+class SampleMaker:
+    """Draws samples for a model; the same seed gives the same samples."""
+
+    def __init__(self, model: ModelConfig, seed: int) -> None:
+        self.model, self.rng = model, np.random.default_rng(seed)
+        self.geometry = ImageGeometry.of(model, "anyres")
+        self.positions = count_positions(IMAGE_SIZE, self.geometry)
+        self.tiles = count_tiles(IMAGE_SIZE, self.geometry)
+        self.questions = np.repeat(list(IMAGES_BY_QUESTIONS), list(IMAGES_BY_QUESTIONS.values()))
+
+    def _between(self, bounds: tuple[int, int]) -> int:
+        return int(self.rng.integers(bounds[0], bounds[1] + 1))
+
+    def sample(self, number: int) -> Sample:
+        """A caption, or one question to all of an image's."""
+        if self.rng.random() < CAPTIONS:
+            turns = [(self._between(QUESTION), self._between(CAPTION))]
+        else:
+            count = self._between((1, int(self.rng.choice(self.questions))))
+            turns = [(self._between(QUESTION), self._between(ANSWER)) for _ in range(count)]
+        return self._conversation(str(number), [(1, turns)])
+
+    def filled_row(self, length: int) -> Sample:
+        """One conversation of exactly `length` tokens, with an image for every ten turns: full without packing."""
+        images, turn = [], (QUESTION[1], ANSWER[1])
+        turn_length = USER_ROLE + ASSISTANT_ROLE + sum(turn)
+        left = length - 1
+        while left >= self.positions + 1 + 11 * turn_length:
+            images.append((1, [turn] * 10))
+            left -= self.positions + 1 + 10 * turn_length
+        count, rest = divmod(left, turn_length)
+        images.append((0, [turn] * (count - 1) + [(turn[0] + rest, turn[1])]))
+        return self._conversation("row", images)
+
+    def _conversation(self, name: str, parts: list[tuple[int, list[tuple[int, int]]]]) -> Sample:
+        """`parts`: (images before the first question: 0 or 1, (question tokens, answer tokens) of each turn)."""
+        ids: list[np.ndarray] = [self._words(1)]
+        answered: list[np.ndarray] = [np.zeros(1, bool)]
+        image_starts = []
+
+        def add(tokens: np.ndarray, is_answer: bool = False) -> None:
+            ids.append(tokens)
+            answered.append(np.full(len(tokens), is_answer))
+
+        for images, turns in parts:
+            for _ in range(images):
+                image_starts.append(sum(map(len, ids)))
+                add(np.full(self.positions, self.model.image_token_index))
+                add(self._words(1))
+            for question, answer in turns:
+                add(self._words(USER_ROLE + question + ASSISTANT_ROLE))
+                add(self._words(answer), is_answer=True)
+        whole = np.concatenate(ids)
+        labels = np.where(np.concatenate(answered), whole, IGNORE_INDEX)
+        encoded = EncodedConversation(whole, labels, image_starts)
+        side = self.model.vision.image_size
+        tiles = self.rng.standard_normal((self.tiles * len(image_starts), 3, side, side), np.float32)
+        return Sample(Document(name, encoded, [IMAGE_SIZE] * len(image_starts)), torch.from_numpy(tiles))
+
+    def _words(self, count: int) -> np.ndarray:
+        return self.rng.integers(PAD + 1, self.model.image_token_index, count)
+
+    def row(self, samples: list[Sample], seq_length: int) -> PackedBatch:
+        """Samples laid end to end, tiles included."""
+        batch = assemble_row([sample.document for sample in samples], seq_length, PAD, self.geometry)
+        batch.tiles = torch.cat([sample.tiles for sample in samples])
+        return batch
+
+
+@dataclass
+class Work:
+    """The same samples as rows and as batches, shared out to the same number of optimizer steps."""
+
+    rows: list[list[PackedBatch]]
+    """Rows of each step."""
+    packed: list[list[Sample]]
+    """Samples of each step's rows, in their order."""
+    padded: list[list[Sample]]
+    """Samples of each step of a loop that takes them as they come."""
+    grouped: list[list[Sample]]
+    """Samples of each step of a loop that groups by length."""
+
+    @property
+    def samples(self) -> int:
+        return sum(map(len, self.padded))
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(sample) for step in self.padded for sample in step)
+
+
+def draw_work(maker: SampleMaker, steps: int, rows_per_step: int, seq_length: int) -> Work:
+    """Draw and pack more samples than needed, and keep the samples of the first steps * rows_per_step rows."""
+    wanted = steps * rows_per_step
+    pool = [maker.sample(number) for number in range(4 * wanted * seq_length // (maker.positions + 100))]
+    lengths = np.array([len(sample) for sample in pool])
+    tiles = np.array([len(sample.tiles) for sample in pool])
+    plan = order_rows(pack_window(lengths, tiles, seq_length, len(pool), maker.rng), maker.rng)[:wanted]
+    rows = [[pool[number] for number in row] for row in plan]
+    samples = [sample for row in rows for sample in row]
+    shuffled = [samples[place] for place in maker.rng.permutation(len(samples))]
+    # what transformers' length-grouped sampler does with as few batches as these: sort, longest first
+    by_length = sorted(shuffled, key=len, reverse=True)
+    step_rows = [rows[step * rows_per_step : (step + 1) * rows_per_step] for step in range(steps)]
+    return Work(
+        rows=[[maker.row(row, seq_length) for row in step] for step in step_rows],
+        packed=[[sample for row in step for sample in row] for step in step_rows],
+        padded=_share_out(shuffled, steps),
+        grouped=_share_out(by_length, steps),
+    )
+
+
+def _share_out(samples: list[Sample], steps: int) -> list[list[Sample]]:
+    ends = np.linspace(0, len(samples), steps + 1).astype(int)
+    return [samples[start:end] for start, end in zip(ends, ends[1:], strict=False)]

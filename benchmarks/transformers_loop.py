@@ -1,0 +1,118 @@
+"""A plain transformers training loop: LlavaNext with a CLIP tower and an OLMo decoder, batches padded on the right.
+
+It is given what helps it without changing what it is: SDPA, the fused AdamW, no key/value cache, batches made before
+the clock starts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    CLIPVisionConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    OlmoConfig,
+)
+
+from benchmarks.samples import PAD, Sample
+from megatron_vlm.config import Recipe
+from megatron_vlm.data.batch import IGNORE_INDEX
+
+Batch = dict[str, torch.Tensor]
+
+
+def build(recipe: Recipe) -> LlavaNextForConditionalGeneration:
+    """The recipe's model with random weights."""
+    model, vision, language = recipe.model, recipe.model.vision, recipe.model.language
+    vision_config = CLIPVisionConfig(
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.intermediate_size,
+        num_hidden_layers=vision.num_hidden_layers,
+        num_attention_heads=vision.num_attention_heads,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        hidden_act=vision.hidden_act,
+    )
+    text_config = OlmoConfig(
+        vocab_size=language.vocab_size,
+        hidden_size=language.hidden_size,
+        intermediate_size=language.intermediate_size,
+        num_hidden_layers=language.num_hidden_layers,
+        num_attention_heads=language.num_attention_heads,
+        max_position_embeddings=language.max_position_embeddings,
+        tie_word_embeddings=language.tie_word_embeddings,
+        pad_token_id=PAD,
+    )
+    config = LlavaNextConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=model.image_token_index,
+        image_grid_pinpoints=[[height, width] for width, height in model.image_grid_pinpoints],
+        vision_feature_layer=vision.vision_feature_layer,
+        tie_word_embeddings=language.tie_word_embeddings,
+    )
+    return LlavaNextForConditionalGeneration(config).train()
+
+
+def collate(samples: list[Sample], device: torch.device) -> Batch:
+    """Right-padded batch of samples, as transformers' processor and collator would give it."""
+    ids = [torch.from_numpy(sample.document.encoded.ids) for sample in samples]
+    labels = [torch.from_numpy(sample.document.encoded.labels) for sample in samples]
+    sizes = [size for sample in samples for size in sample.document.image_sizes]
+    tiles = torch.cat([sample.tiles for sample in samples])
+    batch = {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=PAD),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
+        "pixel_values": tiles.view(len(sizes), -1, *tiles.shape[1:]),
+        "image_sizes": torch.tensor([[height, width] for width, height in sizes]),
+    }
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def micro_batches(samples: list[Sample], size: int, device: torch.device) -> list[Batch]:
+    """A step's samples in their order, `size` at a time."""
+    return [collate(samples[start : start + size], device) for start in range(0, len(samples), size)]
+
+
+def padded_tokens(batches: list[Batch]) -> int:
+    """Tokens that go through the model, padding included."""
+    return sum(batch["input_ids"].numel() for batch in batches)
+
+
+class Loop:
+    """Model and optimizer with the recipe's settings."""
+
+    def __init__(self, model: LlavaNextForConditionalGeneration, recipe: Recipe) -> None:
+        training = recipe.training
+        self.model, self.clip = model, training.clip_grad
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=training.lr,
+            betas=(training.adam_beta1, training.adam_beta2),
+            eps=training.adam_eps,
+            weight_decay=training.weight_decay,
+            fused=True,
+        )
+
+    def forward_backward(self, batches: list[Batch]) -> float:
+        """Gradients of the mean over the step's loss tokens; returns that mean."""
+        count = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)
+        total = 0.0
+        for batch in batches:
+            outputs: Any = self.model(**batch, use_cache=False, num_items_in_batch=count)
+            outputs.loss.backward()
+            total += float(outputs.loss.detach())
+        return total
+
+    def step(self, batches: list[Batch]) -> float:
+        """One optimizer step."""
+        loss = self.forward_backward(batches)
+        clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
