@@ -122,11 +122,13 @@ class RowLoader(Iterator[PackedBatch]):
         started = time.perf_counter()
         try:
             batch = next(self._batches)
-        except RuntimeError as error:  # torch's word for a worker that died
+        except (RuntimeError, EOFError, OSError) as error:
+            # RuntimeError is torch's word for a worker that died; the others mean that it died while handing a row over
             waiting = self._order.outstanding[0]
             raise RowError(
-                f"row {waiting.counter} did not come: {error}. It holds {self._name(waiting)}. A worker that was "
-                "killed usually wanted memory: give fewer num_workers, or more shared memory to the container."
+                f"row {waiting.counter} did not come: {type(error).__name__} {error}. It holds {self._name(waiting)}. "
+                "A worker that was killed usually wanted memory: give fewer num_workers, or more shared memory to "
+                "the container."
             ) from error
         finally:
             self.data_wait_seconds += time.perf_counter() - started
