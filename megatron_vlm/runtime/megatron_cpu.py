@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._device
 
 from megatron_vlm.runtime.device import on_gpu
 from megatron_vlm.runtime.fused_adam import FusedAdam
@@ -77,6 +78,9 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _answer_for_device_arguments() -> None:
+    # torch lists its factories when a `with torch.device(...)` is first entered: it must see its own, not ours, or
+    # transformers' meta-device loading leaves buffers unset.
+    torch.utils._device._device_constructors()
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
