@@ -16,7 +16,13 @@ def launch(*command: str | Path, ranks: int, timeout: float, check: bool = True)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     arguments = [sys.executable, *torchrun, *map(str, command)]
     done = subprocess.run(
-        arguments, cwd=ROOT, env=environment, timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        arguments,
+        cwd=ROOT,
+        env=environment,
+        timeout=timeout,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     if check and done.returncode:
         raise AssertionError(f"{' '.join(map(str, command))} on {ranks} ranks failed:\n{done.stdout[-6000:]}")

@@ -1,7 +1,7 @@
 """Checkpoints in megatron-core's distributed format: written in one layout, read in any.
 
-    SAVE/iter_0000010/            one complete state: weights, optimizer, schedule, data position, recipe.json
-    SAVE/latest_checkpointed_iteration.txt    written last, so that what it names is whole
+SAVE/iter_0000010/            one complete state: weights, optimizer, schedule, data position, recipe.json
+SAVE/latest_checkpointed_iteration.txt    written last, so that what it names is whole
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
         return None
     named = Path(folder) / f"iter_{int(tracker.read_text().strip()):07d}"
     if not (named / RECIPE).is_file():
-        raise CheckpointError(f"{tracker} names {named.name}, which is missing or incomplete: restore it or edit {TRACKER}")
+        raise CheckpointError(
+            f"{tracker} names {named.name}, which is missing or incomplete: restore it or edit {TRACKER}"
+        )
     return named
 
 
@@ -71,7 +73,9 @@ def _check_same_model(checkpoint: Path, recipe: Recipe, fingerprint: str) -> Non
         if ours[part][name] != theirs[part].get(name) and name != "max_position_embeddings"
     ]
     if ours["image_token_index"] != theirs["image_token_index"]:
-        wrong.append(f"model.image_token_index is {ours['image_token_index']} here, {theirs['image_token_index']} there")
+        wrong.append(
+            f"model.image_token_index is {ours['image_token_index']} here, {theirs['image_token_index']} there"
+        )
     if wrong:
         raise CheckpointError(f"{checkpoint} is of another model: " + "; ".join(wrong))
     known = stored.get("tokenizer_fingerprint")

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_vlm.config import DataConfig, LanguageConfig, ModelConfig, ParallelConfig, Recipe, TrainingConfig, VisionConfig
+from megatron_vlm.config import (
+    DataConfig,
+    LanguageConfig,
+    ModelConfig,
+    ParallelConfig,
+    Recipe,
+    TrainingConfig,
+    VisionConfig,
+)
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch, tile_range
 
 SEQ_LENGTH, VOCABULARY, IMAGE_TOKEN = 96, 256, 250

@@ -1,7 +1,7 @@
 """Run every layout of this world size in one set of ranks; report how far each is from one process.
 
-    torchrun --nproc-per-node N run_layouts.py FOLDER            one world: all its layouts, into FOLDER/world_N.json
-    python run_layouts.py FOLDER                                 one process: the reference first, into FOLDER/*.pt
+torchrun --nproc-per-node N run_layouts.py FOLDER            one world: all its layouts, into FOLDER/world_N.json
+python run_layouts.py FOLDER                                 one process: the reference first, into FOLDER/*.pt
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ def test_wrong_tokenizer_is_refused(work: Path, tmp_path: Path) -> None:
     description["added_tokens"][0]["content"] = "<|another|>"
     description["model"]["vocab"]["<|another|>"] = description["model"]["vocab"].pop("<|padding|>")
     (other / "tokenizer.json").write_text(json.dumps(description))
-    (other / "tokenizer_config.json").write_text(json.dumps({"eos_token": "|||IP_ADDRESS|||", "pad_token": "<|another|>"}))
+    (other / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "|||IP_ADDRESS|||", "pad_token": "<|another|>"})
+    )
     flags = ("--tokenizer-model", str(other), "--pretrained-checkpoint", str(work / "tp2"))
     done = run(work / "recipe.yaml", None, *flags, check=False)
     assert done.returncode == 1

@@ -54,7 +54,9 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """`python -m megatron_vlm.train` on `ranks` processes."""
     saving = ("--save", str(save)) if save else ()
-    return launch("-m", "megatron_vlm.train", "--config", recipe, *saving, *flags, ranks=ranks, timeout=240, check=check)
+    return launch(
+        "-m", "megatron_vlm.train", "--config", recipe, *saving, *flags, ranks=ranks, timeout=240, check=check
+    )
 
 
 def metrics(save: Path) -> list[dict[str, Any]]:

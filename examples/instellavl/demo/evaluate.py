@@ -1,0 +1,157 @@
+"""Answers to the easy-VQA test questions from an exported folder, with stock transformers and nothing of this project.
+
+python examples/instellavl/demo/evaluate.py --model runs/demo/hf --annotations runs/demo/data/test.json
+    --image-folder runs/demo/data/images --output runs/demo/answers.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+
+BATCH = 256
+LONGEST_ANSWER = 8
+
+
+class Question(NamedTuple):
+    """One test question."""
+
+    text: str
+    truth: str
+    image: str
+
+
+def read_questions(annotations: Path) -> list[Question]:
+    """One question of each entry."""
+    entries = json.loads(annotations.read_text(encoding="utf-8"))
+    return [
+        Question(
+            entry["conversations"][0]["value"].removeprefix("<image>\n"),
+            entry["conversations"][1]["value"],
+            entry["image"],
+        )
+        for entry in entries
+    ]
+
+
+def question_type(truth: str) -> str:
+    """`yes/no`, or what is asked for."""
+    if truth in ("yes", "no"):
+        return "yes/no"
+    return "shape" if truth in ("circle", "rectangle", "triangle") else "colour"
+
+
+class Model:
+    """The exported model. Each image is encoded once, however many questions are asked about it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.features: dict[str, torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def look_at(self, names: list[str], folder: Path) -> None:
+        """Encode images: for each the features [positions, width] that stand in its place in a prompt."""
+        for start in range(0, len(names), BATCH):
+            batch = names[start : start + BATCH]
+            images = [Image.open(folder / name).convert("RGB") for name in batch]
+            inputs = self.processor.image_processor(images=images, return_tensors="pt")
+            features = self.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
+            self.features.update(zip(batch, features, strict=True))
+
+    @torch.inference_mode()
+    def answer(self, questions: list[Question]) -> list[str]:
+        """Greedy answers, with a key-value cache, to questions about images that were looked at."""
+        answers = [""] * len(questions)
+        order = sorted(range(len(questions)), key=lambda index: len(questions[index].text))
+        for start in range(0, len(order), BATCH):
+            batch = order[start : start + BATCH]
+            for index, text in zip(batch, self._answer_batch([questions[index] for index in batch]), strict=True):
+                answers[index] = text.strip()
+        return answers
+
+    def _answer_batch(self, questions: list[Question]) -> list[str]:
+        features = [self.features[question.image] for question in questions]
+        prompts = []
+        for question, rows in zip(questions, features, strict=True):
+            parts = [{"type": "image"}, {"type": "text", "text": question.text}]
+            prompt = self.processor.apply_chat_template(
+                [{"role": "user", "content": parts}], add_generation_prompt=True
+            )
+            prompts.append(prompt.replace("<image>", "<image>" * len(rows)))
+        inputs = self.processor.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        embeddings = self.model.get_input_embeddings()(inputs["input_ids"])
+        places = (inputs["input_ids"] == self.model.config.image_token_index).unsqueeze(-1)
+        ids = self.model.generate(
+            inputs_embeds=embeddings.masked_scatter(places, torch.cat(features)),
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=LONGEST_ANSWER,
+            do_sample=False,
+        )
+        return self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def shuffle_images(questions: list[Question], seed: int = 0) -> list[Question]:
+    """The same questions and truths, each with the image of some other question."""
+    images = [question.image for question in questions]
+    random.Random(seed).shuffle(images)
+    return [question._replace(image=image) for question, image in zip(questions, images, strict=True)]
+
+
+def percent_right(questions: list[Question], answers: list[str]) -> float:
+    right = sum(question.truth == answer for question, answer in zip(questions, answers, strict=True))
+    return 100 * right / len(questions)
+
+
+def percent_commonest(questions: list[Question]) -> float:
+    """What always giving the commonest answer would score."""
+    return 100 * max(Counter(question.truth for question in questions).values()) / len(questions)
+
+
+def report(questions: list[Question], answers: list[str], shuffled: list[str]) -> list[str]:
+    """Lines to print; the last is the overall result."""
+    of_type: defaultdict[str, list[int]] = defaultdict(list)
+    for index, question in enumerate(questions):
+        of_type[question_type(question.truth)].append(index)
+    lines = [f"{'type':<8} {'questions':>9} {'accuracy':>9} {'baseline':>9} {'images shuffled':>16}"]
+    for name, indices in [*sorted(of_type.items()), ("all", list(range(len(questions))))]:
+        asked = [questions[index] for index in indices]
+        right, blind = (percent_right(asked, [given[index] for index in indices]) for given in (answers, shuffled))
+        lines.append(f"{name:<8} {len(asked):>9,} {right:>7.1f} % {percent_commonest(asked):>7.1f} % {blind:>14.1f} %")
+    accuracy, baseline = percent_right(questions, answers), percent_commonest(questions)
+    return [*lines, f"test accuracy {accuracy:.1f} % (baseline {baseline:.1f} %)"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported llava_next folder")
+    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="questions and true answers")
+    parser.add_argument("--image-folder", type=Path, required=True, metavar="DIR", help="what image paths start from")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="answers as JSON")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="the table that is printed, as text")
+    options = parser.parse_args()
+    questions = read_questions(options.annotations)
+    model = Model(options.model)
+    model.look_at(sorted({question.image for question in questions}), options.image_folder)
+    answers = model.answer(questions)
+    # What is left when the picture is another one: the model must need what it sees.
+    shuffled = model.answer(shuffle_images(questions))
+    if options.output:
+        rows = [{**question._asdict(), "answer": text} for question, text in zip(questions, answers, strict=True)]
+        options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    table = "\n".join(report(questions, answers, shuffled))
+    if options.report:
+        options.report.write_text(table + "\n", encoding="utf-8")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The demo's pictures: the loss over the three stages, and a sheet of test images with question, answer and truth.
+
+python examples/instellavl/demo/pictures.py losses --checkpoints runs/demo/checkpoints --output runs/demo/loss.png
+python examples/instellavl/demo/pictures.py answers --answers runs/demo/answers.json
+    --image-folder runs/demo/data/images --output runs/demo/answers.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from PIL import Image
+
+STAGES = ("warmup", "pretrain", "instruct")
+SMOOTHED_OVER = 20
+ROWS, COLUMNS = 4, 6
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Mean over the last SMOOTHED_OVER values."""
+    return [sum(values[max(0, i - SMOOTHED_OVER + 1) : i + 1]) / min(i + 1, SMOOTHED_OVER) for i in range(len(values))]
+
+
+def plot_losses(checkpoints: Path, output: Path) -> None:
+    """lm loss by iteration, the stages side by side."""
+    figure, axes = plt.subplots(1, len(STAGES), figsize=(13, 4), layout="constrained")
+    for axis, stage in zip(axes, STAGES, strict=True):
+        lines = [json.loads(line) for line in (checkpoints / stage / "metrics.jsonl").read_text().splitlines()]
+        iterations, losses = [line["iteration"] for line in lines], [line["lm_loss"] for line in lines]
+        axis.plot(iterations, losses, color="0.8", linewidth=0.8)
+        axis.plot(iterations, smooth(losses), color="tab:blue")
+        axis.set(title=stage, xlabel="iteration", ylabel="lm loss" if stage == STAGES[0] else "", yscale="log")
+        axis.grid(alpha=0.3)
+    figure.savefig(output, dpi=120)
+
+
+def draw_answers(answers: Path, image_folder: Path, output: Path, seed: int = 0) -> None:
+    """Random test questions, each under its image; wrong answers in red."""
+    drawn = random.Random(seed).sample(json.loads(answers.read_text(encoding="utf-8")), ROWS * COLUMNS)
+    figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(2.6 * COLUMNS, 2.7 * ROWS), layout="constrained")
+    for axis, question in zip(axes.flat, drawn, strict=True):
+        right = question["answer"] == question["truth"]
+        axis.imshow(Image.open(image_folder / question["image"]))
+        axis.set_axis_off()
+        told = question["answer"] if right else f"{question['answer']} (truth: {question['truth']})"
+        axis.set_title(f"{question['text']}\n{told}", fontsize=8, color="black" if right else "tab:red", wrap=True)
+    figure.savefig(output, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="picture", required=True)
+    losses = commands.add_parser("losses")
+    losses.add_argument("--checkpoints", type=Path, required=True)
+    answers = commands.add_parser("answers")
+    answers.add_argument("--answers", type=Path, required=True)
+    answers.add_argument("--image-folder", type=Path, required=True)
+    for command in (losses, answers):
+        command.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    if options.picture == "losses":
+        plot_losses(options.checkpoints, options.output)
+    else:
+        draw_answers(options.answers, options.image_folder, options.output)
+
+
+if __name__ == "__main__":
+    main()
