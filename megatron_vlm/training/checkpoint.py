@@ -81,8 +81,9 @@ def _check_same_model(checkpoint: Path, recipe: Recipe, fingerprint: str) -> Non
     known = stored.get("tokenizer_fingerprint")
     if known and fingerprint and known != fingerprint:
         raise CheckpointError(
-            f"{checkpoint} was trained with another tokenizer (fingerprint {known[:12]}) than {recipe.data.tokenizer_model} "
-            f"({fingerprint[:12]}): its ids would mean other words. Set --tokenizer-model to the one it was trained with."
+            f"{checkpoint} was trained with another tokenizer (fingerprint {known[:12]}) than "
+            f"{recipe.data.tokenizer_model} ({fingerprint[:12]}): its ids would mean other words. Set --tokenizer-model "
+            "to the one it was trained with."
         )
 
 

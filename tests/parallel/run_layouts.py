@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 import megatron_vlm.runtime  # noqa: F401
-from megatron_vlm.runtime.groups import encoding_place, initialize_groups, place
-from megatron_vlm.runtime.launch import process_group
 
 # isort: split
 from megatron.core import parallel_state, tensor_parallel
@@ -24,6 +23,8 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_vlm.config import check_recipe
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import initialize_weights
+from megatron_vlm.runtime.groups import encoding_place, initialize_groups, place
+from megatron_vlm.runtime.launch import process_group
 from megatron_vlm.training.optimizer import build_optimizer, wrap_for_data_parallel
 from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks, update
 from tests.parallel.gradients import assemble, local_gradients, relative_differences

@@ -59,19 +59,17 @@ def main() -> None:
     demo = Demo()
     shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)
     data, tokenizer, hf = OUTPUT / "data", OUTPUT / "tokenizer", OUTPUT / "hf"
+    captions, questions, test = (data / f"{name}.json" for name in ("captions", "questions", "test"))
 
     demo.heading("easy-VQA: images, captions and questions")
     demo.run(HERE / "easy_vqa.py", "--output", data)
     demo.heading("tokenizer")
-    demo.run(
-        HERE / "tokenizer.py", "--annotations", data / "captions.json", data / "questions.json", "--output", tokenizer
-    )
+    demo.run(HERE / "tokenizer.py", "--annotations", captions, questions, "--output", tokenizer)
     demo.heading("shards")
-    for name in ("captions", "questions"):
-        demo.run(
-            ROOT / "tools" / "prepare_shards.py", "--annotations", data / f"{name}.json",
-            "--image-folder", data / "images", "--output", OUTPUT / "shards" / name,
-        )  # fmt: skip
+    for annotations in (captions, questions):
+        written = OUTPUT / "shards" / annotations.stem
+        paths = ("--annotations", annotations, "--image-folder", data / "images", "--output", written)
+        demo.run(ROOT / "tools" / "prepare_shards.py", *paths)
     for stage, what in STAGES.items():
         demo.heading(f"stage {stage}: {what}")
         demo.torchrun("-m", "megatron_vlm.train", "--config", HERE / f"{stage}.yaml")
@@ -81,19 +79,9 @@ def main() -> None:
     demo.heading("pictures of the training")
     demo.run(HERE / "pictures.py", "losses", "--checkpoints", OUTPUT / "checkpoints", "--output", OUTPUT / "loss.png")
     demo.heading("answers to the 9,673 test questions, with stock transformers from the exported folder alone")
-    answers = OUTPUT / "answers.json"
-    questions = ("--annotations", data / "test.json", "--image-folder", data / "images")
-    demo.run(
-        HERE / "evaluate.py",
-        "--model",
-        hf,
-        *questions,
-        "--output",
-        answers,
-        "--report",
-        OUTPUT / "report.txt",
-        threads=2,
-    )
+    answers, report = OUTPUT / "answers.json", OUTPUT / "report.txt"
+    asked = ("--annotations", test, "--image-folder", data / "images")
+    demo.run(HERE / "evaluate.py", "--model", hf, *asked, "--output", answers, "--report", report, threads=2)
     sheet = ("--answers", answers, "--image-folder", data / "images", "--output", OUTPUT / "answers.png")
     demo.run(HERE / "pictures.py", "answers", *sheet)
     demo.heading("done; it is all in runs/demo")
@@ -104,7 +92,7 @@ def main() -> None:
         f"  checkpoints     {OUTPUT / 'checkpoints'}\n"
         f"  Hugging Face    {hf}\n"
     )
-    print((ROOT / OUTPUT / "report.txt").read_text().rstrip())
+    print((ROOT / report).read_text().rstrip())
 
 
 if __name__ == "__main__":
