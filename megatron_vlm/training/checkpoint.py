@@ -82,8 +82,8 @@ def _check_same_model(checkpoint: Path, recipe: Recipe, fingerprint: str) -> Non
     if known and fingerprint and known != fingerprint:
         raise CheckpointError(
             f"{checkpoint} was trained with another tokenizer (fingerprint {known[:12]}) than "
-            f"{recipe.data.tokenizer_model} ({fingerprint[:12]}): its ids would mean other words. Set --tokenizer-model "
-            "to the one it was trained with."
+            f"{recipe.data.tokenizer_model} ({fingerprint[:12]}): its ids would mean other words. Set "
+            "--tokenizer-model to the one it was trained with."
         )
 
 

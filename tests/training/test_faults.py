@@ -28,7 +28,8 @@ def test_a_killed_rank_ends_the_others(tmp_path: Path, layout: str) -> None:
     recipe = write_recipe(tmp_path, train_iters=100_000)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "megatron_vlm.train", "--config", str(recipe), "--save", str(tmp_path / "run"), "--save-interval", "1000000", *LAYOUTS[layout],
+        "-m", "megatron_vlm.train", "--config", str(recipe),
+        "--save", str(tmp_path / "run"), "--save-interval", "1000000", *LAYOUTS[layout],
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w") as log:

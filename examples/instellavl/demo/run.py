@@ -66,9 +66,9 @@ def main() -> None:
     demo.heading("tokenizer")
     demo.run(HERE / "tokenizer.py", "--annotations", captions, questions, "--output", tokenizer)
     demo.heading("shards")
-    for annotations in (captions, questions):
-        written = OUTPUT / "shards" / annotations.stem
-        paths = ("--annotations", annotations, "--image-folder", data / "images", "--output", written)
+    for entries in (captions, questions):
+        written = OUTPUT / "shards" / entries.stem
+        paths = ("--annotations", entries, "--image-folder", data / "images", "--output", written)
         demo.run(ROOT / "tools" / "prepare_shards.py", *paths)
     for stage, what in STAGES.items():
         demo.heading(f"stage {stage}: {what}")
