@@ -28,6 +28,7 @@ import numpy as np
 import yaml
 
 from megatron_vlm.data.errors import DataError
+from megatron_vlm.data.order import spread
 from megatron_vlm.data.sources import SampleSource, SourceList, open_source
 
 _KINDS = ("all", "first", "end", "random", "choose", "repeat")
@@ -98,19 +99,24 @@ class Mixture:
     """(number of the source, rule)"""
 
     def draw(self, usable: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Global sample numbers of one epoch, in the order of the mixture; the same for the same seed and epoch.
+        """Global sample numbers of one epoch in the order they come; the same for the same seed and epoch.
+
+        Every use is spread over the whole epoch (see `order.spread`), so the mix is the same from beginning to end.
 
         Args:
             usable: [samples] bool over all sources.
             seed: of the data order.
             epoch: from 0.
         """
-        parts = []
+        numbers, times = [], []
         for place, (source, rule) in enumerate(self.uses):
             start, stop = self.sources.starts[source], self.sources.starts[source + 1]
             rng = np.random.default_rng([seed, epoch, place])
-            parts.append(start + rule.draw(usable[start:stop], rng))
-        return np.concatenate(parts).astype(np.int64)
+            drawn = rule.draw(usable[start:stop], rng)
+            numbers.append(start + drawn)
+            times.append(spread(drawn, self.sources.sources[source].shard_starts, rng))
+        order = np.argsort(np.concatenate(times), kind="stable")
+        return np.concatenate(numbers).astype(np.int64)[order]
 
 
 def open_mixture(data_path: Sequence[str], image_folder: str | None) -> Mixture:

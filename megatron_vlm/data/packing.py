@@ -1,9 +1,9 @@
 """The plan: which samples share a row, and in which order rows come, from lengths alone.
 
-An epoch's samples are permuted and cut into windows; each window is packed by itself under two budgets, tokens and
-tiles, and its rows are shuffled. All of it follows from (seed, epoch): every rank computes the same plan. Training
-counts the rows it has consumed since its start; epoch and row follow from that count by adding up the rows of the
-epochs before, whatever the number of data-parallel ranks was.
+An epoch's samples, in the order the mixture gives, are cut into windows; each window is packed by itself under two
+budgets, tokens and tiles, and its rows are shuffled. All of it follows from (seed, epoch): every rank computes the same
+plan. Training counts the rows it has consumed since its start; epoch and row follow from that count by adding up the
+rows of the epochs before, whatever the number of data-parallel ranks was.
 """
 
 from __future__ import annotations
@@ -181,18 +181,17 @@ class Budget:
 def plan_epoch(
     samples: np.ndarray, tokens: np.ndarray, tiles: np.ndarray, budget: Budget, seed: int, epoch: int
 ) -> EpochPlan:
-    """Permute, cut into windows, pack, order.
+    """Cut into windows, pack, order.
 
     Args:
-        samples: numbers of the epoch's samples, some perhaps more than once.
+        samples: numbers of the epoch's samples in the order they come, some perhaps more than once.
         tokens: tokens by sample number.
         tiles: tiles by sample number.
         budget: none of the samples exceeds it.
         seed: of the data order.
         epoch: from 0.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(samples)
-    windows = np.array_split(order, max(-(-len(order) // budget.window), 1))
+    windows = np.array_split(samples, max(-(-len(samples) // budget.window), 1))
     starts, members = [0], []
     for number, window in enumerate(windows):
         rng = np.random.default_rng([seed, epoch, number])

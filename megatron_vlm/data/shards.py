@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.streaming_shim import import_streaming
 
@@ -118,6 +120,7 @@ class ShardFolder:
             shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
             columns = {name for shard in shards for name in shard["column_names"]}
             files = [shard["raw_data"]["basename"] for shard in shards]
+            self.starts = np.cumsum([0, *(shard["samples"] for shard in shards)], dtype=np.int64)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{index} is not an MDS index: {type(error).__name__} {error}") from error
         if columns != set(COLUMNS):

@@ -61,6 +61,8 @@ class SampleSource(ABC):
 
     name: str
     """The file or folder."""
+    shard_starts: np.ndarray | None = None
+    """[shards + 1] int64: shard k holds the samples shard_starts[k] to shard_starts[k + 1]; None: no shards."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -129,6 +131,7 @@ class ShardSource(SampleSource):
         """
         self.name = str(folder)
         self._shards = ShardFolder(folder)
+        self.shard_starts = self._shards.starts
 
     def __len__(self) -> int:
         return len(self._shards)

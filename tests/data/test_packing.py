@@ -93,8 +93,8 @@ def test_windows_hold_consecutive_samples_of_the_order() -> None:
     """A window of 100 of 1000: what is packed together comes together, so that a bounded cache suffices."""
     rng = np.random.default_rng(0)
     tokens, tiles, budget = small(1000, rng)
-    order = np.random.default_rng([1, 0]).permutation(np.arange(1000))
-    plan = plan_epoch(np.arange(1000), tokens, tiles, Budget(budget.seq_length, 16, 100), seed=1, epoch=0)
+    order = rng.permutation(1000)
+    plan = plan_epoch(order, tokens, tiles, Budget(budget.seq_length, 16, 100), seed=1, epoch=0)
     for start in range(0, 1000, 100):
         assert sorted(plan.members[start : start + 100]) == sorted(order[start : start + 100])
 
