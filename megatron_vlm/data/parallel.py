@@ -25,7 +25,9 @@ _forked: Callable[[int], Any] | None = None
 """
 
 
-def map_numbers(function: Callable[[int], Result], total: int, processes: int | None, label: str) -> Iterator[Result]:
+def map_numbers(
+    function: Callable[[int], Result], total: int, processes: int | None, label: str, chunk: int = _CHUNK
+) -> Iterator[Result]:
     """function(0), function(1), … in order.
 
     Args:
@@ -33,11 +35,12 @@ def map_numbers(function: Callable[[int], Result], total: int, processes: int | 
         total: how many numbers there are.
         processes: default: as many as this machine's cores; never more than there is work for.
         label: what is being done, for progress and errors.
+        chunk: numbers that a process is given at a time.
 
     Raises:
         DataError: a process died.
     """
-    chunks = [range(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
+    chunks = [range(start, min(start + chunk, total)) for start in range(0, total, chunk)]
     processes = min(processes or len(os.sched_getaffinity(0)), len(chunks))
     started = reported = time.monotonic()
     done = 0

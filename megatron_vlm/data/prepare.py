@@ -1,19 +1,31 @@
-"""Annotations and image files to shards: every sample is checked, every image decoded; nothing is lost in silence."""
+"""Annotations and image files to shards: every sample is checked, every image decoded; nothing is lost in silence.
+
+The samples are cut into parts of equal number. A part is done by one process, which writes its shards and then a note
+of what became of its samples; parts that have a note are not done again. Several machines may do some of the parts
+each. The merge adds the notes up and writes the index, by which the set appears.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from megatron_vlm.data.errors import SampleError
+from tqdm import tqdm
+
+from megatron_vlm.data.destination import LocalDestination, S3Destination, open_destination
+from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.parallel import map_numbers
-from megatron_vlm.data.shards import ShardSample, ShardWriter
-from megatron_vlm.data.sources import AnnotationSource
+from megatron_vlm.data.shards import INDEX, ShardSample, ShardWriter, merge_indexes
+from megatron_vlm.data.sources import AnnotationSource, SourceList
 
 QUARANTINE = "quarantine.jsonl"
+SAMPLES_PER_PART = 4096
+_NOTES = "parts"
+_PLAN = "plan.json"
 
 
 @dataclass
@@ -25,8 +37,23 @@ class PrepareSummary:
     images: int = 0
     quarantined: Counter[str] = field(default_factory=Counter)
     """By reason."""
-    quarantine: Path | None = None
+    quarantine: str | None = None
     """File that lists them, one JSON object per line; None where there are none."""
+
+
+def find_annotations(paths: Sequence[str | Path]) -> list[Path]:
+    """The annotation files that some paths name; a folder stands for all `.json` and `.jsonl` files below it.
+
+    Raises:
+        DataError: a folder has none.
+    """
+    found = []
+    for path in map(Path, paths):
+        files = sorted(file for file in path.rglob("*.json*") if file.suffix in (".json", ".jsonl"))
+        if path.is_dir() and not files:
+            raise DataError(f"folder {path} has no .json or .jsonl file")
+        found += files if path.is_dir() else [path]
+    return found
 
 
 def prepare_shards(
@@ -35,75 +62,171 @@ def prepare_shards(
     output: str | Path,
     processes: int | None = None,
     size_limit: int = 1 << 26,
+    samples_per_part: int = SAMPLES_PER_PART,
+    share: tuple[int, int] | None = None,
 ) -> PrepareSummary:
-    """Write one folder of shards.
+    """Write one set of shards, or some of its parts.
 
-    Bad samples are listed with the reason in `quarantine.jsonl` inside the folder, or, where no sample is good and so
-    no folder is written, in `<output>.quarantine.jsonl`.
+    Bad samples are listed with the reason in `quarantine.jsonl` inside the set, or, where no sample is good and so no
+    set is written, in `<output>.quarantine.jsonl`.
 
     Args:
-        annotations: `.json` and `.jsonl` files.
+        annotations: `.json` and `.jsonl` files, and folders of them.
         image_folder: what their image paths start from.
-        output: folder to be written; appears when it is whole.
+        output: folder, or s3://…; appears when it is whole.
         processes: that decode images; default: as many as this machine's cores.
         size_limit: bytes of a shard.
+        samples_per_part: what is done at a time, and not done again.
+        share: (k, n): only every n-th part from the k-th on, k from 1, and no merge; see `merge_parts`.
+
+    Returns:
+        What became of the samples; with `share`, of those of its parts.
 
     Raises:
-        DataError: an annotation file cannot be read, or `output` holds something already.
+        DataError: an annotation file cannot be read, or `output` holds something already, or parts of something else.
     """
-    sources = [AnnotationSource(path, image_folder) for path in annotations]
-    summary = PrepareSummary()
-    bad: list[dict[str, object]] = []
-    with ShardWriter(output, size_limit) as writer:
-        for source in sources:
-            outcomes = map_numbers(_Check(source), len(source), processes, f"checking {source.name}")
-            for index, outcome in enumerate(outcomes):
-                summary.read += 1
-                # Read again, from the page cache: images sent between processes would pile up in memory.
-                sample = outcome if isinstance(outcome, SampleError) else _load(source, index, outcome)
-                if isinstance(sample, SampleError):
-                    summary.quarantined[sample.reason] += 1
-                    bad.append(
-                        {
-                            "file": source.name,
-                            "index": index,
-                            "id": sample.sample_id,
-                            "reason": sample.reason,
-                            "message": str(sample),
-                        }
-                    )
-                    continue
-                writer.write(sample)
-                summary.written += 1
-                summary.images += len(sample.images)
-        if bad:
-            lines = "".join(json.dumps(item) + "\n" for item in bad)
-            if summary.written:
-                summary.quarantine = Path(output) / QUARANTINE
-                (writer.partial / QUARANTINE).write_text(lines, encoding="utf-8")
-            else:
-                summary.quarantine = Path(output).with_name(f"{Path(output).name}.{QUARANTINE}")
-                summary.quarantine.write_text(lines, encoding="utf-8")
+    destination = open_destination(output)
+    sources = SourceList([AnnotationSource(path, image_folder) for path in find_annotations(annotations)])
+    parts = -(-len(sources) // samples_per_part)
+    plan = {
+        "sources": [[str(source.name), source.content_hash()] for source in sources.sources],
+        "samples": len(sources),
+        "parts": parts,
+        "samples_per_part": samples_per_part,
+        "size_limit": size_limit,
+    }
+    _agree(destination, plan, output)
+    done = {int(name.partition(".")[0]) for name in destination.names(_NOTES) if name != _PLAN}
+    first, step = (share[0] - 1, share[1]) if share else (0, 1)
+    mine = range(first, parts, step)
+    todo = [number for number in mine if number not in done]
+    maker = _PartMaker(sources, destination, samples_per_part, size_limit)
+    with tqdm(total=sum(len(maker.members(n)) for n in mine), unit=" samples", desc=f"writing {output}") as bar:
+        bar.update(sum(len(maker.members(number)) for number in mine if number in done))
+        for read in map_numbers(lambda place: maker(todo[place]), len(todo), processes, f"writing {output}", chunk=1):
+            bar.update(read)
+    if share:
+        return _add_up(_notes(destination, mine))
+    return merge_parts(output)
+
+
+def _agree(destination: LocalDestination | S3Destination, plan: dict[str, Any], output: str | Path) -> None:
+    """Parts that are there already must be of the same samples, cut alike."""
+    content = json.dumps(plan, sort_keys=True).encode()
+    before = destination.read(f"{_NOTES}/{_PLAN}")
+    if before is None:
+        destination.write(f"{_NOTES}/{_PLAN}", content)
+    elif before != content:
+        old = json.loads(before)
+        changed = ", ".join(key for key in plan if old.get(key) != plan[key])
+        where = destination.partial if isinstance(destination, LocalDestination) else output
+        raise DataError(
+            f"{where} holds parts of a run with other {changed}. Call it as before to go on, or remove them to begin "
+            "anew."
+        )
+
+
+def merge_parts(output: str | Path) -> PrepareSummary:
+    """Make a set of its parts.
+
+    Raises:
+        DataError: `output` holds a set already, or parts are missing.
+    """
+    destination = open_destination(output)
+    content = destination.read(f"{_NOTES}/{_PLAN}")
+    if content is None:
+        raise DataError(f"there are no parts of {output} to be merged")
+    parts = int(json.loads(content)["parts"])
+    done = set(destination.names(_NOTES))
+    missing = [number for number in range(parts) if _note_name(number) not in done]
+    if missing:
+        raise DataError(f"{len(missing)} of {parts} parts of {output} are not done yet, first part {missing[0]}")
+    notes = list(_notes(destination, range(parts)))
+    summary = _add_up(notes)
+    lines = "".join(json.dumps(item) + "\n" for note in notes for item in note["bad"]).encode()
+    if not summary.written:
+        summary.quarantine = destination.beside(QUARANTINE, lines)
+        return summary
+    if lines:
+        destination.write(QUARANTINE, lines)
+        summary.quarantine = f"{output}/{QUARANTINE}"
+    index = merge_indexes([(_folder(number), note["index"]) for number, note in enumerate(notes) if note["index"]])
+    destination.publish(json.dumps(index).encode())
     return summary
 
 
-class _Check:
-    """Image sizes of a good sample, or what is wrong with it."""
-
-    def __init__(self, source: AnnotationSource) -> None:
-        self._source = source
-
-    def __call__(self, index: int) -> list[tuple[int, int]] | SampleError:
-        try:
-            return self._source.sample(index).measure_images()
-        except SampleError as error:
-            return error
+def _folder(number: int) -> str:
+    return f"{number:05d}"
 
 
-def _load(source: AnnotationSource, index: int, sizes: list[tuple[int, int]]) -> ShardSample | SampleError:
+def _note_name(number: int) -> str:
+    return f"{number:05d}.json"
+
+
+def _notes(destination: LocalDestination | S3Destination, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    for number in numbers:
+        content = destination.read(f"{_NOTES}/{_note_name(number)}")
+        assert content is not None
+        yield json.loads(content)
+
+
+def _add_up(notes: Sequence[dict[str, Any]] | Iterator[dict[str, Any]]) -> PrepareSummary:
+    summary = PrepareSummary()
+    for note in notes:
+        summary.read += note["read"]
+        summary.written += note["written"]
+        summary.images += note["images"]
+        summary.quarantined.update(item["reason"] for item in note["bad"])
+    return summary
+
+
+class _PartMaker:
+    """Writes a part and its note."""
+
+    def __init__(
+        self, sources: SourceList, destination: LocalDestination | S3Destination, samples_per_part: int, limit: int
+    ) -> None:
+        self.sources = sources
+        self.destination = destination
+        self.samples_per_part = samples_per_part
+        self.limit = limit
+
+    def members(self, number: int) -> range:
+        """Sample numbers of a part."""
+        start = number * self.samples_per_part
+        return range(start, min(start + self.samples_per_part, len(self.sources)))
+
+    def __call__(self, number: int) -> int:
+        """Returns the number of samples read."""
+        bad: list[dict[str, object]] = []
+        images = 0
+        index = None
+        with self.destination.staging(_folder(number)) as folder:
+            with ShardWriter(folder, self.limit) as writer:
+                for member in self.members(number):
+                    place, entry = self.sources.locate(member)
+                    source = self.sources.sources[place]
+                    assert isinstance(source, AnnotationSource)
+                    try:
+                        sample = _load(source, entry)
+                    except SampleError as error:
+                        bad.append(
+                            {"file": source.name, "index": entry, "id": error.sample_id, "reason": error.reason,
+                             "message": str(error)}
+                        )  # fmt: skip
+                        continue
+                    writer.write(sample)
+                    images += len(sample.images)
+            if writer.written:
+                index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+                (folder / INDEX).unlink()  # a part is no set
+        read = len(self.members(number))
+        note = {"read": read, "written": writer.written, "images": images, "bad": bad, "index": index}
+        self.destination.write(f"{_NOTES}/{_note_name(number)}", json.dumps(note).encode())
+        return read
+
+
+def _load(source: AnnotationSource, index: int) -> ShardSample:
     sample = source.sample(index)
-    try:
-        images = [sample.read_image(place) for place in range(len(sample.image_names))]
-    except OSError as error:
-        return SampleError(sample.id, source.name, "unreadable image", str(error), "It vanished while it was read.")
-    return ShardSample(source.entry(index), images, sizes)
+    loaded = [sample.load_image(place) for place in range(len(sample.image_names))]
+    return ShardSample(source.entry(index), [data for data, _ in loaded], [size for _, size in loaded])

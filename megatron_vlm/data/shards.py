@@ -8,20 +8,22 @@
 | image_sizes   | json     | [width, height] of each image, upright |
 
 Lists are JSON because the format's arrays may not be empty, and a sample of text alone has no image.
+
+Beside the shards lies what planning needs of all samples, without their images: `annotations.jsonl.gz`, one line for
+each, named by the key `annotations` of index.json, which mosaicml-streaming passes over.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-
-import numpy as np
 
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.streaming_shim import import_streaming
@@ -33,6 +35,7 @@ COLUMNS = {
     "image_sizes": "json",
 }
 INDEX = "index.json"
+OUTLINES = "annotations.jsonl.gz"
 
 
 @dataclass
@@ -41,8 +44,8 @@ class ShardSample:
 
     annotation: dict[str, Any]
     images: list[bytes]
-    image_sizes: list[tuple[int, int]]
-    """Upright (width, height) of each image."""
+    image_sizes: list[tuple[int, int]] | None
+    """Upright (width, height) of each image; None: not recorded."""
 
 
 class ShardWriter:
@@ -72,6 +75,8 @@ class ShardWriter:
         self._writer = import_streaming().MDSWriter(
             out=str(self.partial), columns=COLUMNS, hashes=["sha1"], size_limit=size_limit, progress_bar=False
         )
+        # No time of writing inside: the same samples give the same bytes.
+        self._outlines = gzip.GzipFile(self.partial / OUTLINES, "wb", compresslevel=4, mtime=0)
 
     def write(self, sample: ShardSample) -> None:
         self._writer.write(
@@ -82,6 +87,8 @@ class ShardWriter:
                 "image_sizes": sample.image_sizes,
             }
         )
+        outline = {"annotation": sample.annotation, "image_sizes": sample.image_sizes}
+        self._outlines.write(json.dumps(outline).encode() + b"\n")
         self.written += 1
 
     def __enter__(self) -> ShardWriter:
@@ -90,58 +97,38 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._outlines.close()
         self._writer.finish()
         if kind is not None or not self.written:
             shutil.rmtree(self.partial, ignore_errors=True)
             return
+        outlines = (self.partial / OUTLINES).read_bytes()
+        index = json.loads((self.partial / INDEX).read_text(encoding="utf-8"))
+        index["annotations"] = [
+            {
+                "basename": OUTLINES,
+                "samples": self.written,
+                "bytes": len(outlines),
+                "sha1": hashlib.sha1(outlines, usedforsecurity=False).hexdigest(),
+            }
+        ]
+        (self.partial / INDEX).write_text(json.dumps(index), encoding="utf-8")
         if self.folder.exists():
             self.folder.rmdir()  # empty, as checked
         self.partial.rename(self.folder)
 
 
-class ShardFolder:
-    """Reads a folder of shards at random."""
+def merge_indexes(parts: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """One index.json of a set whose parts lie in folders below it.
 
-    def __init__(self, folder: str | Path) -> None:
-        """
-        Raises:
-            DataError: there is no such folder, no index in it, a shard is missing, or its columns are others.
-        """
-        self.folder = Path(folder)
-        index = self.folder / INDEX
-        if not self.folder.is_dir():
-            raise DataError(f"shard folder {self.folder} does not exist. Check data_path.")
-        if not index.is_file():
-            raise DataError(
-                f"shard folder {self.folder} has no {INDEX}: it is no shard folder, or was not written to the end. "
-                "Write it with tools/prepare_shards.py."
-            )
-        try:
-            shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
-            columns = {name for shard in shards for name in shard["column_names"]}
-            files = [shard["raw_data"]["basename"] for shard in shards]
-            self.starts = np.cumsum([0, *(shard["samples"] for shard in shards)], dtype=np.int64)
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{index} is not an MDS index: {type(error).__name__} {error}") from error
-        if columns != set(COLUMNS):
-            raise DataError(
-                f"shard folder {self.folder} has the columns {sorted(columns)}, expected {sorted(COLUMNS)}. "
-                "Write it with tools/prepare_shards.py."
-            )
-        missing = [name for name in files if not (self.folder / name).is_file()]
-        if missing:
-            raise DataError(
-                f"shard folder {self.folder} lacks {len(missing)} of {len(files)} shards, first {missing[0]}"
-            )
-        self.content_hash = hashlib.sha256(index.read_bytes()).hexdigest()
-        """Changes with any shard: the index holds their hashes."""
-        self._data = import_streaming().LocalDataset(local=str(self.folder))
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, index: int) -> ShardSample:
-        columns = self._data[index]
-        bounds = [0, *accumulate(columns["image_lengths"])]
-        images = [columns["images"][start:stop] for start, stop in pairwise(bounds)]
-        return ShardSample(columns["annotation"], images, [(w, h) for w, h in columns["image_sizes"]])
+    Args:
+        parts: (folder, its index.json), in the order of the samples.
+    """
+    merged: dict[str, Any] = {"version": 2, "shards": [], "annotations": []}
+    for folder, index in parts:
+        for shard in index["shards"]:
+            raw = {**shard["raw_data"], "basename": f"{folder}/{shard['raw_data']['basename']}"}
+            merged["shards"].append({**shard, "raw_data": raw})
+        for outlines in index["annotations"]:
+            merged["annotations"].append({**outlines, "basename": f"{folder}/{outlines['basename']}"})
+    return merged

@@ -14,8 +14,11 @@ import numpy as np
 from megatron_vlm.data.annotations import AnnotationFile, parse_annotation
 from megatron_vlm.data.conversation import Turn
 from megatron_vlm.data.errors import DataError, SampleError
-from megatron_vlm.data.images import ImageUnreadable, verify_image
-from megatron_vlm.data.shards import INDEX, ShardFolder
+from megatron_vlm.data.images import ImageTooLarge, ImageUnreadable, verify_image
+from megatron_vlm.data.s3 import is_remote
+from megatron_vlm.data.shard_cache import ShardCache
+from megatron_vlm.data.shard_reader import ShardFolder
+from megatron_vlm.data.shards import INDEX, ShardSample
 
 
 @dataclass
@@ -41,19 +44,30 @@ class Sample:
         """
         if self.image_sizes is not None:
             return self.image_sizes
-        sizes = []
-        for place, name in enumerate(self.image_names):
-            try:
-                sizes.append(verify_image(self.read_image(place)))
-            except FileNotFoundError as error:
-                raise SampleError(
-                    self.id, self.file, "missing image", f"there is no {name}", "Check image_folder and the path."
-                ) from error
-            except (OSError, ImageUnreadable) as error:
-                raise SampleError(
-                    self.id, self.file, "unreadable image", f"{name}: {error}", "Replace the image or remove the entry."
-                ) from error
-        return sizes
+        return [self.load_image(place)[1] for place in range(len(self.image_names))]
+
+    def load_image(self, place: int) -> tuple[bytes, tuple[int, int]]:
+        """An image file and its upright (width, height), decoded whole to see that it is good.
+
+        Raises:
+            SampleError: it is missing or unreadable.
+        """
+        name = self.image_names[place]
+        try:
+            data = self.read_image(place)
+            return data, verify_image(data)
+        except FileNotFoundError as error:
+            raise SampleError(
+                self.id, self.file, "missing image", f"there is no {name}", "Check image_folder and the path."
+            ) from error
+        except ImageTooLarge as error:
+            raise SampleError(
+                self.id, self.file, "image too large", f"{name}: {error}", "Give a smaller one or remove the entry."
+            ) from error
+        except (OSError, ImageUnreadable) as error:
+            raise SampleError(
+                self.id, self.file, "unreadable image", f"{name}: {error}", "Replace the image or remove the entry."
+            ) from error
 
 
 class SampleSource(ABC):
@@ -74,6 +88,14 @@ class SampleSource(ABC):
         Raises:
             SampleError: its annotation cannot be used.
         """
+
+    def outline(self, index: int) -> Sample:
+        """As much of sample `index` as its lengths follow from; perhaps without a way to its images.
+
+        Raises:
+            SampleError: its annotation cannot be used.
+        """
+        return self.sample(index)
 
     @abstractmethod
     def content_hash(self) -> str:
@@ -122,15 +144,19 @@ class AnnotationSource(SampleSource):
 
 
 class ShardSource(SampleSource):
-    """A folder of shards. Its images were decoded when it was written, so their recorded sizes are relied on."""
+    """A folder of shards. Our own record image sizes, taken when every image was decoded, and these are relied on."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, cache: ShardCache | None = None) -> None:
         """
+        Args:
+            folder: of a disk, or s3://…
+            cache: for shards of an S3 store.
+
         Raises:
             DataError: see `ShardFolder`.
         """
         self.name = str(folder)
-        self._shards = ShardFolder(folder)
+        self._shards = ShardFolder(folder, cache)
         self.shard_starts = self._shards.starts
 
     def __len__(self) -> int:
@@ -138,13 +164,20 @@ class ShardSource(SampleSource):
 
     def sample(self, index: int) -> Sample:
         stored = self._shards[index]
-        annotation = parse_annotation(stored.annotation, index, self.name)
-        if len(annotation.image_paths) != len(stored.images):
+        sample = self._sample(stored, index)
+        if len(sample.image_names) != len(stored.images):
             raise SampleError(
-                annotation.id, self.name, "image count mismatch",
-                f"the annotation names {len(annotation.image_paths)} images, the shard holds {len(stored.images)}",
+                sample.id, self.name, "image count mismatch",
+                f"the annotation names {len(sample.image_names)} images, the shard holds {len(stored.images)}",
                 "Write the shards again with tools/prepare_shards.py.",
             )  # fmt: skip
+        return sample
+
+    def outline(self, index: int) -> Sample:
+        return self._sample(self._shards.outline(index), index)
+
+    def _sample(self, stored: ShardSample, index: int) -> Sample:
+        annotation = parse_annotation(stored.annotation, index, self.name)
         return Sample(
             id=annotation.id,
             file=self.name,
@@ -178,12 +211,14 @@ class SourceList:
         return self.sources[source].sample(index)
 
 
-def open_source(path: str | Path, image_folder: str | Path | None) -> SampleSource:
-    """The source a path names: `.json` and `.jsonl` are annotations, a folder is shards.
+def open_source(path: str | Path, image_folder: str | Path | None, cache: ShardCache | None = None) -> SampleSource:
+    """The source a path names: `.json` and `.jsonl` are annotations, a folder or s3:// is shards.
 
     Raises:
         DataError: there is nothing usable at `path`.
     """
+    if is_remote(path):
+        return ShardSource(str(path), cache)
     location = Path(path)
     if location.suffix in (".json", ".jsonl") and location.name != INDEX and not location.is_dir():
         return AnnotationSource(location, image_folder)

@@ -12,11 +12,13 @@ import sys
 import types
 from typing import Any
 
+from megatron_vlm.data.published_shards import register_encodings
+
 _CATALOGUES = ("streaming.vision", "streaming.text", "streaming.multimodal")
 
 
 def import_streaming() -> Any:
-    """The package `streaming`.
+    """The package `streaming`, with the encodings of the published shards added to its own.
 
     Raises:
         ImportError: it is not installed; the message says how to install it.
@@ -32,4 +34,5 @@ def import_streaming() -> Any:
             "Install it with: pip install --no-deps mosaicml-streaming==0.13.0 && "
             "pip install 'zstd<2' 'xxhash<4' 'python-snappy<1' brotli boto3 'catalogue<3' tqdm transformers"
         ) from error
+    register_encodings()
     return streaming

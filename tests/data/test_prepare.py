@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.data.shards import ShardFolder
+from megatron_vlm.data.shard_reader import ShardFolder
 from tests.data.helpers import Folder, mixed_folder
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_shards.py"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.data.errors import DataError
-from megatron_vlm.data.shards import ShardFolder, ShardSample, ShardWriter
+from megatron_vlm.data.shard_reader import ShardFolder
+from megatron_vlm.data.shards import ShardSample, ShardWriter
 from tests.data.helpers import image_bytes
 
 
@@ -92,5 +93,5 @@ def test_folders_that_are_no_shards(tmp_path: Path) -> None:
     index.write_text(text)
     name = json.loads(text)["shards"][0]["raw_data"]["basename"]
     (tmp_path / "s" / name).unlink()
-    with pytest.raises(DataError, match=f"lacks 1 of 1 shards, first {name}"):
+    with pytest.raises(DataError, match=f"lacks 1 of 2 files, first {name}"):
         ShardFolder(tmp_path / "s")
