@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_vlm.config.errors import nearest
 from megatron_vlm.config.problems import Problem
 from megatron_vlm.config.recipe import Recipe
+from megatron_vlm.config.values import to_bytes
 
 _DATA_FILES = (".json", ".jsonl", ".yaml", ".yml")
 
@@ -33,9 +34,26 @@ def _check_data(recipe: Recipe) -> Iterator[Problem]:
                 f"a file of an unknown kind ({path.suffix or 'no suffix'})",
                 f"Name a file ending in {', '.join(_DATA_FILES)}, or a shard folder",
             )
+    yield from _check_cache(recipe)
     folder = recipe.data.image_folder
     if folder is not None and not _remote(folder) and not Path(folder).is_dir():
         yield _missing("data.image_folder", Path(folder), "folder")
+
+
+def _check_cache(recipe: Recipe) -> Iterator[Problem]:
+    data = recipe.data
+    remote = next((name for name in [*data.data_path, data.data_root or ""] if _remote(name)), None)
+    if remote and data.cache_dir is None:
+        yield Problem(
+            "data.cache_dir", None, f"shards of {remote} have no place on this machine", "Name a folder of a local disk"
+        )
+    if data.cache_limit is not None:
+        try:
+            to_bytes(data.cache_limit)
+        except ValueError:
+            yield Problem("data.cache_limit", data.cache_limit, "no size", "Give one such as 100gb or 64MiB")
+    if data.data_root is not None and not _remote(data.data_root) and not Path(data.data_root).is_dir():
+        yield _missing("data.data_root", Path(data.data_root), "folder")
 
 
 def _check_tokenizer(recipe: Recipe) -> Iterator[Problem]:

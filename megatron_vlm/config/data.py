@@ -16,6 +16,9 @@ class DataConfig:
     image_folder: str | None = field(
         default=None, metadata={"help": "folder that image paths in annotations start from"}
     )
+    data_root: str | None = field(
+        default=None, metadata={"help": "folder or s3:// prefix that relative paths inside mixtures start from"}
+    )
     tokenizer_model: str = field(
         default="", metadata={"help": "folder of a Hugging Face tokenizer, or a sentencepiece .model file"}
     )
@@ -35,5 +38,9 @@ class DataConfig:
     packing_window: int = field(default=50_000, metadata={"help": "samples that are packed together"})
     num_workers: int = field(default=2, metadata={"help": "processes per rank that read and decode"})
     cache_dir: str | None = field(
-        default=None, metadata={"help": "where length indexes are kept; default: next to the data"}
+        default=None,
+        metadata={"help": "where length indexes and shards of S3 are kept; default: indexes next to the data"},
+    )
+    cache_limit: str | None = field(
+        default=None, metadata={"help": "what shards of S3 may take in cache_dir, as in 100gb; default: no limit"}
     )

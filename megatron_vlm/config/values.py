@@ -16,6 +16,23 @@ _TYPE_NAMES = {
 }
 
 
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+          "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
+
+
+def to_bytes(text: str) -> int:
+    """Bytes of a size such as 100gb (10^9) or 64MiB (2^20), or a ValueError."""
+    size = text.strip().lower()
+    unit = size.lstrip("0123456789.")
+    try:
+        count = int(float(size[: len(size) - len(unit)]) * _UNITS[unit.strip()])
+    except (KeyError, ValueError):
+        count = 0
+    if count <= 0:
+        raise ValueError(f"{text!r} is no size: expected a number and a unit, as in 100gb or 64MiB")
+    return count
+
+
 def field_types(cls: type[Any]) -> dict[str, Any]:
     """The resolved type of each field of a dataclass, by name."""
     hints = typing.get_type_hints(cls)

@@ -95,7 +95,7 @@ class _Measurer:
 
     def measure(self, index: int) -> _Measure:
         try:
-            sample = self.source.sample(index)
+            sample = self.source.outline(index)
             sizes = sample.measure_images()
         except SampleError as error:
             return _Measure(REFUSED, 0, [], Refusal(index, error.sample_id, error.reason, str(error)))

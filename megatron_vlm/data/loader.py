@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.data.errors import DataError, RowError
 from megatron_vlm.data.lengths import REFUSED, describe_refusals, load_or_build
-from megatron_vlm.data.mixture import open_mixture
+from megatron_vlm.data.mixture import describe_mixture, open_mixture
 from megatron_vlm.data.packing import Budget, EpochPlan, PlannedRow, RowPlan, plan_epoch
 from megatron_vlm.data.rows import RowBuilder
 from megatron_vlm.data.tiling import ImageGeometry
@@ -207,7 +207,7 @@ def build_loader(
     if recipe.training.global_batch_size % dp_size:
         raise DataError(f"global_batch_size {recipe.training.global_batch_size} is no multiple of {dp_size} data ranks")
     data, seed = recipe.data, recipe.training.seed
-    mixture = open_mixture(data.data_path, data.image_folder)
+    mixture = open_mixture(data.data_path, data.image_folder, data.data_root, data.cache_dir, data.cache_limit)
     tokenizer = load_tokenizer(data.tokenizer_model)
     if len(tokenizer) > recipe.model.image_token_index:
         raise DataError(
@@ -241,6 +241,8 @@ def build_loader(
             f"the dataset is empty: none of {len(tokens)} samples of {', '.join(data.data_path)} is usable "
             f"({reasons}; {int(oversized.sum())} longer than a row)"
         )
+    if speaks and len(mixture.uses) > 1:
+        logger.info("%s", describe_mixture(mixture, usable, tokens, tiles, seed))
     budget = Budget(data.seq_length, data.max_tiles_per_row, data.packing_window)
 
     def plan_of_epoch(epoch: int) -> EpochPlan:

@@ -17,7 +17,7 @@ import torch
 
 from megatron_vlm.data.batch import Document, PackedBatch, assemble_row, tile_range
 from megatron_vlm.data.conversation import encode_conversation
-from megatron_vlm.data.errors import RowError, SampleError
+from megatron_vlm.data.errors import DataError, RowError
 from megatron_vlm.data.images import ImageUnreadable, decode_image
 from megatron_vlm.data.lengths import LengthIndex
 from megatron_vlm.data.merge import count_positions
@@ -61,7 +61,7 @@ class RowBuilder:
         source, lengths = self.sources.sources[place], self.indexes[place]
         try:
             sample = source.sample(index)
-        except (SampleError, OSError) as error:
+        except (DataError, OSError) as error:
             raise RowError(
                 f"row {row.counter}: sample {index} of {source.name} cannot be read any more: {error}"
             ) from error

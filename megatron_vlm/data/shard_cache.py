@@ -23,25 +23,6 @@ logger = logging.getLogger(__name__)
 
 _PARTIAL, _LOCK = ".partial", ".lock"
 _POLL_SECONDS = 0.05
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-          "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 100gb (10^9) or 64MiB (2^20).
-
-    Raises:
-        ValueError: it is none.
-    """
-    number = text.strip().lower()
-    unit = number.lstrip("0123456789.")
-    try:
-        size = int(float(number[: len(number) - len(unit)]) * _UNITS[unit.strip()])
-    except (KeyError, ValueError):
-        size = 0
-    if size <= 0:
-        raise ValueError(f"{text!r} is no size: expected a number and a unit, as in 100gb or 64MiB")
-    return size
 
 
 class ShardCache:

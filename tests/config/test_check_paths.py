@@ -17,6 +17,7 @@ def recipe(tmp_path):
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     recipe = Recipe()
     recipe.data.data_path = [str(tmp_path / "train.json"), str(tmp_path / "shards"), "s3://bucket/shards"]
+    recipe.data.cache_dir, recipe.data.cache_limit = str(tmp_path), "100gb"
     recipe.data.tokenizer_model = str(tmp_path / "tokenizer")
     recipe.data.image_folder = str(tmp_path)
     recipe.training.load = recipe.training.pretrained_checkpoint = str(tmp_path)
@@ -38,6 +39,8 @@ def test_paths_that_are_there_pass(recipe, tmp_path):
     ("section", "name", "value", "words"),
     [
         ("data", "data_path", [], "no data"),
+        ("data", "cache_limit", "much", "no size"),
+        ("data", "data_root", "{}/absent", "no such folder"),
         ("data", "data_path", ["{}/trian.json"], "Did you mean {}/train.json?"),
         ("data", "data_path", ["{}/missing/train.json"], "{}/missing does not exist"),
         ("data", "data_path", ["{}/notes.txt"], "unknown kind (.txt)"),
@@ -69,3 +72,9 @@ def test_all_wrong_paths_are_reported_together(recipe):
     with pytest.raises(ConfigError) as caught:
         check_paths(recipe)
     assert len(caught.value.problems) == 3
+
+
+def test_shards_of_s3_need_a_place(recipe):
+    recipe.data.cache_dir = None
+    with pytest.raises(ConfigError, match="shards of s3://bucket/shards have no place"):
+        check_paths(recipe)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_vlm.data.errors import DataError
-from megatron_vlm.data.mixture import SamplingRule, open_mixture
+from megatron_vlm.data.mixture import describe_mixture, open_mixture
+from megatron_vlm.data.mixture_file import SamplingRule
 from tests.data.helpers import Folder
 
 USABLE = np.array([True, False] + [True] * 8)  # 9 of 10
@@ -115,3 +116,28 @@ def test_files_that_are_no_mixture(tmp_path: Path, text: str) -> None:
     (tmp_path / "m.yaml").write_text(text)
     with pytest.raises(DataError, match=r"m\.yaml"):
         open_mixture([str(tmp_path / "m.yaml")], None)
+
+
+def test_a_mixture_is_checked_as_a_whole(tmp_path: Path) -> None:
+    annotations(tmp_path, "a", 1)
+    (tmp_path / "m.yaml").write_text("datasets: [{json_path: b.json}, {json_path: a.json}, {shard_path: c}]")
+    with pytest.raises(DataError) as caught:
+        open_mixture([str(tmp_path / "m.yaml")], None, str(tmp_path))
+    assert "2 of 3 data sets cannot be opened" in str(caught.value)
+    assert "b.json" in str(caught.value) and "c does not exist" in str(caught.value)
+
+
+def test_table_of_a_mixture(tmp_path: Path) -> None:
+    annotations(tmp_path, "a", 4), annotations(tmp_path, "b", 3)
+    (tmp_path / "m.yaml").write_text(
+        "datasets: [{json_path: a.json}, {json_path: b.json, repeat: 2}, {json_path: a.json, choose: 25%}]"
+    )
+    mixture = open_mixture([str(tmp_path / "m.yaml")], None, str(tmp_path))
+    lines = describe_mixture(mixture, np.arange(7) != 0, np.full(7, 1000), np.arange(7), seed=1).splitlines()
+    assert [line.split()[1:4] for line in lines[1:4]] == [
+        ["all", "4", "3"],
+        ["repeat:2", "3", "6"],
+        ["choose:25%", "4", "1"],
+    ]
+    assert lines[2].split()[-4:] == ["6,000", "30", "60.00", "%"]
+    assert lines[-1].split()[:4] == ["all", "11", "10", "10,000"] and lines[-1].endswith("100.00 %")
