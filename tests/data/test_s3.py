@@ -1,0 +1,183 @@
+"""Against a real S3 server: what is written is verified, what fails is tried again, and what stays wrong is named."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.data import s3
+from megatron_vlm.data.errors import DataError
+from megatron_vlm.data.prepare import merge_parts, prepare_shards
+from megatron_vlm.data.shard_cache import ShardCache
+from megatron_vlm.data.shard_reader import ShardFolder
+from megatron_vlm.data.shards import ShardSample
+from tests.data.helpers import mixed_folder
+from tests.s3_server import BUCKET, Fault, Proxy, put_folder, store
+
+URL = f"s3://{BUCKET}/train"
+
+
+@pytest.fixture(scope="module")
+def one_store() -> Iterator[Proxy]:
+    with store() as running:
+        yield running
+
+
+@pytest.fixture
+def proxy(one_store: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The store without objects and faults, and little patience."""
+    monkeypatch.setattr(s3, "patience", s3.Patience(attempts=4, first_delay=0.02, timeout=1.0))
+    yield one_store
+    one_store.faults.clear()
+    one_store.requests.clear()
+    for name in s3.list_names(f"s3://{BUCKET}/"):
+        s3._client().delete_object(Bucket=BUCKET, Key=name)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 samples in 3 parts of several shards each."""
+    root = tmp_path_factory.mktemp("local")
+    folder = mixed_folder(root, 60)
+    prepare_shards([folder.write()], folder.images, root / "s", 1, size_limit=4000, samples_per_part=20)
+    return root / "s"
+
+
+def everything(folder: ShardFolder) -> list[ShardSample]:
+    return [folder[index] for index in range(len(folder))]
+
+
+def test_shards_straight_to_a_store_are_those_on_disk(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    folder = mixed_folder(tmp_path, 60)
+    proxy.faults += [Fault("error", "00001/", 3, "PUT"), Fault("error", "index.json", 1, "HEAD")]
+    summary = prepare_shards([folder.write()], folder.images, URL, 1, size_limit=4000, samples_per_part=20)
+    assert (summary.read, summary.written) == (60, 60)
+    remote = ShardFolder(URL, ShardCache(tmp_path / "cache"))
+    assert everything(remote) == everything(ShardFolder(shards))
+    puts = [path for method, path in proxy.requests if method == "PUT"]
+    assert puts[-1].endswith("index.json")  # the index is the last to come
+    with pytest.raises(DataError, match="holds a set of shards already"):
+        prepare_shards([folder.write()], folder.images, URL, 1)
+
+
+def test_parts_by_several_jobs_and_a_stop_between_them(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    folder = mixed_folder(tmp_path, 60)
+    arguments = ([folder.write()], folder.images, URL, 1, 4000, 20)
+    assert prepare_shards(*arguments, share=(2, 2)).written == 20
+    with pytest.raises(DataError, match="2 of 3 parts .* are not done yet, first part 0"):
+        merge_parts(URL)
+    with pytest.raises(DataError, match="has no index"):
+        ShardFolder(URL, ShardCache(tmp_path / "cache"))
+    assert prepare_shards(*arguments, share=(1, 2)).written == 40
+    proxy.requests.clear()
+    assert prepare_shards(*arguments, share=(1, 2)).written == 40  # again: nothing to do
+    assert not [path for method, path in proxy.requests if method == "PUT"]
+    assert merge_parts(URL).written == 60
+    assert everything(ShardFolder(URL, ShardCache(tmp_path / "cache"))) == everything(ShardFolder(shards))
+
+
+def test_no_sidecar_is_needed_for_lengths_but_no_shard_is_fetched_with_one(
+    tmp_path: Path, proxy: Proxy, shards: Path
+) -> None:
+    put_folder(shards, URL)
+    remote = ShardFolder(URL, ShardCache(tmp_path / "cache"))
+    local = ShardFolder(shards)
+    for index in range(60):
+        full, outline = local[index], remote.outline(index)
+        assert (outline.annotation, outline.image_sizes) == (full.annotation, full.image_sizes)
+    assert not [path for _, path in proxy.requests if path.endswith(".mds") and "GET" in _]
+
+
+@pytest.mark.parametrize("kind", ["error", "cut", "stall", "short"])
+def test_what_fails_for_a_while_is_tried_again(tmp_path: Path, proxy: Proxy, shards: Path, kind: str) -> None:
+    put_folder(shards, URL)
+    proxy.faults += [Fault(kind, "00000/shard.00001", 1 if kind == "stall" else 2), Fault("error", "/index.json", 1)]
+    remote = ShardFolder(URL, ShardCache(tmp_path / "cache"))
+    assert everything(remote) == everything(ShardFolder(shards))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("error", "tried 4 times"), ("cut", "tried 4 times"), ("short", "bytes came where .* were expected")],
+)
+def test_what_stays_wrong_is_named(tmp_path: Path, proxy: Proxy, shards: Path, kind: str, message: str) -> None:
+    put_folder(shards, URL)
+    proxy.faults.append(Fault(kind, "00000/shard.00001"))
+    remote = ShardFolder(URL, ShardCache(tmp_path / "cache"))
+    with pytest.raises(DataError, match=rf"{URL}/00000/shard.00001.mds.*{message}"):
+        everything(remote)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_missing_replaced_and_refused(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    put_folder(shards, URL)
+    remote = ShardFolder(URL, ShardCache(tmp_path / "cache"))
+    s3._client().delete_object(Bucket=BUCKET, Key="train/00001/shard.00000.mds")
+    with pytest.raises(DataError, match=rf"{URL}/00001/shard.00000.mds does not exist"):
+        everything(remote)
+    data = bytearray((shards / "00000" / "shard.00000.mds").read_bytes())
+    data[-1] ^= 1
+    s3.upload(bytes(data), f"{URL}/00000/shard.00000.mds")
+    with pytest.raises(DataError, match="sha1 is not that of the index"):
+        ShardFolder(URL, ShardCache(tmp_path / "other"))[0]
+    with pytest.raises(DataError, match="s3://nosuch/x"):
+        ShardFolder("s3://nosuch/x", ShardCache(tmp_path / "cache"))
+    with pytest.raises(DataError, match="set cache_dir"):
+        ShardFolder(URL)
+
+
+def test_the_cache_is_bounded(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    put_folder(shards, URL)
+    total = sum(path.stat().st_size for path in shards.rglob("*.mds"))
+    cache = ShardCache(tmp_path / "cache", limit=total // 3)
+    remote = ShardFolder(URL, cache)
+    expected = everything(ShardFolder(shards))
+    for index in [*range(60), *range(59, -1, -1)]:
+        assert remote[index] == expected[index]
+        assert cache.used <= total // 3
+    gets = [path for method, path in proxy.requests if method == "GET" and path.endswith(".mds")]
+    assert len(gets) > len(set(gets))  # some were fetched, removed and fetched again
+    with pytest.raises(DataError, match="raise cache_limit"):
+        ShardFolder(URL, ShardCache(tmp_path / "tiny", limit=100))[0]
+
+
+def _read_all(shards: Path, cache_folder: Path, limit: int, seed: int) -> None:
+    import numpy as np
+
+    cache = ShardCache(cache_folder, limit)
+    remote, local = ShardFolder(URL, cache), ShardFolder(shards)
+    for index in np.random.default_rng(seed).permutation(60).tolist():
+        assert remote[index] == local[index]
+        assert cache.used <= limit
+
+
+def test_processes_share_a_cache_even_if_one_is_killed(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    put_folder(shards, URL)
+    limit = 5 * max(path.stat().st_size for path in shards.rglob("*.mds"))
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_read_all, args=(shards, tmp_path / "cache", limit, seed)) for seed in range(4)]
+    for process in processes:
+        process.start()
+    processes[0].join(0.5)
+    processes[0].kill()
+    for process in processes[1:]:
+        process.join(60)
+        assert process.exitcode == 0
+    _read_all(shards, tmp_path / "cache", limit, 9)
+    assert ShardCache(tmp_path / "cache").used <= limit
+
+
+def test_a_shard_is_fetched_once_by_many_processes(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    put_folder(shards, URL)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_read_all, args=(shards, tmp_path / "cache", 10**9, 1)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    gets = [path for method, path in proxy.requests if method == "GET" and path.endswith(".mds")]
+    assert len(gets) == len(set(gets)) > 5

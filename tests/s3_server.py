@@ -1,0 +1,149 @@
+"""A real S3 server for tests, and a proxy before it that fails, stalls and truncates on demand."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BUCKET = "data"
+
+
+@dataclass
+class Fault:
+    """What the proxy does to some requests."""
+
+    kind: str
+    """error: status 500; stall: half of the body, then silence; cut: half of the body, then the connection closes;
+    short: half of the body as if it were all"""
+    part: str
+    """Of the path of the requests."""
+    times: int = 10**9
+    method: str = "GET"
+
+
+@dataclass
+class Proxy:
+    """Between a client and the server."""
+
+    port: int
+    faults: list[Fault] = field(default_factory=list)
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    """(method, path) of all so far"""
+
+    def matching(self, method: str, path: str) -> str | None:
+        self.requests.append((method, path))
+        for fault in self.faults:
+            if fault.times > 0 and fault.method == method and fault.part in path:
+                fault.times -= 1
+                return fault.kind
+        return None
+
+
+@contextmanager
+def server() -> Iterator[int]:
+    """An S3 server without objects; yields its port."""
+    from moto.server import ThreadedMotoServer
+
+    instance = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    instance.start()
+    yield instance.get_host_and_port()[1]
+    instance.stop()
+
+
+@contextmanager
+def proxy(server_port: int) -> Iterator[Proxy]:
+    stop = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _forward(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            fault = state.matching(self.command, self.path)
+            if fault == "error":
+                self.send_response(500)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            connection = http.client.HTTPConnection("127.0.0.1", server_port, timeout=60)
+            connection.request(self.command, self.path, body, dict(self.headers))
+            answer = connection.getresponse()
+            content = answer.read()
+            sent = content[: len(content) // 2] if fault else content
+            length = len(sent) if fault == "short" else len(content)
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("content-length", "connection", "transfer-encoding"):
+                    self.send_header(name, value)
+            if self.command == "HEAD":
+                self.send_header("Content-Length", answer.getheader("Content-Length") or "0")
+            elif answer.status != 204:
+                self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(sent)
+            self.wfile.flush()
+            if fault == "stall":
+                stop.wait(60)
+            if fault:
+                self.close_connection = True
+
+        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _forward
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    listener.daemon_threads = True
+    state = Proxy(listener.server_address[1])
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
+    yield state
+    stop.set()
+    listener.shutdown()
+    listener.server_close()
+
+
+@contextmanager
+def store() -> Iterator[Proxy]:
+    """A server with an empty bucket, its proxy, and the environment by which boto3 finds the proxy."""
+    with server() as port, proxy(port) as before, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{before.port}")
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": "/nonexistent",
+            "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
+        }.items():
+            patch.setenv(name, value)
+        from megatron_vlm.data import s3
+
+        s3._client_of.cache_clear()
+        s3._client().create_bucket(Bucket=BUCKET)
+        yield before
+        s3._client_of.cache_clear()
+
+
+def put_folder(folder: Path, url: str) -> None:
+    """Copy a folder as it is, unverified."""
+    from megatron_vlm.data import s3
+
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            s3.upload(path, s3.join(url, str(path.relative_to(folder))))
+
+
+def wait_for(condition: Any, seconds: float) -> None:
+    """Until it holds, or fail."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, "it did not come"
+        time.sleep(0.1)
