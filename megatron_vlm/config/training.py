@@ -39,10 +39,6 @@ class TrainingConfig:
     recompute_granularity: str | None = field(
         default=None, metadata={"choices": ("full", "selective"), "help": "activations recomputed in backward"}
     )
-    attention_backend: str = field(
-        default="auto",
-        metadata={"choices": ("auto", "sdpa", "varlen"), "help": "attention kernel; auto: fastest there is"},
-    )
     save: str | None = field(
         default=None, metadata={"help": "folder for checkpoints, metrics.jsonl and TensorBoard logs"}
     )

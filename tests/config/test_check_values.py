@@ -31,7 +31,6 @@ UNCOUPLED_WRONG_VALUES = [
     ("training.optimizer", "adamw"),
     ("training.lr_decay_style", "exponential"),
     ("training.recompute_granularity", "some"),
-    ("training.attention_backend", "flash3"),
     ("data.seq_length", 0),
     ("data.max_tiles_per_row", 0),
     ("data.packing_window", 0),
