@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vlm.data import prepare
 from megatron_vlm.data.shard_reader import ShardFolder
+from megatron_vlm.data.shards import ShardSample
+from megatron_vlm.data.sources import AnnotationSource
 from tests.data.helpers import Folder, mixed_folder
+from tests.tools_by_path import load_tool
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_shards.py"
 
@@ -50,11 +53,7 @@ def test_good_and_bad(tmp_path: Path) -> None:
 
 def run_here(*arguments: object) -> int:
     """Without the cost of another process."""
-    spec = importlib.util.spec_from_file_location("prepare_shards_tool", TOOL)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return int(module.main([str(argument) for argument in arguments]))
+    return int(load_tool("prepare_shards").main([str(argument) for argument in arguments]))
 
 
 def test_nothing_good(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,3 +68,59 @@ def test_nothing_good(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_wrong_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here("--annotations", tmp_path / "absent.json", "--output", tmp_path / "s") == 2
     assert "absent.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_folder_of_annotations_and_going_on_after_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = mixed_folder(tmp_path / "in", 30)
+    (folder.root / "notes").mkdir()
+    folder.write("notes/a.json"), folder.write("notes/b.jsonl")
+    made = []
+    load = prepare._load
+
+    def load_until_stopped(source: AnnotationSource, index: int) -> ShardSample:
+        made.append((source.name, index))
+        if len(made) == 35:
+            raise KeyboardInterrupt
+        return load(source, index)
+
+    monkeypatch.setattr(prepare, "_load", load_until_stopped)
+    arguments = ("--annotations", folder.root / "notes", "--image-folder", folder.images, "--output", tmp_path / "s",
+                 "--processes", 1, "--samples-per-part", 10)  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        run_here(*arguments)
+    assert not (tmp_path / "s").exists()
+    assert run_here(*arguments[:-1], 20) == 2 and "other parts, samples_per_part" in capsys.readouterr().err
+    assert run_here(*arguments) == 0
+    assert "60 samples read = 60 written" in capsys.readouterr().out
+    assert len(made) == 35 + 30  # three parts of ten were whole, and the rest of the fourth to sixth
+    shards = ShardFolder(tmp_path / "s")
+    assert [shards[i].annotation for i in range(60)] == folder.entries * 2
+    assert run_here(*arguments) == 2 and "not empty" in capsys.readouterr().err
+
+
+def test_parts_by_several_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = mixed_folder(tmp_path, 25)
+    folder.add("empty", "hi", "")
+    arguments = ("--annotations", folder.write(), "--image-folder", folder.images, "--output", tmp_path / "s",
+                 "--processes", 1, "--samples-per-part", 4)  # fmt: skip
+    for part in (3, 1):
+        assert run_here(*arguments, "--part", f"{part}/3") == 0
+    assert run_here("--output", tmp_path / "s", "--merge") == 2
+    assert "2 of 7 parts" in capsys.readouterr().err
+    assert run_here(*arguments, "--part", "2/3") == 0
+    assert run_here("--output", tmp_path / "s", "--merge") == 0
+    printed = capsys.readouterr()
+    assert "26 samples read = 25 written" in printed.out and "empty answer" in printed.err
+    assert len(ShardFolder(tmp_path / "s")) == 25
+    with pytest.raises(SystemExit):
+        run_here(*arguments, "--part", "4/3")
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
+    folder = mixed_folder(tmp_path, 12)
+    for name, processes in (("a", 1), ("b", 2)):
+        prepare.prepare_shards([folder.write()], folder.images, tmp_path / name, processes, samples_per_part=5)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(files) > 6 and all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)

@@ -1,0 +1,75 @@
+"""A run whose shards come from an S3 store, stopped by SIGKILL twice: the samples and losses of a run from disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_vlm.data.prepare import prepare_shards
+from megatron_vlm.data.shard_cache import ShardCache
+from tests.data.helpers import mixed_folder
+from tests.launch import ROOT
+from tests.s3_server import BUCKET, Fault, put_folder, store, wait_for
+from tests.training.tiny_run import metrics, run, write_recipe
+
+ITERATIONS = 20
+COMPARED = ("iteration", "lm_loss", "grad_norm", "tokens", "loss_tokens", "tiles")
+
+
+def kept(save: Path) -> list[dict[str, Any]]:
+    """What counts of each iteration; of one that was done again after a kill, the last."""
+    lines = {line["iteration"]: {name: line[name] for name in COMPARED} for line in metrics(save)}
+    return [lines[number] for number in sorted(lines)]
+
+
+def killed_after(recipe: Path, save: Path, log: Path, iterations: int, *flags: str) -> None:
+    command = [sys.executable, "-m", "megatron_vlm.train", "--config", str(recipe), "--save", str(save), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with log.open("w") as output:
+        job = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            wait_for(
+                lambda: (
+                    job.poll() is not None or ((save / "metrics.jsonl").is_file() and len(kept(save)) >= iterations)
+                ),
+                120,
+            )
+            assert job.poll() is None, log.read_text()[-3000:]
+        finally:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+
+
+def test_a_run_from_s3_killed_twice_is_the_run_from_disk(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, train_iters=ITERATIONS, save_interval=3)
+    data = mixed_folder(tmp_path / "many", 240)
+    prepare_shards([data.write()], data.images, tmp_path / "shards", 1, size_limit=6000, samples_per_part=60)
+    files = list((tmp_path / "shards").rglob("*.mds"))
+    held = sum(file.stat().st_size for file in files)
+    run(recipe, tmp_path / "from_disk", "--data-path", str(tmp_path / "shards"))
+    with store() as proxy:
+        put_folder(tmp_path / "shards", f"s3://{BUCKET}/set")
+        settings = yaml.safe_load(recipe.read_text())
+        settings["data"] |= {
+            "data_path": [f"s3://{BUCKET}/set"],
+            "cache_dir": str(tmp_path / "cache"),
+            "cache_limit": f"{held // 3}b",
+        }
+        recipe.write_text(yaml.safe_dump(settings))
+        proxy.faults += [Fault("error", "shard.00001", 2), Fault("cut", "shard.00003", 2)]
+        save = tmp_path / "from_s3"
+        killed_after(recipe, save, tmp_path / "log1", 5)
+        killed_after(recipe, save, tmp_path / "log2", 12)
+        run(recipe, save)
+        fetched = [path for method, path in proxy.requests if method == "GET" and path.endswith(".mds")]
+    assert len(files) > 20 and len(fetched) > len(files)
+    assert ShardCache(tmp_path / "cache" / "shards").used <= held // 3
+    assert kept(save) == kept(tmp_path / "from_disk") and len(kept(save)) == ITERATIONS
