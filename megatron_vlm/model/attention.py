@@ -1,7 +1,7 @@
 """Attention within the documents of a row: the one core attention of both towers.
 
-Context parallelism is Ulysses (arXiv:2309.14509): around the kernel an all-to-all turns "my slice of the row, all heads"
-into "the whole row, my heads". So the kernel sees whole documents, rotary positions are the row's own, and any
+Context parallelism is Ulysses (arXiv:2309.14509): around the kernel an all-to-all turns "my slice of the row, all
+heads" into "the whole row, my heads". So the kernel sees whole documents, rotary positions are the row's own, and any
 variable-length kernel serves.
 """
 

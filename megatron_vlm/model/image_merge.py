@@ -3,8 +3,9 @@
     my tiles -> tower -> projector -> gather over the tensor x context group -> every rank writes the features whose
     positions lie in its own slice of the row
 
-The gather's backward is a reduce-scatter that sums, because each rank has used other features. The loader has worked out
-which feature goes where (unpadding and newlines included), so that merging is one indexed read and one indexed write.
+The gather's backward is a reduce-scatter that sums, because each rank has used other features. The loader has worked
+out which feature goes where (unpadding and newlines included), so that merging is one indexed read and one indexed
+write.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def encode_tiles(
     """Features of all tiles of the row, [places, patches, H], on every rank of the tensor x context group.
 
     `places` is at least the row's number of tiles: tiles are dealt in equal numbers, and what a rank lacks it fills
-    with zero tiles. A row without images still encodes one zero tile per rank: a rank that skipped the tower would leave
-    its data-parallel peers waiting for gradients.
+    with zero tiles. A row without images still encodes one zero tile per rank: a rank that skipped the tower would
+    leave its data-parallel peers waiting for gradients.
     """
     _, ranks = encoding_place(parallel)
     each = max(1, -(-batch.num_tiles // ranks))

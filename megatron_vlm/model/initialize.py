@@ -1,7 +1,8 @@
 """First weights, drawn by name: every layout starts from the same numbers.
 
-megatron-core draws while it builds, so that what a weight starts as depends on the stages and ranks before it. Here each
-tensor of the whole model is drawn from its own generator, seeded by (seed, name, layer), and each rank keeps its shard.
+megatron-core draws while it builds, so that what a weight starts as depends on the stages and ranks before it. Here
+each tensor of the whole model is drawn from its own generator, seeded by (seed, name, layer), and each rank keeps its
+shard.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from megatron_vlm.model.attention import PackedAttention
 
 
 def block_spec(norm: type[torch.nn.Module], num_layers: int) -> TransformerBlockSubmodules:
-    """A block of `num_layers` pre-norm layers; the local spec is taken, so that nothing of Transformer Engine is needed.
+    """A block of `num_layers` pre-norm layers, from the local spec: nothing of Transformer Engine is needed.
 
     megatron-core's own attention refuses packed rows and its norm refuses sequence parallelism: both are replaced.
     """

@@ -121,7 +121,7 @@ def _rectangle(group: list[tuple[int, int]], device: torch.device) -> DocumentGr
 
 
 def rotary_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [S, 1, head_dim / 2] float32 for explicit positions [S] (RoFormer, arXiv:2104.09864, half rotation)."""
+    """cos and sin [S, 1, head_dim / 2] float32 of explicit positions [S] (RoFormer, arXiv:2104.09864, by halves)."""
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angles = positions.float()[:, None, None] * inverse
     return angles.cos(), angles.sin()
