@@ -15,7 +15,6 @@ from megatron_vlm.runtime.device import current_device, on_gpu
 from megatron_vlm.runtime.groups import vision_groups
 
 
-
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """CLIP's activation, x * sigmoid(1.702 x); megatron-core's is torch.compiled, 15 s at every start on a CPU."""
     return x * torch.sigmoid(1.702 * x)

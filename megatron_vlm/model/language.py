@@ -19,8 +19,8 @@ from megatron_vlm.model.row_layout import RowLayout
 class LanguageModel(LanguageModule):
     """One pipeline stage of an OLMo-1-like decoder.
 
-    GPTModel is deprecated in megatron-core 0.19 and its successor is absent in 0.16; this small subclass works with both
-    and leaves room for a decoder input with image features and for a loss that never makes a row's logits.
+    GPTModel is deprecated in megatron-core 0.19 and its successor is absent in 0.16; this small subclass works with
+    both and leaves room for a decoder input with image features and for a loss that never makes a row's logits.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """The vision tower: CLIP's ViT on megatron-core's transformer block.
 
-All tiles of a rank lie end to end in one sequence, each a document of its own (577 tokens for CLIP-L/14-336: a prime, so
-tiles are never cut). An isolated dummy document pads the sequence to a multiple of the tensor ranks, so that sequence
-parallelism works for any number of tiles.
+All tiles of a rank lie end to end in one sequence, each a document of its own (577 tokens for CLIP-L/14-336: a prime,
+so tiles are never cut). An isolated dummy document pads the sequence to a multiple of the tensor ranks, so that
+sequence parallelism works for any number of tiles.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class VisionTower(MegatronModule):
 def mark_as_replicated(tower: VisionTower) -> None:
     """Tell megatron-core that every tensor rank holds this whole tower and sees other tiles with it.
 
-    `sequence_parallel`: gradients are summed over the tensor group. `tensor_model_parallel` off: the gradient norm counts
-    the tower once, not once per tensor rank (its layers were built in a tensor group of one and say otherwise).
+    `sequence_parallel`: gradients are summed over the tensor group. `tensor_model_parallel` off: the gradient norm
+    counts the tower once, not once per tensor rank (its layers were built in a tensor group of one and say otherwise).
     """
     tower.replicated = True
     for parameter in tower.parameters():

@@ -3,8 +3,8 @@
     my tiles - tower - projector - gather over TP x CP --------.
     my slice of tokens - embedding - write my features into it - language layers - loss over my slice
 
-A row has its final length before it comes here (the loader has reserved the image positions), so that no stage, slice or
-shape depends on images.
+A row has its final length before it comes here (the loader has reserved the image positions), so that no stage, slice
+or shape depends on images.
 """
 
 from __future__ import annotations
@@ -103,9 +103,7 @@ class VisionLanguageModel(MegatronModule):
         tokens = self.context_slice(batch.tokens).to(current_device())
         hidden = self.language_model.embed(tokens)
         frozen = "vision" not in self.recipe.training.trainable
-        features = encode_tiles(
-            self.vision_model, self.projector, batch, self.recipe.parallel, tower_is_frozen=frozen
-        )
+        features = encode_tiles(self.vision_model, self.projector, batch, self.recipe.parallel, tower_is_frozen=frozen)
         first = parallel_state.get_context_parallel_rank() * len(tokens)
         if self.config.sequence_parallel:
             first += parallel_state.get_tensor_model_parallel_rank() * len(hidden)
