@@ -109,6 +109,8 @@ def _negative(key: str) -> str:
 def _as_yaml(text: Any, leaf: Leaf) -> Any:
     """What a YAML file would have given for the words behind a flag."""
     if leaf.kind == list[list[int]]:
+        if text[0].startswith("("):
+            return "".join(text)
         return [re.split("[x,]", item) for item in text]
     if without_none(leaf.kind)[1] and text.lower() in ("none", "null"):
         return None

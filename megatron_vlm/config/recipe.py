@@ -14,6 +14,7 @@ from megatron_vlm.config.data import DataConfig
 from megatron_vlm.config.errors import ConfigError, nearest_key
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.parallel import ParallelConfig
+from megatron_vlm.config.pinpoints import expand_pinpoints
 from megatron_vlm.config.training import TrainingConfig
 from megatron_vlm.config.values import field_types, to_type
 
@@ -97,7 +98,8 @@ def apply(section: Any, values: Any, describe: Callable[[str], str], prefix: str
         return [f"{where}: expected settings, one `name: value` a line, got {values!r}."]
     problems = []
     kinds = field_types(type(section))
-    for name, value in values.items():
+    # A range of pinpoints counts tiles, whose size is another setting: that one first.
+    for name, value in sorted(values.items(), key=lambda item: item[0] == "image_grid_pinpoints"):
         key = f"{prefix}{name}"
         if name not in kinds:
             problems.append(f"{describe(key)}: there is no such setting. {right_name(key)}")
@@ -105,6 +107,8 @@ def apply(section: Any, values: Any, describe: Callable[[str], str], prefix: str
             problems += apply(getattr(section, name), value, describe, f"{key}.")
         else:
             try:
+                if name == "image_grid_pinpoints" and isinstance(value, str):
+                    value = expand_pinpoints(value, section.vision.image_size)
                 setattr(section, name, to_type(value, kinds[name]))
             except ValueError as wrong:
                 problems.append(f"{describe(key)}: {wrong}.")
