@@ -10,6 +10,7 @@ import megatron_vlm.runtime  # noqa: F401  (prepares the process before megatron
 from megatron_vlm.config import ConfigError, check_recipe, parse_command_line
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.plan import describe_run
+from megatron_vlm.runtime.groups import place
 from megatron_vlm.runtime.launch import distributed, world_size
 from megatron_vlm.runtime.log import configure_logging
 from megatron_vlm.training.checkpoint import CheckpointError
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> int:
         return 0
     training = recipe.training
     with distributed(recipe.parallel, seed=training.seed, timeout_minutes=training.distributed_timeout_minutes):
-        configure_logging()
+        configure_logging(str(place()))
         train(recipe)
     return 0
 
