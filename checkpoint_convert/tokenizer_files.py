@@ -64,24 +64,31 @@ def check_image_token(tokenizer: Tokenizer, model: ModelConfig, source: str) -> 
         )
 
 
-def export_tokenizer(tokenizer: Tokenizer, model: ModelConfig, folder: Path) -> None:
-    """Write tokenizer.json, with `<image>` added, and tokenizer_config.json into `folder`."""
+def export_tokenizer(
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+    folder: Path,
+    processor_class: str = "LlavaNextProcessor",
+    image_token: bool = True,
+) -> None:
+    """Write tokenizer.json, with `<image>` added if `image_token`, and tokenizer_config.json into `folder`."""
     check_image_token(tokenizer, model, "this checkpoint")
     if isinstance(tokenizer, HuggingFaceTokenizer):
         definition = json.loads((tokenizer.path / "tokenizer.json").read_text(encoding="utf-8"))
     else:
         definition = tokenizer_json_of(tokenizer)
-    definition["added_tokens"].append(
-        {
-            "id": model.image_token_index,
-            "content": IMAGE_TOKEN,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-    )
+    if image_token:
+        definition["added_tokens"].append(
+            {
+                "id": model.image_token_index,
+                "content": IMAGE_TOKEN,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        )
     fast = FastTokenizer.from_str(json.dumps(definition))
     if fast.encode("").ids:
         definition["post_processor"] = None  # it would add its own tokens to a finished prompt
@@ -89,7 +96,7 @@ def export_tokenizer(tokenizer: Tokenizer, model: ModelConfig, folder: Path) -> 
     eos, pad = (fast.id_to_token(number) for number in (tokenizer.eos_id, tokenizer.pad_id))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "processor_class": "LlavaNextProcessor",
+        "processor_class": processor_class,
         "eos_token": eos,
         "pad_token": pad,
         "model_max_length": model.language.max_position_embeddings,
