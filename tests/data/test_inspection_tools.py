@@ -1,0 +1,100 @@
+"""tools/show_sample.py and tools/data_report.py on a small mix."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tests.data.helpers import Folder, image_bytes, mixed_folder, tiny_tokenizer_folder
+from tests.tools_by_path import load_tool
+from tests.training.tiny_run import MODEL
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """recipe.yaml and mix.yaml over two annotation files with some samples to be suspicious of."""
+    root = tmp_path_factory.mktemp("data")
+    mixed_folder(root, 60).write("good.json")
+    odd = Folder(root)
+    odd.add("gone", "<image> hi", "yes", image="gone.png")
+    odd.add("empty", "hi", "")
+    odd.add("twin", "hello", "there")
+    odd.add("twin of it", "hello", "there")
+    odd.add("long", "<image>\n" + "word " * 300, "yes", image="0_0.png")
+    (odd.images / "line.png").write_bytes(image_bytes(500, 9))
+    odd.add("line", "<image>\n<b>What?</b>", "A line.", image="line.png")
+    odd.write("odd.jsonl")
+    (root / "mix.yaml").write_text("datasets: [{json_path: good.json, repeat: 2}, {json_path: odd.jsonl}]")
+    recipe = {
+        "model": MODEL,
+        "data": {
+            "data_path": [str(root / "good.json")],
+            "data_root": str(root),
+            "image_folder": str(odd.images),
+            "tokenizer_model": str(tiny_tokenizer_folder(root / "tokenizer")),
+            "seq_length": 192,
+            "max_tiles_per_row": 16,
+            "num_workers": 0,
+            "oversized_samples": "skip",
+        },
+        "training": {"global_batch_size": 1},
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return root
+
+
+def test_a_sample_as_text_and_as_json(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool, config = load_tool("show_sample"), ("--config", str(root / "recipe.yaml"))
+    assert tool.main(["--index", "2", *config]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("sample 2: 's2' of ") and "2_1.png" in text and "It is 2." in text
+    assert tool.main(["--id", "s2", "--json", *config]) == 0
+    view = json.loads(capsys.readouterr().out)
+    assert len(view["ids"]) == len(view["labels"]) == len(view["positions"])
+    assert [view["spans"][0]["start"], view["spans"][-1]["stop"]] == [0, len(view["ids"])]
+    assert [len(view["images"]), sum(span["kind"] == "image" for span in view["spans"])] == [2, 2]
+    for span in view["spans"]:
+        labels = view["labels"][span["start"] : span["stop"]]
+        assert all(label == -100 for label in labels) if span["kind"] != "answer" else -100 not in labels
+        assert (500 in view["ids"][span["start"] : span["stop"]]) == (span["kind"] == "image")
+    assert "".join(span["text"] for span in view["spans"] if span["kind"] == "answer").startswith("It is 2.")
+
+
+def test_samples_that_cannot_be_shown(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool, config = load_tool("show_sample"), ("--config", str(root / "recipe.yaml"))
+    odd = ("--data-path", str(root / "odd.jsonl"))
+    for words, message in [
+        (["--index", "60", *config], "there is no sample 60 among 60"),
+        (["--id", "nobody", *config], "there is no sample 'nobody'"),
+        (["--id", "gone", *config, *odd], "gone.png"),
+        (["--index", "0", "--config", "absent.yaml"], "absent.yaml"),
+    ]:
+        assert tool.main(words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_report(root: Path, tmp_path: Path) -> None:
+    tool = load_tool("data_report")
+    arguments = [str(root / "mix.yaml"), "--config", str(root / "recipe.yaml"), "--output", str(tmp_path / "r")]
+    assert tool.main([*arguments, "--examples", "70"]) == 0
+    page = (tmp_path / "r" / "index.html").read_text()
+    for name in ("mixture", "lengths", "images", "grids", "packing"):
+        pixels = np.asarray(Image.open(tmp_path / "r" / f"{name}.png").convert("L"))
+        assert f"src={name}.png" in page and pixels.std() > 5  # something is drawn
+    assert "repeat:2" in page and "&lt;b&gt;What?" in page and "<b>What?" not in page
+    assert "<span class=answer>A line." in page and "<span class=image>[image, " in page
+    suspects = [json.loads(line) for line in (tmp_path / "r" / "suspects.jsonl").read_text().splitlines()]
+    reasons = {(suspect["sample_id"], suspect["reason"]) for suspect in suspects}
+    assert reasons >= {
+        ("gone", "missing image"),
+        ("empty", "empty answer"),
+        ("twin of it", "duplicate"),
+        ("long", "longer than a row"),
+        ("line", "odd image size"),
+    }
+    assert all(name in page for name, _ in reasons)
