@@ -1,0 +1,38 @@
+"""The demo's scripts are no package: they are imported by name from their folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "instellavl"
+sys.path.append(str(EXAMPLES / "demo"))
+
+import easy_vqa  # noqa: E402
+import tokenizer as demo_tokenizer  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def wheel() -> Path:
+    """The published data set, downloaded once for all runs."""
+    return easy_vqa.fetch_wheel()
+
+
+@pytest.fixture(scope="session")
+def training(wheel: Path) -> list[easy_vqa.Question]:
+    return easy_vqa.read_questions(wheel, "train")
+
+
+@pytest.fixture(scope="session")
+def trained_tokenizer(training: Sequence[easy_vqa.Question], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the demo's tokenizer step writes."""
+    folder = tmp_path_factory.mktemp("demo")
+    files = [folder / "captions.json", folder / "questions.json"]
+    files[0].write_text(json.dumps(easy_vqa.caption_annotations(training)))
+    files[1].write_text(json.dumps(easy_vqa.question_annotations(training)))
+    demo_tokenizer.save(demo_tokenizer.train(demo_tokenizer.texts(files)), folder / "tokenizer")
+    return folder / "tokenizer"

@@ -1,0 +1,95 @@
+"""The demo's last step: scores, and batched answers that are those of stock generation one by one."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import evaluate
+import pictures
+import pytest
+import torch
+from evaluate import Question
+from PIL import Image
+
+from checkpoint_convert.llava_next import write_companions
+from megatron_vlm.data.tokenizer import load_tokenizer
+from tests.checkpoint_convert.whole_model import model_config, picture
+from tests.random_models import llava_next_model, write_tokenizer
+
+QUESTIONS = [
+    Question("what is it?", "circle", "a.png"),
+    Question("what color is the shape in this image?", "red", "b.png"),
+    Question("is there a circle?", "yes", "a.png"),
+    Question("is there a dog?", "yes", "b.png"),
+    Question("is there no dog?", "no", "c.png"),
+]
+
+
+def test_report() -> None:
+    lines = evaluate.report(QUESTIONS, ["circle", "blue", "yes", "yes", "yes"], ["no"] * 5)
+    cells = {line.split()[0]: line.split()[1:] for line in lines[1:-1]}
+    assert cells["colour"] == ["1", "0.0", "%", "100.0", "%", "0.0", "%"]
+    assert cells["yes/no"] == ["3", "66.7", "%", "66.7", "%", "33.3", "%"]
+    assert cells["all"] == ["5", "60.0", "%", "40.0", "%", "20.0", "%"]
+    assert lines[-1] == "test accuracy 60.0 % (baseline 40.0 %)"
+
+
+def test_shuffling_keeps_every_image_and_every_truth() -> None:
+    shuffled = evaluate.shuffle_images(QUESTIONS)
+    assert [question[:2] for question in shuffled] == [question[:2] for question in QUESTIONS]
+    assert Counter(question.image for question in shuffled) == Counter(question.image for question in QUESTIONS)
+    assert shuffled != QUESTIONS
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A folder as the converter writes it, with random weights, and images of several shapes."""
+    folder, words = tmp_path_factory.mktemp("hf"), tmp_path_factory.mktemp("words")
+    model = llava_next_model(image_token_index=write_tokenizer(words))
+    model.save_pretrained(folder)
+    write_companions(folder, model_config(model), load_tokenizer(words), torch.float32)
+    for number, (name, size) in enumerate({"a.png": (40, 40), "b.png": (60, 30), "c.png": (30, 90)}.items()):
+        picture(size, seed=number).save(folder / name)
+    return SimpleNamespace(folder=folder)
+
+
+def test_answers_are_those_of_stock_generation(exported: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "BATCH", 2)
+    model = evaluate.Model(exported.folder)
+    model.look_at(["a.png", "b.png", "c.png"], exported.folder)
+    answers = model.answer(QUESTIONS)
+    assert answers == [_asked_alone(model, question, exported.folder) for question in QUESTIONS]
+    assert any(answers)
+
+
+def _asked_alone(model: Any, question: Question, folder: Path) -> str:
+    """Through the processor, image and text together."""
+    parts = [{"type": "image"}, {"type": "text", "text": question.text}]
+    text = model.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    inputs = model.processor(images=Image.open(folder / question.image), text=text, return_tensors="pt")
+    ids = model.model.generate(**inputs, max_new_tokens=evaluate.LONGEST_ANSWER, do_sample=False)
+    answer = ids[0, inputs["input_ids"].shape[1] :]
+    return str(model.processor.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+
+
+def test_pictures(tmp_path: Path) -> None:
+    for stage in pictures.STAGES:
+        (tmp_path / stage).mkdir()
+        lines = [json.dumps({"iteration": i, "lm_loss": 2 / i}) + "\n" for i in range(1, 30)]
+        (tmp_path / stage / "metrics.jsonl").write_text("".join(lines))
+    pictures.plot_losses(tmp_path, tmp_path / "loss.png")
+    picture((64, 64)).save(tmp_path / "a.png")
+    rows = [{"text": "what?", "truth": "red", "image": "a.png", "answer": answer} for answer in ("red", "blue")]
+    (tmp_path / "answers.json").write_text(json.dumps(rows * pictures.ROWS * pictures.COLUMNS))
+    pictures.draw_answers(tmp_path / "answers.json", tmp_path, tmp_path / "answers.png")
+    for name in ("loss.png", "answers.png"):
+        assert Image.open(tmp_path / name).width > 600
+
+
+def test_loss_curve_is_smoothed_over_what_was_seen() -> None:
+    assert pictures.smooth([4.0, 2.0]) == [4.0, 3.0]
+    assert pictures.smooth([1.0] * 50)[-1] == 1.0

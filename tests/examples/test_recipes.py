@@ -1,0 +1,68 @@
+"""The recipes of the demo and of the real stages: they are accepted, and each stage starts from the last one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.config import Recipe, check_recipe, load_recipe, recipe_to_dict
+from megatron_vlm.data.merge import num_image_tokens
+from megatron_vlm.data.tokenizer import load_tokenizer
+from tests.examples.conftest import EXAMPLES
+
+STAGES = ("warmup", "pretrain", "instruct")
+
+
+def recipes(folder: Path) -> list[Recipe]:
+    return [load_recipe(folder / f"{stage}.yaml") for stage in STAGES]
+
+
+@pytest.mark.parametrize(("folder", "world"), [(EXAMPLES / "demo", 2), (EXAMPLES, 8)], ids=["demo", "real"])
+def test_stages_are_accepted_and_follow_each_other(folder: Path, world: int) -> None:
+    stages = recipes(folder)
+    for recipe in stages:
+        check_recipe(recipe, world)
+        assert recipe_to_dict(recipe)["model"] == recipe_to_dict(stages[0])["model"]
+    for before, after in zip(stages, stages[1:], strict=False):
+        assert after.training.pretrained_checkpoint == before.training.save
+    assert [recipe.training.trainable for recipe in stages] == [
+        ["projector"],
+        *[["vision", "projector", "language"]] * 2,
+    ]
+
+
+def test_each_demo_stage_has_another_layout() -> None:
+    layouts = [
+        (recipe.parallel.tensor_model_parallel_size, recipe.parallel.pipeline_model_parallel_size)
+        for recipe in recipes(EXAMPLES / "demo")
+    ]
+    assert layouts == [(2, 1), (1, 1), (1, 2)]
+
+
+def test_demo_model_fits_its_tokenizer_and_its_images(trained_tokenizer: Path) -> None:
+    for recipe in recipes(EXAMPLES / "demo"):
+        model = recipe.model
+        assert model.image_token_index == len(load_tokenizer(trained_tokenizer)) < model.language.vocab_size
+        assert 0 < num_image_tokens((64, 64), model, recipe.data.image_aspect_ratio) < recipe.data.seq_length // 4
+        assert model.vision.num_layers_used == model.vision.num_hidden_layers - 1
+
+
+@pytest.mark.parametrize("script", ["launch_torchrun.sh", "launch_slurm.sh"])
+def test_launch_scripts_parse_and_name_what_is_missing(script: str) -> None:
+    subprocess.run(["bash", "-n", EXAMPLES / script], check=True)
+    told = subprocess.run(["bash", EXAMPLES / script], env={"PATH": "/bin:/usr/bin"}, capture_output=True, text=True)
+    assert told.returncode and "DATA_ROOT" in told.stderr
+
+
+def test_evaluation_needs_nothing_of_this_project() -> None:
+    probe = (
+        "import sys, evaluate; ours = {name.split('.')[0] for name in sys.modules}; "
+        "print(*sorted(ours & {'megatron', 'megatron_vlm', 'checkpoint_convert', 'streaming'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", probe], cwd=EXAMPLES / "demo", capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""
