@@ -22,6 +22,7 @@ from checkpoint_convert.hf_config import (
     read_config,
     vision_from_hf,
 )
+from checkpoint_convert.instellavl import model_from_instellavl
 from checkpoint_convert.megatron_files import write_checkpoint
 from checkpoint_convert.name_map import Entry, name_map, to_megatron
 from checkpoint_convert.tokenizer_files import check_image_token, import_tokenizer
@@ -29,7 +30,9 @@ from checkpoint_convert.weights import FolderTensors
 from megatron_vlm.config import ModelConfig, Recipe
 from megatron_vlm.config.check_model import check_language, check_vision
 
-DESCRIPTION = "Hugging Face -> Megatron: a llava_next folder, or a CLIP tower and an OLMo model, as a checkpoint."
+DESCRIPTION = (
+    "Hugging Face -> Megatron: a llava_next or instellavl folder, or a CLIP tower and an OLMo model, as a checkpoint."
+)
 
 
 def convert_parts(vision: Path, language: Path, save: Path, tokenizer: Path | None = None) -> list[str]:
@@ -58,13 +61,19 @@ def convert_parts(vision: Path, language: Path, save: Path, tokenizer: Path | No
 
 
 def convert_whole(folder: Path, save: Path, tokenizer: Path | None = None) -> list[str]:
-    """A `llava_next` folder -> a checkpoint. Arguments as in convert_parts; nothing is drawn."""
-    model = model_from_llava_next(read_config(folder), str(folder / "config.json"))
+    """A `llava_next` or `instellavl` folder -> a checkpoint. Arguments as in convert_parts; nothing is drawn."""
+    config, source = read_config(folder), str(folder / "config.json")
+    published = config.get("model_type") == "instellavl"
     with new_folder(save) as making:
         words = import_tokenizer(tokenizer or folder, making / "tokenizer")
+        aspect_ratio = "anyres"
+        if published:
+            model, aspect_ratio = model_from_instellavl(config, source, image_token_index=len(words))
+        else:
+            model = model_from_llava_next(config, source)
         check_image_token(words, model, str(folder))
-        tensors = _without_tied_head(FolderTensors(folder, "whole"), model)
-        return _write(making, save, model, name_map(model), tensors, str(folder), words.fingerprint)
+        tensors = _without_tied_head(FolderTensors(folder, "instellavl" if published else "whole"), model)
+        return _write(making, save, model, name_map(model), tensors, str(folder), words.fingerprint, aspect_ratio)
 
 
 def _between_the_parts(entry: Entry) -> bool:
@@ -85,8 +94,10 @@ def _write(
     tensors: Mapping[str, torch.Tensor],
     source: str,
     fingerprint: str,
+    aspect_ratio: str = "anyres",
 ) -> list[str]:
     recipe = Recipe(model=model)
+    recipe.data.image_aspect_ratio = aspect_ratio
     recipe.data.tokenizer_model = str(save.absolute() / "tokenizer")
     # bf16 is kept as it is; half precision and mixtures become fp32, which holds them exactly.
     recipe.training.bf16 = all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
@@ -99,7 +110,7 @@ def _write(
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m checkpoint_convert.hf_to_megatron", description=DESCRIPTION)
-    parser.add_argument("--model", type=Path, help="folder of a whole VLM in llava_next format")
+    parser.add_argument("--model", type=Path, help="folder of a whole VLM in llava_next or instellavl format")
     parser.add_argument("--vision-model", type=Path, help="folder of a CLIP tower")
     parser.add_argument("--language-model", type=Path, help="folder of an OLMo model")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder or .model file; default: the model's own")

@@ -1,4 +1,4 @@
-"""The published layout, `instellavl`: names of its weights, and the files beside them.
+"""The published layout, `instellavl`: its config, and the files beside the weights (their names are in names.py).
 
 A folder brings its own code (the package `instellavl` of this repository, copied), so that transformers loads it with
 trust_remote_code and fetches nothing.
@@ -7,7 +7,6 @@ trust_remote_code and fetches nothing.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,28 +38,6 @@ AUTO_MAP = {
 }
 _MERGE_TYPES = {"anyres": "spatial_unpad", "square": "flat", "pad": "flat"}
 _CLIP_L = "openai/clip-vit-large-patch14-336"
-
-# name in name_map.py (a prefix) -> published prefix
-_PREFIXES = (
-    ("vision_tower.", "model.vision_tower.vision_tower."),
-    ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
-    ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
-    ("image_newline", "model.image_newline"),
-    ("language_model.", ""),
-)
-
-
-def published_name(name: str) -> str:
-    """The published name of the tensor that name_map.py calls `name`."""
-    for ours, theirs in _PREFIXES:
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    raise KeyError(name)
-
-
-def published_dialect() -> tuple[tuple[str, str], ...]:
-    """(pattern, replacement), the way back, for names.py."""
-    return tuple((f"^{re.escape(theirs)}" if theirs else r"^(?=model\.|lm_head\.)", ours) for ours, theirs in _PREFIXES)
 
 
 def write_companions(

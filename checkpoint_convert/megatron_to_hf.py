@@ -1,6 +1,6 @@
 """Megatron -> Hugging Face.
 
-python -m checkpoint_convert.megatron_to_hf --load DIR --save DIR --format llava_next
+python -m checkpoint_convert.megatron_to_hf --load DIR --save DIR --format llava_next|instellavl
 """
 
 from __future__ import annotations
@@ -9,39 +9,48 @@ import argparse
 import sys
 from pathlib import Path
 
+from checkpoint_convert import instellavl, llava_next
 from checkpoint_convert.errors import ConversionError, run_command
 from checkpoint_convert.folder import new_folder
-from checkpoint_convert.llava_next import write_companions
 from checkpoint_convert.megatron_files import checkpoint_recipe, loaded_model, tensors_of
 from checkpoint_convert.name_map import name_map, to_hf
+from checkpoint_convert.names import instellavl_name
 from checkpoint_convert.weights import write_weights
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
 
-DESCRIPTION = "Megatron -> Hugging Face: a checkpoint as a folder that stock transformers loads."
+DESCRIPTION = "Megatron -> Hugging Face: a checkpoint as a folder that transformers loads."
+FORMATS = ("llava_next", "instellavl")
 
 
-def convert(load: Path, save: Path, tokenizer: Path | None = None) -> None:
-    """The newest checkpoint in `load` -> a `llava_next` folder that stock transformers loads without remote code.
+def convert(load: Path, save: Path, tokenizer: Path | None = None, format: str = "llava_next") -> None:
+    """The newest checkpoint in `load` -> a folder that transformers loads.
 
     Args:
         load: checkpoint folder, as given to training as --save.
         save: the folder to make.
         tokenizer: by default the one that travels with the checkpoint.
+        format: llava_next, which stock transformers reads; or instellavl, the published layout, with its own code.
     """
     recipe = checkpoint_recipe(load)
     words = _tokenizer(tokenizer or load / "tokenizer")
-    if recipe.data.image_aspect_ratio != "anyres":
+    aspect_ratio = recipe.data.image_aspect_ratio
+    if format == "llava_next" and aspect_ratio != "anyres":
         print(
-            f"note: trained with image_aspect_ratio = {recipe.data.image_aspect_ratio}; llava_next has no such setting "
+            f"note: trained with image_aspect_ratio = {aspect_ratio}; llava_next has no such setting "
             "and tiles every image as anyres does",
             file=sys.stderr,
         )
     with new_folder(save) as making, loaded_model(load) as model:
         tensors = tensors_of(model)
         dtype = model.config.params_dtype
-        write_companions(making, recipe.model, words, dtype)
-        write_weights(to_hf(name_map(recipe.model), tensors, str(load)), making)
+        weights = to_hf(name_map(recipe.model), tensors, str(load))
+        if format == "instellavl":
+            instellavl.write_companions(making, recipe.model, words, dtype, aspect_ratio)
+            weights = ((instellavl_name(name), tensor) for name, tensor in weights)
+        else:
+            llava_next.write_companions(making, recipe.model, words, dtype)
+        write_weights(weights, making)
 
 
 def _tokenizer(path: Path) -> Tokenizer:
@@ -56,12 +65,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m checkpoint_convert.megatron_to_hf", description=DESCRIPTION)
     parser.add_argument("--load", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--save", type=Path, required=True, help="Hugging Face folder to make")
-    parser.add_argument("--format", required=True, choices=("llava_next",), help="dialect of the folder")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="dialect of the folder")
     parser.add_argument("--tokenizer", type=Path, help="default: the one that travels with the checkpoint")
     args = parser.parse_args(argv)
 
     def command() -> None:
-        convert(args.load, args.save, args.tokenizer)
+        convert(args.load, args.save, args.tokenizer, args.format)
         print(f"wrote {args.save}")
 
     return run_command(command)

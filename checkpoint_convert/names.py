@@ -18,8 +18,20 @@ _TOWER = (
     (r"^(?=embeddings\.|pre_layrnorm\.|encoder\.|post_layernorm\.)", "vision_tower.vision_model."),
 )
 _LANGUAGE = ((r"^(?=model\.|lm_head\.)", "language_model."),)
+# A whole VLM in the published layout: name in name_map.py, published name; both are prefixes.
+_INSTELLAVL = (
+    ("vision_tower.", "model.vision_tower.vision_tower."),
+    ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
+    ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
+    ("image_newline", "model.image_newline"),
+)
 
-DIALECTS = {"whole": _WHOLE, "vision": _TOWER, "language": _LANGUAGE}
+DIALECTS = {
+    "whole": _WHOLE,
+    "vision": _TOWER,
+    "language": _LANGUAGE,
+    "instellavl": (*((f"^{re.escape(theirs)}", ours) for ours, theirs in _INSTELLAVL), *_LANGUAGE),
+}
 
 # In files of the kind and of no use to us: the text half of a CLIPModel, and counters that older versions saved.
 _IGNORED = re.compile(
@@ -28,9 +40,17 @@ _IGNORED = re.compile(
 
 
 def canonical_name(name: str, dialect: str) -> str | None:
-    """The name in name_map.py of tensor `name` in a file of kind "whole", "vision" or "language"; None: not needed."""
+    """The name in name_map.py of tensor `name` in a file of a kind in DIALECTS; None: not needed."""
     if _IGNORED.search(name):
         return None
     for pattern, replacement in DIALECTS[dialect]:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def instellavl_name(name: str) -> str:
+    """The name in the published layout of the tensor that name_map.py calls `name`."""
+    for ours, theirs in _INSTELLAVL:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name.removeprefix("language_model.")
