@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from checkpoint_convert.families import TOWERS
 from checkpoint_convert.hf_config import llava_next_config
 from checkpoint_convert.tokenizer_files import IMAGE_TOKEN, export_tokenizer
 from megatron_vlm.config import ModelConfig
-from megatron_vlm.data.tiling import CLIP_MEAN, CLIP_STD
 from megatron_vlm.data.tokenizer import Tokenizer
 
 PIL_BICUBIC = 3
@@ -62,8 +62,8 @@ def _image_processor(model: ModelConfig) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(CLIP_MEAN),
-        "image_std": list(CLIP_STD),
+        "image_mean": list(model.vision.image_mean),
+        "image_std": list(model.vision.image_std),
         "do_pad": True,
         "image_grid_pinpoints": [[height, width] for width, height in model.image_grid_pinpoints],
     }
@@ -73,10 +73,10 @@ def _processor(model: ModelConfig) -> dict[str, Any]:
     return {
         "processor_class": "LlavaNextProcessor",
         "patch_size": model.vision.patch_size,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": TOWERS[model.vision.model_type].select_strategy,
         "image_token": IMAGE_TOKEN,
-        # the tower's class token, which the strategy above takes off again
-        "num_additional_image_tokens": 1,
+        # a tower's class token, which the strategy above takes off again
+        "num_additional_image_tokens": int(model.vision.class_token),
     }
 
 

@@ -13,7 +13,7 @@ import torch
 
 from checkpoint_convert.errors import ConversionError, some_of
 from checkpoint_convert.rules import Copy, InterleaveQKV, Rule, StackGateUp
-from megatron_vlm.config import ModelConfig
+from megatron_vlm.config import LanguageConfig, ModelConfig
 from megatron_vlm.model.vision import unused_shapes
 
 VISION = "vision_tower.vision_model."
@@ -31,8 +31,15 @@ _Row = tuple[str, tuple[str, ...], str, tuple[str, ...]]
 
 _VISION_TABLE: tuple[_Row, ...] = (
     ("vision_model.patch_embedding.weight", (VISION + "embeddings.patch_embedding.weight",), "copy", ("C 3 p p",)),
-    ("vision_model.class_embedding", (VISION + "embeddings.class_embedding",), "copy", ("C",)),
     ("vision_model.position_embedding.weight", (VISION + "embeddings.position_embedding.weight",), "copy", ("N C",)),
+)
+_CLASS_TOKEN_TABLE: tuple[_Row, ...] = (
+    ("vision_model.class_embedding", (VISION + "embeddings.class_embedding",), "copy", ("C",)),
+)
+_PATCH_BIAS_TABLE: tuple[_Row, ...] = (
+    ("vision_model.patch_embedding.bias", (VISION + "embeddings.patch_embedding.bias",), "copy", ("C",)),
+)
+_PRE_NORM_TABLE: tuple[_Row, ...] = (
     ("vision_model.pre_norm.weight", (VISION + "pre_layrnorm.weight",), "copy", ("C",)),
     ("vision_model.pre_norm.bias", (VISION + "pre_layrnorm.bias",), "copy", ("C",)),
 )
@@ -75,11 +82,26 @@ _LANGUAGE_LAYER_TABLE: tuple[_Row, ...] = (
         "self_attention.linear_qkv.weight",
         ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
         "qkv",
-        ("H H", "K H", "K H"),
+        ("Q H", "K H", "K H"),
     ),
-    ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), "copy", ("H H",)),
+    ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), "copy", ("H Q",)),
     ("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up", ("I H", "I H")),
     ("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "copy", ("H I",)),
+)
+_QKV_BIAS_LAYER_TABLE: tuple[_Row, ...] = (
+    (
+        "self_attention.linear_qkv.bias",
+        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+        "qkv",
+        ("Q", "K", "K"),
+    ),
+)
+_NORM_LAYER_TABLE: tuple[_Row, ...] = (
+    ("input_layernorm.weight", ("input_layernorm.weight",), "copy", ("H",)),
+    ("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), "copy", ("H",)),
+)
+_FINAL_NORM_TABLE: tuple[_Row, ...] = (
+    ("language_model.decoder.final_layernorm.weight", (LANGUAGE + "norm.weight",), "copy", ("H",)),
 )
 _OUTPUT_TABLE: tuple[_Row, ...] = (
     ("language_model.output_layer.weight", ("language_model.lm_head.weight",), "copy", ("V H",)),
@@ -98,15 +120,15 @@ class Entry:
 
 def _sizes(model: ModelConfig) -> dict[str, int]:
     vision, language = model.vision, model.language
-    head_dim = language.hidden_size // language.num_attention_heads
     return {
         "C": vision.hidden_size,
         "F": vision.intermediate_size,
-        "N": vision.patches_per_tile + 1,
+        "N": vision.tokens_per_tile,
         "p": vision.patch_size,
         "H": language.hidden_size,
         "I": language.intermediate_size,
-        "K": language.num_key_value_heads * head_dim,
+        "Q": language.num_attention_heads * language.head_width,
+        "K": language.num_key_value_heads * language.head_width,
         "V": language.vocab_size,
         "3": 3,
     }
@@ -130,14 +152,32 @@ def _entries(
             )
 
 
+def _language_layer_table(language: LanguageConfig) -> tuple[_Row, ...]:
+    table = _LANGUAGE_LAYER_TABLE
+    table += _QKV_BIAS_LAYER_TABLE if language.attention_bias else ()
+    table += _NORM_LAYER_TABLE if language.normalization == "RMSNorm" else ()
+    return table
+
+
+def _tables_outside_layers(model: ModelConfig) -> tuple[_Row, ...]:
+    vision, language = model.vision, model.language
+    table = _VISION_TABLE + _PROJECTOR_TABLE + _LANGUAGE_TABLE
+    table += _CLASS_TOKEN_TABLE if vision.class_token else ()
+    table += _PATCH_BIAS_TABLE if vision.patch_bias else ()
+    table += _PRE_NORM_TABLE if vision.pre_norm else ()
+    table += _FINAL_NORM_TABLE if language.normalization == "RMSNorm" else ()
+    table += () if language.tie_word_embeddings else _OUTPUT_TABLE
+    return table
+
+
 def name_map(model: ModelConfig) -> list[Entry]:
     """All entries of this model. Layers of the tower that no feature uses travel under their own names."""
     vision, language, sizes = model.vision, model.language, _sizes(model)
     common: dict[str, Rule] = {"copy": Copy(), "gate_up": StackGateUp()}
     vision_rules = common | {"qkv": InterleaveQKV(vision.num_attention_heads, vision.num_attention_heads)}
     language_rules = common | {"qkv": InterleaveQKV(language.num_attention_heads, language.num_key_value_heads)}
-    entries = [
-        *_entries(_VISION_TABLE, sizes, vision_rules),
+    return [
+        *_entries(_tables_outside_layers(model), sizes, common),
         *_entries(
             _VISION_LAYER_TABLE, sizes, vision_rules, _VISION_LAYER, _HF_VISION_LAYER, layers=vision.num_layers_used
         ),
@@ -145,10 +185,8 @@ def name_map(model: ModelConfig) -> list[Entry]:
             Entry(f"vision_model.unused.{name.replace('.', '__')}", (VISION + name,), Copy(), (shape,))
             for name, shape in unused_shapes(vision).items()
         ),
-        *_entries(_PROJECTOR_TABLE, sizes, common),
-        *_entries(_LANGUAGE_TABLE, sizes, common),
         *_entries(
-            _LANGUAGE_LAYER_TABLE,
+            _language_layer_table(language),
             sizes,
             language_rules,
             _LANGUAGE_LAYER,
@@ -156,9 +194,6 @@ def name_map(model: ModelConfig) -> list[Entry]:
             layers=language.num_hidden_layers,
         ),
     ]
-    if not language.tie_word_embeddings:
-        entries += _entries(_OUTPUT_TABLE, sizes, common)
-    return entries
 
 
 def to_megatron(

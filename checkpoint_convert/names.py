@@ -12,10 +12,11 @@ _WHOLE = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
-# A tower alone: CLIPVisionModel of transformers 4, CLIPModel (the tower of a two-tower file), or transformers 5.
+# A tower alone: CLIPVisionModel of transformers 4, CLIPModel (the tower of a two-tower file), or transformers 5;
+# SigLIP alike.
 _TOWER = (
     (r"^vision_model\.", "vision_tower.vision_model."),
-    (r"^(?=embeddings\.|pre_layrnorm\.|encoder\.|post_layernorm\.)", "vision_tower.vision_model."),
+    (r"^(?=embeddings\.|pre_layrnorm\.|encoder\.|post_layernorm\.|head\.)", "vision_tower.vision_model."),
 )
 _LANGUAGE = ((r"^(?=model\.|lm_head\.)", "language_model."),)
 # A whole VLM in the published layout: name in name_map.py, published name; both are prefixes.
@@ -33,9 +34,9 @@ DIALECTS = {
     "instellavl": (*((f"^{re.escape(theirs)}", ours) for ours, theirs in _INSTELLAVL), *_LANGUAGE),
 }
 
-# In files of the kind and of no use to us: the text half of a CLIPModel, and counters that older versions saved.
+# In files of the kind and of no use to us: the text half of a two-tower model, and counters that older versions saved.
 _IGNORED = re.compile(
-    r"^(text_model\.|text_projection\.|visual_projection\.|logit_scale$)|\.position_ids$|\.rotary_emb\.inv_freq$"
+    r"^(text_model\.|text_projection\.|visual_projection\.|logit_(scale|bias)$)|\.position_ids$|\.rotary_emb\.inv_freq$"
 )
 
 

@@ -35,6 +35,37 @@ GROUPED_QUERY_SIZES = LANGUAGE_SIZES | {
     "rope_theta": 500.0,
     "tie_word_embeddings": False,
 }
+LLAMA_SIZES = GROUPED_QUERY_SIZES | {"rms_norm_eps": 1e-4, "vocab_size": 284}
+QWEN2_SIZES = LLAMA_SIZES | {"num_attention_heads": 4, "num_key_value_heads": 1, "tie_word_embeddings": True}
+MISTRAL_SIZES = LLAMA_SIZES | {
+    "hidden_size": 44,
+    "num_attention_heads": 8,
+    "head_dim": 10,
+    "sliding_window": None,
+    "intermediate_size": 58,
+}
+SIGLIP_SIZES: dict[str, Any] = {
+    "hidden_size": 36,
+    "intermediate_size": 50,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 9,  # does not divide the tile, as in the published 384 / 14
+    "layer_norm_eps": 1e-4,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "clip, llama": {"language": LLAMA_SIZES | {"model_type": "llama"}},
+    "siglip, qwen2": {
+        "vision": SIGLIP_SIZES | {"model_type": "siglip_vision_model"},
+        "language": QWEN2_SIZES | {"model_type": "qwen2"},
+    },
+    "siglip without head, mistral": {
+        "vision": SIGLIP_SIZES | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        "language": MISTRAL_SIZES | {"model_type": "mistral"},
+        "feature_layer": -1,
+    },
+}
+"""Arguments of llava_next_model: the families besides CLIP and OLMo, each with what is its own."""
 # (height, width), in an order in which no pair is followed by its own mirror image
 GRID_PINPOINTS = [[28, 28], [56, 28], [84, 28], [28, 56], [56, 56], [28, 84]]
 _SENTENCES = (
@@ -85,19 +116,28 @@ def clip_vision_model(sizes: dict[str, Any] = VISION_SIZES, seed: int = 1) -> An
     return model
 
 
-def _olmo_config(sizes: dict[str, Any], eos_id: int, pad_id: int) -> Any:
-    from transformers import OlmoConfig
+def _language_config(sizes: dict[str, Any], eos_id: int, pad_id: int) -> Any:
+    """A transformers config of the family that `model_type` names, by default OLMo."""
+    from transformers import CONFIG_MAPPING
 
-    settings = {"tie_word_embeddings": True, "rope_theta": 10000.0, **sizes}
+    settings = {"model_type": "olmo", "tie_word_embeddings": True, "rope_theta": 10000.0, **sizes}
     rope = {"rope_theta": settings.pop("rope_theta"), "rope_type": "default"}
-    return OlmoConfig(**settings, rope_parameters=rope, eos_token_id=eos_id, pad_token_id=pad_id, bos_token_id=None)
+    family = CONFIG_MAPPING[settings.pop("model_type")]
+    return family(**settings, rope_parameters=rope, eos_token_id=eos_id, pad_token_id=pad_id, bos_token_id=None)
+
+
+def _vision_config(sizes: dict[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    settings = {"model_type": "clip_vision_model", **sizes}
+    return CONFIG_MAPPING[settings.pop("model_type")](**settings)
 
 
 def olmo_model(sizes: dict[str, Any] = LANGUAGE_SIZES, seed: int = 2, eos_id: int = 269, pad_id: int = 1) -> Any:
     """A random transformers OlmoForCausalLM."""
     from transformers import OlmoForCausalLM
 
-    model = OlmoForCausalLM(_olmo_config(sizes, eos_id, pad_id)).eval()
+    model = OlmoForCausalLM(_language_config(sizes, eos_id, pad_id)).eval()
     randomize(model, seed)
     return model
 
@@ -108,14 +148,17 @@ def llava_next_model(
     image_token_index: int = 270,
     seed: int = 3,
     pinpoints: list[list[int]] = GRID_PINPOINTS,
+    feature_layer: int = -2,
 ) -> Any:
-    """A random transformers LlavaNextForConditionalGeneration with a CLIP tower and an OLMo decoder."""
-    from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+    """A random transformers LlavaNextForConditionalGeneration, by default with a CLIP tower and an OLMo decoder."""
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
-    text = _olmo_config(language, eos_id=image_token_index - 1, pad_id=1)
+    text, tower = _language_config(language, eos_id=image_token_index - 1, pad_id=1), _vision_config(vision)
     config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**vision),
+        vision_config=tower,
         text_config=text,
+        vision_feature_layer=feature_layer,
+        vision_feature_select_strategy="full" if tower.model_type.startswith("siglip") else "default",
         image_token_index=image_token_index,
         image_grid_pinpoints=pinpoints,
         tie_word_embeddings=text.tie_word_embeddings,

@@ -18,7 +18,8 @@ def check_vision(recipe: Recipe) -> Iterator[Problem]:
             f"not divisible by the tower's num_attention_heads = {vision.num_attention_heads}",
             f"Use {multiples_around(vision.hidden_size, vision.num_attention_heads)}, or another number of heads",
         )
-    if not divides(vision.patch_size, vision.image_size):
+    # SigLIP is published at 384 / 14 and lets the last pixels of a tile fall: a tower without class token may.
+    if vision.class_token and not divides(vision.patch_size, vision.image_size):
         yield Problem(
             "model.vision.image_size",
             vision.image_size,
@@ -67,7 +68,15 @@ def check_language(recipe: Recipe) -> Iterator[Problem]:
     language, parallel = recipe.model.language, recipe.parallel
     tensor = parallel.tensor_model_parallel_size
     heads, key_value_heads = language.num_attention_heads, language.num_key_value_heads
-    if not divides(heads, language.hidden_size):
+    if language.head_dim is not None:
+        if language.head_dim < 2 or language.head_dim % 2:
+            yield Problem(
+                "model.language.head_dim",
+                language.head_dim,
+                "the rotary embedding needs an even width",
+                "Use an even number, or nothing for hidden_size / num_attention_heads",
+            )
+    elif not divides(heads, language.hidden_size):
         yield Problem(
             "model.language.hidden_size",
             language.hidden_size,

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_MEAN_COLOUR = (122, 116, 104)
-"""CLIP_MEAN in 8 bits: what `pad` surrounds an image with."""
 
 Size = tuple[int, int]
 """(width, height)"""
@@ -40,12 +38,16 @@ class ImageGeometry:
     """Resolutions that images may be tiled at, (width, height)."""
     aspect_ratio: str
     """anyres, square or pad."""
+    mean: tuple[float, float, float] = CLIP_MEAN
+    """Of red, green and blue, in 0..1: pixels are normalised by it, and `pad` surrounds an image with it."""
+    std: tuple[float, float, float] = CLIP_STD
 
     @classmethod
     def of(cls, model: ModelConfig, aspect_ratio: str) -> ImageGeometry:
         """The geometry a model and data setting describe."""
         pinpoints = tuple((int(w), int(h)) for w, h in model.image_grid_pinpoints)
-        return cls(model.vision.image_size, model.vision.grid, pinpoints, aspect_ratio)
+        vision = model.vision
+        return cls(vision.image_size, vision.grid, pinpoints, aspect_ratio, vision.image_mean, vision.image_std)
 
     @property
     def patches_per_tile(self) -> int:
@@ -110,18 +112,19 @@ def _centre_square(image: Image.Image, side: int) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def _padded_square(image: Image.Image, side: int) -> Image.Image:
+def _padded_square(image: Image.Image, geometry: ImageGeometry) -> Image.Image:
     """Surround with the mean colour to a square, then resize."""
     longest = max(image.size)
-    canvas = Image.new("RGB", (longest, longest), _MEAN_COLOUR)
+    red, green, blue = (int(255 * value) for value in geometry.mean)
+    canvas = Image.new("RGB", (longest, longest), (red, green, blue))
     canvas.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
-    return canvas.resize((side, side), Image.Resampling.BICUBIC)
+    return canvas.resize((geometry.tile_size, geometry.tile_size), Image.Resampling.BICUBIC)
 
 
-def _normalise(views: list[Image.Image]) -> np.ndarray:
+def _normalise(views: list[Image.Image], geometry: ImageGeometry) -> np.ndarray:
     """[t, 3, P, P] float32 of RGB views of one size."""
     pixels = np.stack([np.asarray(view, dtype=np.float32) for view in views])
-    mean, std = np.asarray(CLIP_MEAN, dtype=np.float32), np.asarray(CLIP_STD, dtype=np.float32)
+    mean, std = np.asarray(geometry.mean, dtype=np.float32), np.asarray(geometry.std, dtype=np.float32)
     return np.ascontiguousarray(((pixels / np.float32(255) - mean) / std).transpose(0, 3, 1, 2))
 
 
@@ -134,7 +137,7 @@ def cut_tiles(image: Image.Image, geometry: ImageGeometry, start: int = 0, stop:
     if geometry.aspect_ratio == "square":
         views = [_centre_square(image, side)]
     elif geometry.aspect_ratio == "pad":
-        views = [_padded_square(image, side)]
+        views = [_padded_square(image, geometry)]
     else:
         views = [image.resize((side, side), Image.Resampling.BICUBIC)] if start == 0 else []
         if stop > 1:
@@ -144,7 +147,7 @@ def cut_tiles(image: Image.Image, geometry: ImageGeometry, start: int = 0, stop:
             for index in range(max(start - 1, 0), stop - 1):
                 left, top = index % columns * side, index // columns * side
                 views.append(canvas.crop((left, top, left + side, top + side)))
-    return _normalise(views)
+    return _normalise(views, geometry)
 
 
 def image_to_tiles(image: Image.Image, model: ModelConfig, aspect_ratio: str) -> np.ndarray:
@@ -156,6 +159,6 @@ def image_to_tiles(image: Image.Image, model: ModelConfig, aspect_ratio: str) ->
         aspect_ratio: anyres; square (shortest edge resized, centre cropped) or pad (to a square): one tile.
 
     Returns:
-        [t, 3, P, P] float32, normalised by CLIP's mean and deviation; base view first, then the grid row by row.
+        [t, 3, P, P] float32, normalised by the tower's mean and deviation; base view first, then the grid row by row.
     """
     return cut_tiles(image, ImageGeometry.of(model, aspect_ratio))

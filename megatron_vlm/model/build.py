@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,12 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
+    """SigLIP's activation, GELU by its tanh approximation."""
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": tanh_gelu}
 
 
 def _shared_settings(recipe: Recipe) -> dict[str, Any]:
@@ -55,10 +61,13 @@ def language_transformer_config(recipe: Recipe) -> TransformerConfig:
         ffn_hidden_size=language.intermediate_size,
         num_attention_heads=language.num_attention_heads,
         num_query_groups=language.num_key_value_heads,
+        kv_channels=language.head_width,
+        normalization=language.normalization,
         layernorm_epsilon=language.layer_norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=language.attention_bias,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -91,10 +100,11 @@ def vision_transformer_config(recipe: Recipe) -> TransformerConfig:
     )
 
 
-def build_model(recipe: Recipe) -> list[VisionLanguageModel]:
+def build_model(recipe: Recipe, device: torch.device | None = None) -> list[VisionLanguageModel]:
     """This rank's model chunks: one, or one per virtual stage. Weights are not set yet.
 
-    Process groups must exist (see runtime.launch); the recipe must have passed check_recipe.
+    Process groups must exist (see runtime.launch); the recipe must have passed check_recipe. On the meta `device` the
+    model has names and shapes and no memory; by default it is on this rank's own.
     """
     config, vision_config = language_transformer_config(recipe), vision_transformer_config(recipe)
     groups = vision_groups(recipe.parallel)
@@ -102,14 +112,15 @@ def build_model(recipe: Recipe) -> list[VisionLanguageModel]:
     chunks = []
     for chunk in range(virtual):
         stage = {"ignore_virtual": False, "vp_stage": chunk} if virtual > 1 else {"ignore_virtual": True}
-        model = VisionLanguageModel(
-            config,
-            vision_config,
-            groups,
-            recipe,
-            pre_process=parallel_state.is_pipeline_first_stage(**stage),
-            post_process=parallel_state.is_pipeline_last_stage(**stage),
-            vp_stage=chunk if virtual > 1 else None,
-        )
-        chunks.append(model.to(current_device()))
+        with device or nullcontext():
+            model = VisionLanguageModel(
+                config,
+                vision_config,
+                groups,
+                recipe,
+                pre_process=parallel_state.is_pipeline_first_stage(**stage),
+                post_process=parallel_state.is_pipeline_last_stage(**stage),
+                vp_stage=chunk if virtual > 1 else None,
+            )
+        chunks.append(model.to(device or current_device()))
     return chunks

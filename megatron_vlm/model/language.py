@@ -12,12 +12,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vlm.config import LanguageConfig
 from megatron_vlm.model.layer_spec import block_spec
 from megatron_vlm.model.loss import LossHead
-from megatron_vlm.model.norm import LayerNormWithoutAffine
+from megatron_vlm.model.norm import LANGUAGE_NORMS
 from megatron_vlm.model.row_layout import RowLayout
 
 
 class LanguageModel(LanguageModule):
-    """One pipeline stage of an OLMo-1-like decoder.
+    """One pipeline stage of a decoder of the Llama shape.
 
     GPTModel is deprecated in megatron-core 0.19 and its successor is absent in 0.16; this small subclass works with
     both and leaves room for a decoder input with image features and for a loss that never makes a row's logits.
@@ -43,7 +43,7 @@ class LanguageModel(LanguageModule):
         layers = get_num_layers_to_build(config, vp_stage)
         self.decoder = TransformerBlock(
             config,
-            block_spec(LayerNormWithoutAffine, layers),
+            block_spec(LANGUAGE_NORMS[language.normalization], layers),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,

@@ -35,3 +35,24 @@ class LayerNorm(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(hidden, self.shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(torch.nn.Module):
+    """A weight and no mean (arXiv:1910.07467), in fp32 as transformers' Llama, Qwen2 and Mistral compute it.
+
+    As for LayerNorm, `sequence_parallel` says that tensor ranks see other tokens.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        wide = hidden.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(hidden.dtype)
+
+
+LANGUAGE_NORMS: dict[str, type[torch.nn.Module]] = {"LayerNorm": LayerNormWithoutAffine, "RMSNorm": RMSNorm}
+"""What `model.language.normalization` means."""

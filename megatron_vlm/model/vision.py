@@ -1,4 +1,4 @@
-"""The vision tower: CLIP's ViT on megatron-core's transformer block.
+"""The vision tower: CLIP's or SigLIP's ViT on megatron-core's transformer block.
 
 All tiles of a rank lie end to end in one sequence, each a document of its own (577 tokens for CLIP-L/14-336: a prime,
 so tiles are never cut). An isolated dummy document pads the sequence to a multiple of the tensor ranks, so that
@@ -25,7 +25,7 @@ from megatron_vlm.model.sharding import count_tensor_replicas
 
 
 class UnusedLayers(torch.nn.Module):
-    """The published tower's last layer and post-norm: no feature depends on them, but an export must give them back.
+    """The published tower's last layers, post-norm and head: no feature needs them, but an export must give them back.
 
     They are buffers under transformers' names with `__` for `.`, zero until a checkpoint fills them.
     """
@@ -37,7 +37,7 @@ class UnusedLayers(torch.nn.Module):
 
 
 def unused_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
-    """Names, as transformers' CLIP has them inside `vision_model.`, and shapes of what the feature does not use."""
+    """Names, as transformers has them inside `vision_model.`, and shapes of what the feature does not use."""
     width, inner = config.hidden_size, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {"post_layernorm.weight": (width,), "post_layernorm.bias": (width,)}
     linears = {f"self_attn.{name}": (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
@@ -48,25 +48,34 @@ def unused_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
             shapes |= {f"{prefix}{norm}.weight": (width,), f"{prefix}{norm}.bias": (width,)}
         for linear, shape in linears.items():
             shapes |= {f"{prefix}{linear}.weight": shape, f"{prefix}{linear}.bias": shape[:1]}
+    if config.pooling_head:
+        shapes |= {"head.probe": (1, 1, width)}
+        shapes |= {"head.attention.in_proj_weight": (3 * width, width), "head.attention.in_proj_bias": (3 * width,)}
+        shapes |= {"head.layernorm.weight": (width,), "head.layernorm.bias": (width,)}
+        of_head = {"attention.out_proj": (width, width), "mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
+        for linear, shape in of_head.items():
+            shapes |= {f"head.{linear}.weight": shape, f"head.{linear}.bias": shape[:1]}
     return shapes
 
 
 class VisionTower(MegatronModule):
-    """CLIP's ViT up to the layer whose output is the feature."""
+    """A ViT up to the layer whose output is the feature; class token, pre-norm and patch bias are there or not."""
 
     def __init__(self, config: TransformerConfig, vision: VisionConfig, groups: ProcessGroupCollection) -> None:
         super().__init__(config=config)
         self.vision, self.tensor_group = vision, groups.tp
         width, dtype = vision.hidden_size, config.params_dtype
         self.patch_embedding = torch.nn.Conv2d(
-            3, width, vision.patch_size, stride=vision.patch_size, bias=False, dtype=dtype
+            3, width, vision.patch_size, stride=vision.patch_size, bias=vision.patch_bias, dtype=dtype
         )
-        self.class_embedding = torch.nn.Parameter(torch.empty(width, dtype=dtype))
-        self.position_embedding = torch.nn.Embedding(vision.patches_per_tile + 1, width, dtype=dtype)
-        # The embeddings and this norm run on whole tiles, alike on every tensor rank, before the sequence is cut.
-        self.pre_norm = LayerNorm(config, width, vision.layer_norm_eps)
-        for parameter in self.pre_norm.parameters():
-            parameter.sequence_parallel = False  # type: ignore[attr-defined]
+        if vision.class_token:
+            self.class_embedding = torch.nn.Parameter(torch.empty(width, dtype=dtype))
+        self.position_embedding = torch.nn.Embedding(vision.tokens_per_tile, width, dtype=dtype)
+        if vision.pre_norm:
+            # The embeddings and this norm run on whole tiles, alike on every tensor rank, before the sequence is cut.
+            self.pre_norm = LayerNorm(config, width, vision.layer_norm_eps)
+            for parameter in self.pre_norm.parameters():
+                parameter.sequence_parallel = False  # type: ignore[attr-defined]
         self.decoder = TransformerBlock(
             config, block_spec(LayerNorm, config.num_layers), post_layer_norm=False, pg_collection=groups
         )
@@ -74,13 +83,15 @@ class VisionTower(MegatronModule):
         self.replicated = False
 
     def embed(self, tiles_NCHW: torch.Tensor) -> torch.Tensor:
-        """[n, 3, side, side] -> [n, 1 + patches, width], the class token first."""
-        patches = self.patch_embedding(tiles_NCHW.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
-        return self.pre_norm(tokens + self.position_embedding.weight)
+        """[n, 3, side, side] -> [n, tokens per tile, width], the class token first."""
+        tokens = self.patch_embedding(tiles_NCHW.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        if self.vision.class_token:
+            tokens = torch.cat([self.class_embedding.expand(len(tokens), 1, -1), tokens], dim=1)
+        tokens = tokens + self.position_embedding.weight
+        return self.pre_norm(tokens) if self.vision.pre_norm else tokens
 
     def forward(self, tiles_NCHW: torch.Tensor) -> torch.Tensor:
-        """[n, 3, side, side] -> this tensor rank's slice of [n * (1 + patches) + padding, 1, width]."""
+        """[n, 3, side, side] -> this tensor rank's slice of [n * tokens per tile + padding, 1, width]."""
         tokens = self.embed(tiles_NCHW)
         each = tokens.shape[1]
         hidden = tokens.flatten(0, 1)[:, None]
@@ -101,9 +112,9 @@ class VisionTower(MegatronModule):
         return count_tensor_replicas(state) if self.replicated else state
 
     def drop_class_tokens(self, gathered: torch.Tensor, num_tiles: int) -> torch.Tensor:
-        """[num_tiles * (1 + patches) + padding, width], put together again -> [num_tiles, patches, width]."""
-        each = self.vision.patches_per_tile + 1
-        return gathered[: num_tiles * each].view(num_tiles, each, -1)[:, 1:]
+        """[num_tiles * tokens per tile + padding, width], put together again -> [num_tiles, patches, width]."""
+        each = self.vision.tokens_per_tile
+        return gathered[: num_tiles * each].view(num_tiles, each, -1)[:, int(self.vision.class_token) :]
 
 
 def mark_as_replicated(tower: VisionTower) -> None:

@@ -87,9 +87,7 @@ class VisionLanguageModel(MegatronModule):
     def row_layout(self, batch: PackedBatch, cache: object = None) -> RowLayout:
         """What every language layer must know of this row."""
         language, device = self.recipe.model.language, current_device()
-        cos, sin = rotary_tables(
-            batch.positions.to(device), language.hidden_size // language.num_attention_heads, language.rope_theta
-        )
+        cos, sin = rotary_tables(batch.positions.to(device), language.head_width, language.rope_theta)
         return row_layout(batch.bounds, causal=True, device=device, cos=cos, sin=sin, cache=cache)
 
     def context_slice(self, row: torch.Tensor) -> torch.Tensor:

@@ -133,7 +133,10 @@ WRONG = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is not there"),
     "other model": (_edit_config(model_type="llava"), "model_type is 'llava'; supported: 'llava_next'"),
-    "other decoder": (_edit_config(text_config__model_type="llama"), "model_type is 'llama'; supported: 'olmo'"),
+    "other decoder": (
+        _edit_config(text_config__model_type="gemma"),
+        "model_type is 'gemma'; supported: 'olmo', 'llama'",
+    ),
     "clipped qkv": (_edit_config(text_config__clip_qkv=8.0), "clip_qkv is 8.0; supported: None"),
     "full features": (_edit_config(vision_feature_select_strategy="full"), "'full'; supported: 'default'"),
     "no such layer": (_edit_config(vision_feature_layer=-9), "vision_feature_layer is -9; the tower has 5 layers"),

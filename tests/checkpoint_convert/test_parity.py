@@ -19,15 +19,16 @@ from tests.checkpoint_convert.whole_model import (
     our_logits,
     prompt,
 )
-from tests.random_models import GROUPED_QUERY_SIZES, LANGUAGE_SIZES, VISION_SIZES, llava_next_model
+from tests.random_models import FAMILIES, GROUPED_QUERY_SIZES, LANGUAGE_SIZES, VISION_SIZES, llava_next_model
 
 TOLERANCE = 1e-4
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "tied": {"language": LANGUAGE_SIZES},
     "grouped-query, own head, gelu": {
         "language": GROUPED_QUERY_SIZES,
         "vision": VISION_SIZES | {"hidden_act": "gelu", "num_hidden_layers": 3},
     },
+    **FAMILIES,
 }
 PROMPTS = {"text": [], "single tile": [SINGLE], "tall": [TALL], "wide": [WIDE], "two images": [WIDE, TALL]}
 
@@ -43,7 +44,8 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[VisionLanguageModel, 
 def test_tower_features(pair: tuple[VisionLanguageModel, Any]) -> None:
     model, reference = pair
     tiles = torch.randn(5, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    wanted = reference.model.vision_tower(tiles, output_hidden_states=True).hidden_states[-2][:, 1:]
+    layer, skipped = reference.config.vision_feature_layer, int(model.vision_model.vision.class_token)
+    wanted = reference.model.vision_tower(tiles, output_hidden_states=True).hidden_states[layer][:, skipped:]
     ours = model.vision_model.drop_class_tokens(model.vision_model(tiles)[:, 0], len(tiles))
     assert (ours - wanted).abs().max() < TOLERANCE
     assert wanted.std() > 0.1

@@ -42,8 +42,9 @@ def test_every_setting_has_a_flag_that_sets_it_and_nothing_else():
             words, expected = ["28x56", "56x28"], [[28, 56], [56, 28]]
         elif leaf.kind == list[str]:
             words, expected = ["one", "two"], ["one", "two"]
-        elif leaf.kind in (int, float, float | None):
-            words, expected = ["-3" if leaf.kind is int else "1e-7"], -3 if leaf.kind is int else 1e-7
+        elif leaf.kind in (int, int | None, float, float | None):
+            whole = leaf.kind in (int, int | None)
+            words, expected = ["-3" if whole else "1e-7"], -3 if whole else 1e-7
         else:
             words, expected = ["words"], "words"
         recipe, _ = parse_command_line([flag(leaf.key), *words])

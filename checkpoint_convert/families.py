@@ -1,0 +1,189 @@
+"""The families of towers and decoders that are read and written: a row of facts each, and one reader and one writer.
+
+All decoders here have the Llama shape (pre-norm, SwiGLU, rotary embedding by halves) and all towers CLIP's; what is
+left to tell of a family is what it fixes, how its config.json spells the rest, and transformers' defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoint_convert.errors import ConversionError, some_of
+from megatron_vlm.config import LanguageConfig, VisionConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type` of transformers."""
+
+    architecture: str
+    """transformers' class."""
+    fixed: Mapping[str, Any]
+    """Our settings that are the family's own and stand in no config.json."""
+    defaults: Mapping[str, Any]
+    """transformers' settings and defaults: a config.json need not say them."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Our name -> transformers' name, where they differ."""
+    required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """What else changes the computation: (transformers' default, what we compute); any other value is refused."""
+    select_strategy: str = "default"
+    """Towers: LLaVA's word for dropping the class token ("default") or keeping every token ("full")."""
+
+
+_RMS = {"layer_norm_eps": "rms_norm_eps"}
+_SIZES = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "tie_word_embeddings": False}
+LANGUAGES = {
+    "olmo": Family(
+        architecture="OlmoForCausalLM",
+        fixed={"normalization": "LayerNorm", "attention_bias": False, "layer_norm_eps": 1e-5, "head_dim": None},
+        defaults=_SIZES | {"intermediate_size": 11008, "vocab_size": 50304, "max_position_embeddings": 2048},
+        required={"attention_bias": (False, False), "clip_qkv": (None, None), "hidden_act": ("silu", "silu")},
+    ),
+    "llama": Family(
+        architecture="LlamaForCausalLM",
+        fixed={"normalization": "RMSNorm", "attention_bias": False},
+        defaults=_SIZES
+        | {"intermediate_size": 11008, "vocab_size": 32000, "max_position_embeddings": 2048}
+        | {"rms_norm_eps": 1e-6, "head_dim": None},
+        names=_RMS,
+        required={"attention_bias": (False, False), "mlp_bias": (False, False), "hidden_act": ("silu", "silu")},
+    ),
+    "mistral": Family(
+        architecture="MistralForCausalLM",
+        fixed={"normalization": "RMSNorm", "attention_bias": False},
+        defaults=_SIZES
+        | {"intermediate_size": 14336, "vocab_size": 32000, "max_position_embeddings": 131072}
+        | {"rms_norm_eps": 1e-6, "head_dim": None, "num_key_value_heads": 8},
+        names=_RMS,
+        required={"sliding_window": (4096, None), "hidden_act": ("silu", "silu")},
+    ),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        fixed={"normalization": "RMSNorm", "attention_bias": True, "head_dim": None},
+        defaults=_SIZES
+        | {"intermediate_size": 22016, "vocab_size": 151936, "max_position_embeddings": 32768}
+        | {"rms_norm_eps": 1e-6, "num_key_value_heads": 32},
+        names=_RMS,
+        required={"use_sliding_window": (False, False), "hidden_act": ("silu", "silu")},
+    ),
+}
+
+_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+TOWERS = {
+    "clip_vision_model": Family(
+        architecture="CLIPVisionModel",
+        fixed={"class_token": True, "pre_norm": True, "patch_bias": False, "pooling_head": False},
+        defaults=_BASE | {"image_size": 224, "patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"},
+        required={"num_channels": (3, 3)},
+    ),
+    "siglip_vision_model": Family(
+        architecture="SiglipVisionModel",
+        fixed={"class_token": False, "pre_norm": False, "patch_bias": True},
+        defaults=_BASE
+        | {"image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
+        | {"vision_use_head": True},
+        names={"pooling_head": "vision_use_head"},
+        required={"num_channels": (3, 3)},
+        select_strategy="full",
+    ),
+}
+_NORMALIZATIONS = {"clip_vision_model": "openai_clip", "siglip_vision_model": "imagenet_standard"}
+"""What pixels are normalised by."""
+_TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
+
+
+class Problems:
+    """What a config asks for and the model cannot do, collected and told at once."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.found: list[str] = []
+
+    def require(self, config: Mapping[str, Any], name: str, default: Any, *allowed: Any) -> Any:
+        value = config.get(name, default)
+        if value not in allowed:
+            self.found.append(f"{name} is {value!r}; supported: {', '.join(map(repr, allowed))}")
+        return value
+
+    def refuse(self) -> None:
+        if self.found:
+            raise ConversionError(f"{self.source} asks for what this model cannot do\n{some_of(self.found)}")
+
+
+def _read(
+    config: dict[str, Any], families: Mapping[str, Family], problems: Problems
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(our settings that the family fixes or spells, all of transformers' with defaults)."""
+    model_type = problems.require(config, "model_type", None, *families)
+    problems.refuse()
+    family = families[model_type]
+    given = {name: value for name, value in config.items() if value is not None}
+    values = dict(family.defaults) | given
+    for name, (default, *allowed) in family.required.items():
+        problems.require(config, name, default, *allowed)
+    ours = {"model_type": model_type, **family.fixed}
+    spelled = dict(family.names)
+    ours |= {name: values[theirs] for name, theirs in spelled.items()}
+    ours |= {name: values[name] for name in family.defaults if name not in spelled.values() and name not in ours}
+    return ours, values
+
+
+def language_from_hf(config: dict[str, Any], source: str) -> LanguageConfig:
+    """A decoder's config.json as ours. Defaults are transformers' own; what we do not compute is a ConversionError."""
+    problems = Problems(source)
+    settings, values = _read(config, LANGUAGES, problems)
+    problems.require(config, "rope_scaling", None, None)
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        problems.found.append(f"rope_parameters.rope_type is {rope['rope_type']!r}; supported: 'default'")
+    settings["rope_theta"] = float(rope.get("rope_theta", values.get("rope_theta", 10000.0)))
+    settings["num_key_value_heads"] = values.get("num_key_value_heads", values["num_attention_heads"])
+    problems.refuse()
+    if settings["head_dim"] == settings["hidden_size"] // settings["num_attention_heads"]:
+        settings["head_dim"] = None  # transformers 5 writes it even where it follows from the sizes
+    return LanguageConfig(**settings)
+
+
+def vision_from_hf(config: dict[str, Any], source: str, feature_layer: int = -2) -> VisionConfig:
+    """A tower's config.json, or that of the two-tower model around it, as ours; errors as in language_from_hf."""
+    around = _TWO_TOWERS.get(config.get("model_type", ""))
+    if around:
+        config = {"model_type": around} | (config.get("vision_config") or {})
+    problems = Problems(source)
+    settings, values = _read({"model_type": "clip_vision_model"} | config, TOWERS, problems)
+    problems.require(values, "hidden_act", None, *_ACTIVATIONS)
+    layers = settings["num_hidden_layers"]
+    feature_layer = feature_layer if feature_layer < 0 else feature_layer - layers - 1
+    normalization = _NORMALIZATIONS[settings["model_type"]]
+    vision = VisionConfig(vision_feature_layer=feature_layer, image_normalization=normalization, **settings)
+    if not 1 <= vision.num_layers_used <= layers:
+        problems.found.append(f"vision_feature_layer is {feature_layer}; the tower has {layers} layers")
+    problems.refuse()
+    return vision
+
+
+def to_hf_config(part: LanguageConfig | VisionConfig) -> dict[str, Any]:
+    """The config.json of a decoder or tower, in the spelling that transformers 4 and 5 both read.
+
+    Raises ConversionError where a setting is not the family's: the exported model would compute something else.
+    """
+    families, section = (LANGUAGES, "language") if isinstance(part, LanguageConfig) else (TOWERS, "vision")
+    family = families[part.model_type]
+    for name, value in family.fixed.items():
+        if getattr(part, name) != value:
+            raise ConversionError(
+                f"model.{section}.{name} is {getattr(part, name)}, but transformers' {part.model_type} always uses "
+                f"{value}: the exported model would compute something else"
+            )
+    ours = {theirs: name for name, theirs in family.names.items()}
+    config: dict[str, Any] = {"architectures": [family.architecture], "model_type": part.model_type}
+    config |= {name: getattr(part, ours.get(name, name)) for name in family.defaults}
+    config |= {name: allowed for name, (_, allowed, *_) in family.required.items()}
+    if isinstance(part, LanguageConfig):
+        config |= {"num_key_value_heads": part.num_key_value_heads, "rope_theta": part.rope_theta}
+        if "head_dim" in config:
+            config["head_dim"] = part.head_width
+    return config
