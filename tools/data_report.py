@@ -121,7 +121,7 @@ class Report:
         left.set(xlabel="tokens", ylabel="samples", yscale="log")
         left.legend()
         right.hist(self.tiles[self.usable], bins=np.arange(self.tiles.max() + 2) - 0.5, color=_GREEN)
-        right.set(xlabel="tiles", ylabel="samples", yscale="log")
+        right.set(xlabel="tiles", ylabel="samples")
         return figure
 
     def _draw_images(self, pyplot: Any) -> Any:
