@@ -47,7 +47,7 @@ class Converter(ABC):
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
 
-    @classmethod
+    @classmethod  # noqa: B027  (most have some, none need any)
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Flags of its own."""
 
