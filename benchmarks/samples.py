@@ -16,7 +16,7 @@ from megatron_vlm.config import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Document, PackedBatch, assemble_row
 from megatron_vlm.data.conversation import EncodedConversation
 from megatron_vlm.data.merge import count_positions
-from megatron_vlm.data.packing import order_rows, pack_window
+from megatron_vlm.data.packing import Budget, plan_epoch
 from megatron_vlm.data.tiling import ImageGeometry, count_tiles
 
 IMAGES_BY_QUESTIONS = {
@@ -143,8 +143,9 @@ def draw_work(maker: SampleMaker, steps: int, rows_per_step: int, seq_length: in
     pool = [maker.sample(number) for number in range(4 * wanted * seq_length // (maker.positions + 100))]
     lengths = np.array([len(sample) for sample in pool])
     tiles = np.array([len(sample.tiles) for sample in pool])
-    plan = order_rows(pack_window(lengths, tiles, seq_length, len(pool), maker.rng), maker.rng)[:wanted]
-    rows = [[pool[number] for number in row] for row in plan]
+    budget = Budget(seq_length, int(tiles.sum()), len(pool))
+    plan = plan_epoch(np.arange(len(pool)), lengths, tiles, budget, int(maker.rng.integers(1 << 31)), epoch=0)
+    rows = [[pool[number] for number in plan.row(index)] for index in range(wanted)]
     samples = [sample for row in rows for sample in row]
     shuffled = [samples[place] for place in maker.rng.permutation(len(samples))]
     # what transformers' length-grouped sampler does with as few batches as these: sort, longest first

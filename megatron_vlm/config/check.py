@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_vlm.config.check_data import check_data
 from megatron_vlm.config.check_model import check_language, check_vision
 from megatron_vlm.config.check_paths import path_problems
 from megatron_vlm.config.check_training import check_batch, check_optimization
@@ -21,6 +22,7 @@ def check_recipe(recipe: Recipe, world_size: int, *, paths: bool = False) -> Non
         *check_language(recipe),
         *check_batch(recipe, world_size),
         *check_optimization(recipe),
+        *check_data(recipe),
         *(path_problems(recipe) if paths else []),
     ]
     if problems:

@@ -35,7 +35,16 @@ AT_LEAST_ONE = (
     "parallel.virtual_pipeline_model_parallel_size",
     "parallel.context_parallel_size",
 )
-NOT_NEGATIVE = ("data.num_workers", "training.seed", "training.min_lr", "training.weight_decay", "training.clip_grad")
+NOT_NEGATIVE = (
+    "data.cost_per_token_squared",
+    "data.cost_per_token",
+    "data.cost_per_tile",
+    "data.num_workers",
+    "training.seed",
+    "training.min_lr",
+    "training.weight_decay",
+    "training.clip_grad",
+)
 POSITIVE = (
     "model.vision.layer_norm_eps",
     "model.language.layer_norm_eps",

@@ -31,11 +31,19 @@ class DataConfig:
     oversized_samples: str = field(
         default="refuse",
         metadata={
-            "choices": ("refuse", "skip"),
-            "help": "a sample longer than a row: an error, or left out and counted",
+            "choices": ("refuse", "skip", "cut"),
+            "help": "longer than a row: an error, left out, or cut after an answer",
         },
     )
     packing_window: int = field(default=50_000, metadata={"help": "samples that are packed together"})
+    cost_per_token_squared: float | None = field(
+        default=None, metadata={"help": "a of a row's cost a*sum(l*l) + b*sum(l) + c*tiles; default: its FLOPs"}
+    )
+    cost_per_token: float | None = field(default=None, metadata={"help": "b of it; default: FLOPs"})
+    cost_per_tile: float | None = field(default=None, metadata={"help": "c of it; default: FLOPs"})
+    log_samples: bool = field(
+        default=False, metadata={"help": "each data rank lists the samples it trains on, in the save folder"}
+    )
     num_workers: int = field(default=2, metadata={"help": "processes per rank that read and decode"})
     cache_dir: str | None = field(
         default=None,

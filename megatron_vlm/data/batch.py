@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,17 @@ class PackedBatch:
     sample_ids: list[str] = field(default_factory=list)
     num_tokens: int = 0
     """Tokens of real documents: S minus the padded tail."""
+    counter: int = -1
+    """Rows of all ranks that come before it since the start of training; -1: it is of no plan."""
+
+    def pin_memory(self) -> PackedBatch:
+        """The same in page-locked memory, from which a GPU copies while it computes. Called by torch's DataLoader."""
+        pinned: dict[str, Any] = {
+            part.name: value.pin_memory()
+            for part in fields(self)
+            if isinstance(value := getattr(self, part.name), torch.Tensor)
+        }
+        return replace(self, **pinned)
 
 
 def tile_range(num_tiles: int, rank: int, size: int) -> tuple[int, int]:

@@ -12,18 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
-from zipfile import BadZipFile
 
 import numpy as np
 
+from megatron_vlm.data.array_files import map_arrays, replacing, write_arrays
 from megatron_vlm.data.conversation import TEMPLATE, encode_conversation
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.merge import count_positions
@@ -35,7 +32,7 @@ from megatron_vlm.data.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 REFUSED = -1
-_FORMAT = "1"
+_FORMAT = "2"
 
 
 @dataclass
@@ -62,8 +59,13 @@ class LengthIndex:
     sizes: np.ndarray
     """[images, 2] int32: upright (width, height)"""
     refused: list[Refusal]
-    listing: Path = Path()
-    """File beside the index that lists the refused samples, one JSON object per line."""
+    file: Path = Path()
+    """Where it is kept. Its arrays are mapped from there: the ranks of a machine share their memory."""
+
+    @property
+    def listing(self) -> Path:
+        """File beside the index that lists the refused samples, one JSON object per line."""
+        return self.file.with_suffix(".refused.jsonl")
 
     def image_sizes(self, index: int) -> list[tuple[int, int]]:
         """Upright (width, height) of each image of a sample."""
@@ -127,9 +129,7 @@ def load_or_build(
         DataError: the cache folder cannot be written, or a measuring process died.
     """
     measurer = _Measurer(source, tokenizer, geometry)
-    location = Path(source.name)
-    folder = Path(cache_dir) if cache_dir else location.parent / ".lengths"
-    path = folder / f"{location.stem}-{measurer.key()}.npz"
+    path = cache_folder(source.name, cache_dir) / f"{Path(source.name).stem}-{measurer.key()}.arrays"
     index = _read(path)
     changed = index is None
     if index is None:
@@ -139,24 +139,30 @@ def load_or_build(
         again = {refusal.index: measurer.measure(refusal.index) for refusal in index.refused}
         if any(measure.refusal != old for measure, old in zip(again.values(), index.refused, strict=True)):
             index, changed = _replace(index, again), True
-    index.listing = path.with_suffix(".refused.jsonl")
+    index.file = path
     if changed:
         _write(path, index)
     return index
 
 
+def cache_folder(source: str, cache_dir: str | Path | None) -> Path:
+    """Where what is worked out of a source is kept: `cache_dir`, or `.lengths` beside the source."""
+    return Path(cache_dir) if cache_dir else Path(source).parent / ".lengths"
+
+
 def _collect(measures: Iterator[_Measure], total: int) -> LengthIndex:
     tokens, tiles = np.empty(total, np.int32), np.empty(total, np.int32)
     counts = np.zeros(total + 1, np.int64)
-    sizes: list[tuple[int, int]] = []
+    sizes = array("i")  # not a list: of millions of samples that would take gigabytes
     refused = []
     for index, measure in enumerate(measures):
         tokens[index], tiles[index] = measure.tokens, measure.tiles
         counts[index + 1] = len(measure.sizes)
-        sizes += measure.sizes
+        for size in measure.sizes:
+            sizes.extend(size)
         if measure.refusal:
             refused.append(measure.refusal)
-    return LengthIndex(tokens, tiles, np.cumsum(counts), np.array(sizes, np.int32).reshape(-1, 2), refused)
+    return LengthIndex(tokens, tiles, np.cumsum(counts), np.frombuffer(sizes, np.int32).reshape(-1, 2), refused)
 
 
 def _replace(index: LengthIndex, again: dict[int, _Measure]) -> LengthIndex:
@@ -171,12 +177,12 @@ def _replace(index: LengthIndex, again: dict[int, _Measure]) -> LengthIndex:
 
 def _read(path: Path) -> LengthIndex | None:
     try:
-        with np.load(path) as file:
-            refused = [Refusal(**item) for item in json.loads(str(file["refused"]))]
-            return LengthIndex(file["tokens"], file["tiles"], file["size_starts"], file["sizes"], refused)
+        arrays = map_arrays(path)
+        refused = [Refusal(**item) for item in json.loads(arrays["refused"].tobytes())]
+        return LengthIndex(arrays["tokens"], arrays["tiles"], arrays["size_starts"], arrays["sizes"], refused)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
+    except (OSError, ValueError, KeyError) as error:
         logger.warning("length index %s is damaged (%s) and is built anew", path, error)
         return None
 
@@ -185,22 +191,11 @@ def _write(path: Path, index: LengthIndex) -> None:
     refused = [asdict(refusal) for refusal in index.refused]
     arrays = {name: getattr(index, name) for name in ("tokens", "tiles", "size_starts", "sizes")}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _replacing(index.listing) as file:
+        with replacing(index.listing) as file:
             file.write("".join(json.dumps(refusal) + "\n" for refusal in refused).encode())
-        with _replacing(path) as file:
-            np.savez(file, **arrays, refused=json.dumps(refused))
+        write_arrays(path, **arrays, refused=np.frombuffer(json.dumps(refused).encode(), np.uint8))
     except OSError as error:
         raise DataError(f"the length index cannot be written to {path.parent}: {error}. Set cache_dir.") from error
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the name `path` when it is whole."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.stem}.", suffix=".partial", delete=False) as file:
-        yield file
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
 
 
 def describe_refusals(source: SampleSource, index: LengthIndex) -> list[str]:

@@ -2,9 +2,9 @@
 
     data_path -> sources -> length index -> mixture of the epoch -> plan -> this rank's rows -> workers -> PackedBatch
 
-Every rank opens the data and plans by itself; what a rank reads differs only in which rows it takes (data
-parallelism) and which tiles of a row it decodes (tile_rank). The first call on a machine measures lengths and keeps
-them; let one process of each machine do it first and the others after it.
+Every rank opens the data and has the whole plan; what a rank reads differs only in which rows it takes (data
+parallelism) and which tiles of a row it decodes (tile_rank). The first call on a machine measures lengths and plans,
+and keeps both in files; let one process of each machine do it first: the others map the files into memory.
 """
 
 from __future__ import annotations
@@ -13,25 +13,22 @@ import logging
 import signal
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.data.errors import DataError, RowError
-from megatron_vlm.data.lengths import REFUSED, describe_refusals, load_or_build
-from megatron_vlm.data.mixture import describe_mixture, open_mixture
-from megatron_vlm.data.packing import Budget, EpochPlan, PlannedRow, RowPlan, plan_epoch
+from megatron_vlm.data.opened import open_data, open_plan
+from megatron_vlm.data.row_plan import PlannedRow, RowPlan
 from megatron_vlm.data.rows import RowBuilder
-from megatron_vlm.data.tiling import ImageGeometry
-from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_vlm.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from megatron_vlm.config import Recipe
-    from megatron_vlm.config.data import DataConfig
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +105,7 @@ class RowLoader(Iterator[PackedBatch]):
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
             **workers,
         )
         self._batches: Iterator[Any] | None = _start(loader)
@@ -150,7 +148,7 @@ class RowLoader(Iterator[PackedBatch]):
         return [worker.pid for worker in getattr(self._batches, "_workers", [])]
 
     def summary(self) -> dict[str, Any]:
-        """Samples, usable, refused (by reason), skipped (too long); rows and fill of this epoch."""
+        """Samples, usable, refused (by reason), skipped and cut (too long); rows and fill of this epoch."""
         epoch = {"rows_per_epoch": self.plan.rows, "samples_per_epoch": len(self.plan.current.members)}
         return {**self._counts, **epoch, "pack_fill": self.plan.fill}
 
@@ -185,6 +183,7 @@ def build_loader(
     need_tiles: bool,
     tile_rank: int = 0,
     tile_ranks: int = 1,
+    plan_ahead: bool = False,
 ) -> RowLoader:
     """Open the data of a recipe.
 
@@ -199,6 +198,7 @@ def build_loader(
         need_tiles: False: no image is decoded and PackedBatch.tiles is None.
         tile_rank: this rank among those that share the tiles of a row (see batch.tile_range).
         tile_ranks: their number.
+        plan_ahead: a process beside this one makes the plan of each next epoch; one rank of a machine does for all.
 
     Raises:
         DataError: something of the data cannot be opened, nothing usable is in it, or a sample is longer than a row and
@@ -206,76 +206,15 @@ def build_loader(
     """
     if recipe.training.global_batch_size % dp_size:
         raise DataError(f"global_batch_size {recipe.training.global_batch_size} is no multiple of {dp_size} data ranks")
-    data, seed = recipe.data, recipe.training.seed
-    mixture = open_mixture(data.data_path, data.image_folder, data.data_root, data.cache_dir, data.cache_limit)
-    tokenizer = load_tokenizer(data.tokenizer_model)
-    if len(tokenizer) > recipe.model.image_token_index:
-        raise DataError(
-            f"tokenizer {tokenizer.path} has {len(tokenizer)} ids and image_token_index is "
-            f"{recipe.model.image_token_index}: image positions would be taken for text. "
-            "Set it to an id that the tokenizer does not give."
-        )
-    geometry = ImageGeometry.of(recipe.model, data.image_aspect_ratio)
-    indexes = [load_or_build(source, tokenizer, geometry, data.cache_dir) for source in mixture.sources.sources]
-    tokens = np.concatenate([index.tokens for index in indexes])
-    tiles = np.concatenate([index.tiles for index in indexes])
-    refused = Counter(refusal.reason for index in indexes for refusal in index.refused)
     speaks = dp_rank == 0 and need_tiles and tile_rank == 0  # one process of the whole run
-    if speaks:
-        for source, index in zip(mixture.sources.sources, indexes, strict=True):
-            for line in describe_refusals(source, index):
-                logger.warning("%s", line)
-    usable = tokens != REFUSED
-    oversized = usable & ((tokens > data.seq_length) | (tiles > data.max_tiles_per_row))
+    opened = open_data(recipe, speaks)
+    store = open_plan(recipe, opened)
+    if plan_ahead and recipe.data.num_workers:
+        store.plan_ahead()
+    plan = RowPlan(store)
     builder = RowBuilder(
-        mixture.sources, indexes, tokenizer, geometry, recipe.model.image_token_index, data.seq_length,
-        (tile_rank, tile_ranks) if need_tiles else None,
+        opened.mixture.sources, opened.indexes, opened.tokenizer, opened.geometry, recipe.model.image_token_index,
+        recipe.data.seq_length, (tile_rank, tile_ranks) if need_tiles else None, opened.cuts,
     )  # fmt: skip
-    told = _check_oversized(data, builder, np.flatnonzero(oversized), tokens, tiles)
-    if told and speaks:
-        logger.warning("%s; they are skipped", told)
-    usable &= ~oversized
-    if not usable.any():
-        reasons = ", ".join(f"{reason} {count}" for reason, count in refused.most_common()) or "no sample at all"
-        raise DataError(
-            f"the dataset is empty: none of {len(tokens)} samples of {', '.join(data.data_path)} is usable "
-            f"({reasons}; {int(oversized.sum())} longer than a row)"
-        )
-    if speaks and len(mixture.uses) > 1:
-        logger.info("%s", describe_mixture(mixture, usable, tokens, tiles, seed))
-    budget = Budget(data.seq_length, data.max_tiles_per_row, data.packing_window)
-
-    def plan_of_epoch(epoch: int) -> EpochPlan:
-        return plan_epoch(mixture.draw(usable, seed, epoch), tokens, tiles, budget, seed, epoch)
-
-    plan = RowPlan(plan_of_epoch)
-    counts = {
-        "samples": len(tokens),
-        "usable": int(usable.sum()),
-        "refused": dict(refused),
-        "skipped": int(oversized.sum()),
-        "tokens_per_sample": float(tokens[usable].mean()),
-        "tiles_per_sample": float(tiles[usable].mean()),
-    }
-    return RowLoader(plan, builder, counts, plan.share(consumed_rows, dp_rank, dp_size), data.num_workers)
-
-
-def _check_oversized(
-    data: DataConfig, builder: RowBuilder, oversized: np.ndarray, tokens: np.ndarray, tiles: np.ndarray
-) -> str:
-    """What to tell of samples longer than a row; an error unless they are to be skipped."""
-    if not len(oversized):
-        return ""
-    named = [
-        f"{sample.id!r} of {sample.file} ({tokens[number]} tokens, {tiles[number]} tiles)"
-        for number in oversized[:_NAMED].tolist()
-        for sample in [builder.sources.sample(number)]
-    ]
-    more = f" and {len(oversized) - _NAMED} more" if len(oversized) > _NAMED else ""
-    told = (
-        f"{len(oversized)} samples are longer than a row of {data.seq_length} tokens and {data.max_tiles_per_row} "
-        f"tiles: {', '.join(named)}{more}"
-    )
-    if data.oversized_samples == "refuse":
-        raise DataError(f"{told}. Raise seq_length or max_tiles_per_row, or set oversized_samples to skip.")
-    return told
+    rows = plan.share(consumed_rows, dp_rank, dp_size)
+    return RowLoader(plan, builder, opened.counts, rows, recipe.data.num_workers)

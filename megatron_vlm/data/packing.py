@@ -1,152 +1,38 @@
-"""The plan: which samples share a row, and in which order rows come, from lengths alone.
+"""The plan of an epoch: which samples share a row, and in which order rows come, from lengths alone.
 
-An epoch's samples, in the order the mixture gives, are cut into windows; each window is packed by itself under two
-budgets, tokens and tiles, and its rows are shuffled. All of it follows from (seed, epoch): every rank computes the same
-plan. Training counts the rows it has consumed since its start; epoch and row follow from that count by adding up the
-rows of the epochs before, whatever the number of data-parallel ranks was.
+An epoch's samples, in the order the mixture gives, are cut into windows; each window is packed by itself into rows
+that hold both budgets and cost the same (`balance.py`). What cost is left to differ is met by the order of the rows:
+it rises and falls in long waves, so that rows next to each other, which are rows that run at the same time, cost about
+the same, whatever the number of data ranks and of rows per step; and every wave has all the costs, so that nothing
+drifts.
+
+All of it follows from (seed, epoch): every machine finds the same plan.
 """
 
 from __future__ import annotations
 
-import random
-from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_vlm.data.errors import DataError
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.data.balance import Lengths, even_rows
+from megatron_vlm.data.cost import RowCost, cost_of_model
 
-_SETS_TRIED = 24
-"""Sets of samples tried to close a row with."""
-_AMPLE = 3
-"""While a row has room for this many of its longest sample, samples are taken as they come."""
-_CLOSE_ENOUGH = 500
-"""A set that leaves less than this part of its room free is taken at once."""
-
-
-class _Remaining:
-    """Samples of a window not yet placed, by tiles and tokens. Samples alike in both are interchangeable."""
-
-    def __init__(self, tokens: np.ndarray, tiles: np.ndarray) -> None:
-        self.count = len(tokens)
-        self._numbers: dict[tuple[int, int], list[int]] = {}
-        for number, kind in enumerate(zip(tiles.tolist(), tokens.tolist(), strict=True)):
-            self._numbers.setdefault(kind, []).append(number)
-        self.lengths: dict[int, list[int]] = {}
-        """Distinct tokens by tiles, ascending."""
-        for tile, token in sorted(self._numbers):
-            self.lengths.setdefault(tile, []).append(token)
-
-    def has(self, tile: int, token: int) -> bool:
-        return (tile, token) in self._numbers
-
-    def take(self, tile: int, token: int) -> int:
-        """Remove a sample of this kind and return its number."""
-        numbers = self._numbers[tile, token]
-        number = numbers.pop()
-        self.count -= 1
-        if not numbers:
-            del self._numbers[tile, token]
-            lengths = self.lengths[tile]
-            del lengths[bisect_right(lengths, token) - 1]
-            if not lengths:
-                del self.lengths[tile]
-        return number
-
-    def longest(self, token_budget: int, tile_budget: int) -> tuple[int, int] | None:
-        """(tiles, tokens) of the longest sample within both budgets; the one of more tiles where equally long."""
-        best: tuple[int, int] | None = None
-        for tile, lengths in self.lengths.items():
-            if tile <= tile_budget and lengths[0] <= token_budget:
-                length = lengths[bisect_right(lengths, token_budget) - 1]
-                if best is None or (length, tile) > (best[1], best[0]):
-                    best = (tile, length)
-        return best
-
-    def closing(self, room: int, room_tiles: int, draw: Callable[[], float]) -> list[tuple[int, int]]:
-        """Samples that fill the rest of a row well: the best of some drawn sets, each ended by the longest that fits.
-
-        Among sets that fill equally well the one of fewer samples: short ones are what later rows are closed with.
-        """
-        best: list[tuple[int, int]] = []
-        best_key = (0, 0)
-        good_enough = room - room // _CLOSE_ENOUGH
-        kinds = list(self.lengths)
-        for attempt in range(_SETS_TRIED):
-            chosen: list[tuple[int, int]] = []
-            left, left_tiles = room, room_tiles
-            while (longest := self.longest(left, left_tiles)) is not None:
-                kind = longest
-                if attempt and left > longest[1] + 1:
-                    tile = kinds[int(draw() * len(kinds))]
-                    lengths = self.lengths[tile]
-                    drawn = (tile, lengths[int(draw() * len(lengths))])
-                    if drawn[1] <= left and tile <= left_tiles:
-                        kind = drawn
-                if chosen.count(kind) >= len(self._numbers[kind]):
-                    break
-                chosen.append(kind)
-                left, left_tiles = left - kind[1], left_tiles - kind[0]
-            key = (room - left, -len(chosen))
-            if key > best_key:
-                best, best_key = chosen, key
-            if best_key[0] >= good_enough:
-                break
-        return best
+PLAN_VERSION = 2
+"""Of the rule by which rows are found: a run that goes on under another would see other rows."""
+_SLOPE = 2048
+"""Rows in which the cost rises, or falls, where a window has as many."""
 
 
-def pack_window(
-    tokens: np.ndarray, tiles: np.ndarray, seq_length: int, max_tiles: int, rng: np.random.Generator
-) -> list[list[int]]:
-    """Share samples out to rows.
+@dataclass
+class Budget:
+    """What a row holds at most, how many samples are packed together, and what a row costs."""
 
-    Each row begins with the longest sample left, so that the hard ones are placed while small ones remain to go with
-    them; takes samples as they come while there is ample room, so that the mix of lengths stays what it is to the
-    end; and is closed by the set that fills it best of some that are tried.
-
-    Args:
-        tokens: [n] of each sample, at most `seq_length`.
-        tiles: [n] of each sample, at most `max_tiles`.
-        seq_length: tokens a row may have.
-        max_tiles: tiles a row may have.
-        rng: decides among samples that fit alike.
-
-    Returns:
-        Rows of sample numbers, each number in exactly one row.
-    """
-    remaining = _Remaining(tokens, tiles)
-    draw = random.Random(int(rng.integers(1 << 62))).random
-    order = rng.permutation(len(tokens))
-    stream = iter(zip(tiles[order].tolist(), tokens[order].tolist(), strict=True))
-    coming = next(stream, None)
-    rows = []
-    while remaining.count:
-        longest = remaining.longest(seq_length, max_tiles)
-        assert longest is not None, "a sample is longer than a row"
-        row = [remaining.take(*longest)]
-        room, room_tiles = seq_length - longest[1], max_tiles - longest[0]
-        ample = _AMPLE * longest[1]
-        while room > ample and coming is not None:
-            if not remaining.has(*coming):
-                coming = next(stream, None)
-                continue
-            if coming[0] > room_tiles:
-                break
-            row.append(remaining.take(*coming))
-            room, room_tiles = room - coming[1], room_tiles - coming[0]
-            coming = next(stream, None)
-        while closing := remaining.closing(room, room_tiles, draw):
-            for kind in closing:
-                row.append(remaining.take(*kind))
-                room, room_tiles = room - kind[1], room_tiles - kind[0]
-        rows.append(row)
-    return rows
-
-
-def order_rows(rows: list[list[int]], rng: np.random.Generator) -> list[list[int]]:
-    """The order in which a window's rows come, and that of the samples in each: both shuffled."""
-    return [rng.permutation(rows[place]).tolist() for place in rng.permutation(len(rows))]
+    seq_length: int
+    max_tiles: int
+    window: int
+    cost: RowCost = field(default_factory=lambda: cost_of_model(ModelConfig()))
 
 
 @dataclass
@@ -169,13 +55,38 @@ class EpochPlan:
         return self.members[self.row_starts[index] : self.row_starts[index + 1]]
 
 
-@dataclass
-class Budget:
-    """What a row holds at most, and how many samples are packed together."""
+def pack_window(
+    tokens: np.ndarray, tiles: np.ndarray, budget: Budget, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Share samples out to rows, and put the rows in order.
 
-    seq_length: int
-    max_tiles: int
-    window: int
+    Args:
+        tokens: [n] of each sample, at most the budget's.
+        tiles: [n] of each sample, at most the budget's.
+        budget: of a row.
+        rng: decides among what is alike.
+
+    Returns:
+        (members [n]: sample numbers, row after row; counts [rows]: samples of each row).
+    """
+    cost = budget.cost.whole(tokens, tiles, budget.seq_length, budget.max_tiles)
+    lengths = Lengths.of(tokens, tiles, cost, budget.seq_length, budget.max_tiles)
+    rows = even_rows(lengths, rng.permutation(len(tokens)), rng)
+    rows = rows[_in_waves(lengths.cost[rows].sum(1), rng)]
+    # Within a row, any order: the free places go to the end and are left out.
+    keys = rng.random(rows.shape)
+    keys[rows == lengths.free] = 2
+    rows = np.take_along_axis(rows, np.argsort(keys, axis=1, kind="stable"), 1)
+    taken = rows != lengths.free
+    return rows[taken], taken.sum(1)
+
+
+def _in_waves(cost: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An order of rows in which the cost rises, falls, rises, … , beginning somewhere on the way."""
+    ascending = np.argsort(cost, kind="stable")
+    slopes = 2 * max(round(len(cost) / (2 * _SLOPE)), 1)
+    waves = [ascending[slope::slopes][:: -1 if slope % 2 else 1] for slope in range(slopes)]
+    return np.roll(np.concatenate(waves), int(rng.integers(max(len(cost), 1))))
 
 
 def plan_epoch(
@@ -191,76 +102,13 @@ def plan_epoch(
         seed: of the data order.
         epoch: from 0.
     """
-    windows = np.array_split(samples, max(-(-len(samples) // budget.window), 1))
-    starts, members = [0], []
-    for number, window in enumerate(windows):
+    members, counts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for number, window in enumerate(np.array_split(samples, max(-(-len(samples) // budget.window), 1))):
         rng = np.random.default_rng([seed, epoch, number])
-        rows = pack_window(tokens[window], tiles[window], budget.seq_length, budget.max_tiles, rng)
-        for row in order_rows(rows, rng):
-            starts.append(starts[-1] + len(row))
-            members.append(window[row])
-    flat = np.concatenate(members) if members else np.empty(0, np.int64)
+        packed, rows = pack_window(tokens[window], tiles[window], budget, rng)
+        members.append(window[packed])
+        counts.append(rows)
+    flat = np.concatenate(members)
+    starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
     places = max((len(starts) - 1) * budget.seq_length, 1)
-    return EpochPlan(np.asarray(starts, np.int64), flat, float(tokens[flat].sum(dtype=np.int64)) / places)
-
-
-@dataclass
-class PlannedRow:
-    """One row to be built."""
-
-    counter: int
-    """Rows consumed before it since the start of training."""
-    epoch: int
-    members: np.ndarray
-    """[documents] int64: sample numbers"""
-
-
-class RowPlan:
-    """All rows of a training run, epoch after epoch without end, addressed by one counter."""
-
-    def __init__(self, plan_of_epoch: Callable[[int], EpochPlan]) -> None:
-        """
-        Args:
-            plan_of_epoch: the plan of an epoch, from its number alone.
-        """
-        self._plan_of_epoch = plan_of_epoch
-        self._ends: list[int] = []
-        """Rows up to the end of each epoch planned so far."""
-        self._epoch = -1
-        self.current: EpochPlan = self._plan(0)
-        """The epoch of the row asked for last."""
-
-    @property
-    def rows(self) -> int:
-        """Rows of the current epoch."""
-        return self.current.rows
-
-    @property
-    def fill(self) -> float:
-        """Tokens over places of the current epoch, 0 to 1."""
-        return self.current.fill
-
-    def _plan(self, epoch: int) -> EpochPlan:
-        if epoch != self._epoch:
-            plan = self._plan_of_epoch(epoch)
-            if not plan.rows:
-                raise DataError("the dataset is empty: no sample is left to train on")
-            if epoch == len(self._ends):
-                self._ends.append((self._ends[-1] if self._ends else 0) + plan.rows)
-            self.current, self._epoch = plan, epoch
-        return self.current
-
-    def row(self, counter: int) -> PlannedRow:
-        """The row that comes after `counter` others."""
-        while counter >= self._ends[-1]:
-            self._plan(len(self._ends))
-        epoch = bisect_right(self._ends, counter)
-        start = self._ends[epoch - 1] if epoch else 0
-        return PlannedRow(counter, epoch, self._plan(epoch).row(counter - start))
-
-    def share(self, consumed_rows: int, rank: int, size: int) -> Iterator[PlannedRow]:
-        """Every size-th row from `consumed_rows` + `rank` on, for ever: what one of `size` data ranks reads."""
-        counter = consumed_rows + rank
-        while True:
-            yield self.row(counter)
-            counter += size
+    return EpochPlan(starts, flat, float(tokens[flat].sum(dtype=np.int64)) / places)

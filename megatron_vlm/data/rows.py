@@ -10,18 +10,19 @@ its last checkpoint with exactly the rows that were still to come.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from megatron_vlm.data.batch import Document, PackedBatch, assemble_row, tile_range
 from megatron_vlm.data.conversation import encode_conversation
+from megatron_vlm.data.cuts import count_images
 from megatron_vlm.data.errors import DataError, RowError
 from megatron_vlm.data.images import ImageUnreadable, decode_image
 from megatron_vlm.data.lengths import LengthIndex
 from megatron_vlm.data.merge import count_positions
-from megatron_vlm.data.packing import PlannedRow
+from megatron_vlm.data.row_plan import PlannedRow
 from megatron_vlm.data.sources import Sample, SourceList
 from megatron_vlm.data.tiling import ImageGeometry, count_tiles, cut_tiles
 from megatron_vlm.data.tokenizer import Tokenizer
@@ -40,6 +41,8 @@ class RowBuilder:
     seq_length: int
     tile_share: tuple[int, int] | None
     """(member, members) among the ranks that encode a row's tiles; None: this rank decodes no image."""
+    cuts: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """(turns that are kept, their tokens) of the samples that are cut, by number."""
 
     def build(self, row: PlannedRow) -> PackedBatch:
         """
@@ -52,6 +55,7 @@ class RowBuilder:
             samples.append(sample)
             documents.append(document)
         batch = assemble_row(documents, self.seq_length, self.tokenizer.pad_id, self.geometry)
+        batch.counter = row.counter
         if self.tile_share is not None:
             batch.tiles = self._tiles(row, samples, documents, *tile_range(batch.num_tiles, *self.tile_share))
         return batch
@@ -65,13 +69,17 @@ class RowBuilder:
             raise RowError(
                 f"row {row.counter}: sample {index} of {source.name} cannot be read any more: {error}"
             ) from error
-        sizes = lengths.image_sizes(index)
+        turns, sizes, expected = sample.turns, lengths.image_sizes(index), int(lengths.tokens[index])
+        if number in self.cuts:
+            kept, expected = self.cuts[number]
+            turns = turns[:kept]
+            sizes = sizes[: count_images(turns)]
         positions = [count_positions(size, self.geometry) for size in sizes]
-        encoded = encode_conversation(sample.turns, self.tokenizer, positions, self.image_token_index)
-        if len(encoded.ids) != lengths.tokens[index]:
+        encoded = encode_conversation(turns, self.tokenizer, positions, self.image_token_index)
+        if len(encoded.ids) != expected:
             raise RowError(
                 f"row {row.counter}: sample {sample.id!r} of {sample.file} has {len(encoded.ids)} tokens where "
-                f"{lengths.tokens[index]} were measured: the data changed. Start again from the checkpoint."
+                f"{expected} were measured: the data changed. Start again from the checkpoint."
             )
         return sample, Document(sample.id, encoded, sizes)
 

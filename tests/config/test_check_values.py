@@ -36,7 +36,7 @@ UNCOUPLED_WRONG_VALUES = [
     ("data.packing_window", 0),
     ("data.num_workers", -1),
     ("data.image_aspect_ratio", "any"),
-    ("data.oversized_samples", "cut"),
+    ("data.oversized_samples", "clip"),
     ("parallel.vision_parallel", "pipeline"),
     ("model.vision.hidden_act", "relu"),
     ("model.vision.layer_norm_eps", 0.0),

@@ -109,7 +109,7 @@ def test_refusals_are_told_listed_and_looked_at_again(tmp_path: Path, tokenizer:
 def test_a_damaged_index_is_built_anew(tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = mixed_folder(tmp_path, 3)
     index = build(folder, tokenizer)
-    next((tmp_path / ".lengths").glob("*.npz")).write_bytes(b"nonsense")
+    next((tmp_path / ".lengths").glob("*.arrays")).write_bytes(b"nonsense")
     assert same(build(folder, tokenizer), index)
 
 

@@ -250,7 +250,7 @@ def test_refusals_are_told_by_one_process(tmp_path: Path, tokenizer: Path, monke
     folder.add("empty", "hi", "")
     folder.write()
     told: list[str] = []
-    monkeypatch.setattr(logging.getLogger("megatron_vlm.data.loader"), "warning", lambda *args: told.append(args[1]))
+    monkeypatch.setattr(logging.getLogger("megatron_vlm.data.opened"), "warning", lambda *args: told.append(args[1]))
     recipe = recipe_for(folder, tokenizer)
     for rank, tile_rank, need_tiles in [(1, 0, True), (0, 1, True), (0, 0, False)]:
         loader(recipe, rank, 2, tile_rank=tile_rank, tile_ranks=2, need_tiles=need_tiles)

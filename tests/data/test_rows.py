@@ -9,7 +9,7 @@ import pytest
 
 from megatron_vlm.data.errors import RowError
 from megatron_vlm.data.lengths import load_or_build
-from megatron_vlm.data.packing import PlannedRow
+from megatron_vlm.data.row_plan import PlannedRow
 from megatron_vlm.data.rows import RowBuilder
 from megatron_vlm.data.sources import AnnotationSource, SourceList
 from megatron_vlm.data.tiling import ImageGeometry

@@ -1,0 +1,11 @@
+"""Settings of the data that only make sense with others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def test_lists_of_samples_need_a_folder(problems_of: Callable[..., list[str]]) -> None:
+    (problem,) = problems_of({"data.log_samples": True})
+    assert "data.log_samples = True" in problem and "training.save" in problem
+    assert not problems_of({"data.log_samples": True, "training.save": "runs/one"})
