@@ -1,0 +1,51 @@
+"""One random model as two exports, `instellavl` and `llava_next`, and images to ask it about."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from checkpoint_convert import instellavl, llava_next
+from checkpoint_convert.names import instellavl_name
+from checkpoint_convert.weights import write_weights
+from megatron_vlm.config import ModelConfig
+from megatron_vlm.data.tokenizer import load_tokenizer
+from tests.checkpoint_convert.whole_model import canonical_tensors, model_config, picture
+from tests.random_models import GROUPED_QUERY_SIZES, llava_next_model, write_tokenizer
+
+SIZES = {"single": (20, 20), "tall": (25, 80), "wide": (90, 31), "larger than any grid": (400, 201)}
+"""(width, height)"""
+NEWLINE = 200
+SEED, NEWLINE_FACTOR = 23, 3.5
+"""With these most answers have several lines, and all differ."""
+ENDING = {"exponential_decay_length_penalty": [40, 1.5]}
+"""For generation_config.json: answers of a random model seldom end; after 40 tokens these do."""
+
+
+def write_exports(root: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> ModelConfig:
+    """root/instellavl, root/llava_next and root/words (the tokenizer) of a model with its own output weight."""
+    words = write_tokenizer(root / "words")
+    settings = {"language": GROUPED_QUERY_SIZES, "seed": SEED, **settings}
+    reference = llava_next_model(image_token_index=words, **settings)
+    with torch.no_grad():
+        reference.lm_head.weight[NEWLINE] *= NEWLINE_FACTOR
+    model, tokenizer = model_config(reference), load_tokenizer(root / "words")
+    tensors = {name: tensor.to(dtype) for name, tensor in canonical_tensors(reference).items()}
+    for name in ("instellavl", "llava_next"):
+        (root / name).mkdir()
+    instellavl.write_companions(root / "instellavl", model, tokenizer, dtype, "anyres")
+    write_weights(((instellavl_name(name), tensor) for name, tensor in tensors.items()), root / "instellavl")
+    llava_next.write_companions(root / "llava_next", model, tokenizer, dtype)
+    write_weights(tensors.items(), root / "llava_next")
+    for file in root.glob("*/generation_config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | ENDING))
+    return model
+
+
+def pictures() -> dict[str, Image.Image]:
+    """An image of each shape."""
+    return {name: picture(size, seed) for seed, (name, size) in enumerate(SIZES.items())}
