@@ -32,6 +32,8 @@ _HEADINGS = {
     "model.language": "model.language: the language model",
 }
 
+_FLAG_COLUMN = 43
+
 _METAVARS = {int: "N", float: "X", str: "TEXT", list[str]: "TEXT ...", list[list[int]]: "WxH ..."}
 
 
@@ -141,7 +143,8 @@ def _unknown_arguments(arguments: list[str], settings: list[Leaf]) -> list[str]:
 def help_text(settings: list[Leaf]) -> str:
     """One line for each setting, under its section."""
     columns = [_invocation(leaf) for leaf in settings]
-    width = max(map(len, columns))
+    # a few flags with long choices do not push everything else to the right
+    width = min(max(map(len, columns)), _FLAG_COLUMN)
     lines = [_INTRODUCTION]
     for section, heading in _HEADINGS.items():
         lines += ["", heading]

@@ -65,12 +65,14 @@ def read_recipe(folder: str | Path) -> Recipe:
 
 def _check_same_model(checkpoint: Path, recipe: Recipe, fingerprint: str) -> None:
     stored = json.loads((checkpoint / RECIPE).read_text())
-    theirs, ours = stored["recipe"]["model"], recipe_to_dict(recipe)["model"]
+    # by way of a recipe, so that what an older checkpoint does not say has its default
+    theirs = recipe_to_dict(recipe_from_dict(stored["recipe"]))["model"]
+    ours = recipe_to_dict(recipe)["model"]
     wrong = [
         f"model.{part}.{name} is {ours[part][name]} here and {theirs[part][name]} there"
         for part in ("vision", "language")
         for name in ours[part]
-        if ours[part][name] != theirs[part].get(name) and name != "max_position_embeddings"
+        if ours[part][name] != theirs[part][name] and name != "max_position_embeddings"
     ]
     if ours["image_token_index"] != theirs["image_token_index"]:
         wrong.append(
