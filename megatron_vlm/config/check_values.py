@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from megatron_vlm.config.errors import nearest
@@ -80,7 +81,10 @@ def _check_range(key: str, value: float) -> Iterator[Problem]:
 def _check_choices(leaf: Leaf) -> Iterator[Problem]:
     given = leaf.default if isinstance(leaf.default, list) else [leaf.default]
     for name in given:
-        if name in leaf.choices or (name is None and not isinstance(leaf.default, list)):
+        if name is None and not isinstance(leaf.default, list):
+            continue
+        # A choice such as anyres_max_N stands for anyres_max_1, anyres_max_2, ...
+        if name in leaf.choices and not name.endswith("_N") or re.sub(r"_[1-9]\d*$", "_N", str(name)) in leaf.choices:
             continue
         guess = nearest(str(name), leaf.choices)
         remedy = f"Choose from {', '.join(leaf.choices)}" + (f"; the nearest is {guess}" if guess else "")

@@ -26,7 +26,10 @@ class DataConfig:
     max_tiles_per_row: int = field(default=64, metadata={"help": "image tiles in a row at most"})
     image_aspect_ratio: str = field(
         default="anyres",
-        metadata={"choices": ("anyres", "square", "pad"), "help": "anyres: base view and tiles; square, pad: one tile"},
+        metadata={
+            "choices": ("anyres", "anyres_max_N", "square", "pad"),
+            "help": "base view and tiles, if need be reduced to N tiles' positions; or one tile",
+        },
     )
     oversized_samples: str = field(
         default="refuse",

@@ -11,8 +11,8 @@ import torch
 
 from megatron_vlm.data.conversation import IGNORE_INDEX as IGNORE_INDEX
 from megatron_vlm.data.conversation import EncodedConversation
-from megatron_vlm.data.merge import NEWLINE, feature_order
-from megatron_vlm.data.tiling import ImageGeometry, Size, count_tiles
+from megatron_vlm.data.merge import RowFeatures
+from megatron_vlm.data.tiling import ImageGeometry, Size
 
 
 @dataclass
@@ -35,7 +35,8 @@ class PackedBatch:
     feature_positions: torch.Tensor
     """[N] int64, ascending: the positions in the row that image features fill."""
     feature_sources: torch.Tensor
-    """[N] int64: which feature fills each of them; tile t's patch p is t * patches_per_tile + p, and -1 is the newline.
+    """[N] int64: which feature fills each of them; tile t's patch p is t * patches_per_tile + p, -1 is the newline, and
+    -2 - b is blend b.
     """
     num_tiles: int
     """T: tiles of the whole row, whether or not this rank holds any."""
@@ -46,6 +47,10 @@ class PackedBatch:
     """Tokens of real documents: S minus the padded tail."""
     counter: int = -1
     """Rows of all ranks that come before it since the start of training; -1: it is of no plan."""
+    blend_sources: torch.Tensor | None = None
+    """[B, 4] int64: the features that each blend is made of; None: the row has none. See merge.feature_blends."""
+    blend_weights: torch.Tensor | None = None
+    """[B, 4] float32"""
 
     def pin_memory(self) -> PackedBatch:
         """The same in page-locked memory, from which a GPU copies while it computes. Called by torch's DataLoader."""
@@ -96,30 +101,20 @@ def assemble_row(documents: Sequence[Document], seq_length: int, pad_id: int, ge
     tokens = np.full(seq_length, pad_id, dtype=np.int64)
     labels = np.full(seq_length, IGNORE_INDEX, dtype=np.int64)
     positions = np.concatenate([np.arange(stop - start) for start, stop in zip(bounds, bounds[1:], strict=False)])
-    feature_positions: list[np.ndarray] = []
-    feature_sources: list[np.ndarray] = []
-    num_tiles = 0
+    features = RowFeatures(geometry)
     for start, document in zip(bounds, documents, strict=False):
         stop = start + len(document.encoded.ids)
         tokens[start:stop] = document.encoded.ids
         labels[start : stop - 1] = document.encoded.labels[1:]
         for image_start, size in zip(document.encoded.image_starts, document.image_sizes, strict=True):
-            order = feature_order(size, geometry)
-            feature_positions.append(np.arange(start + image_start, start + image_start + len(order)))
-            feature_sources.append(np.where(order == NEWLINE, NEWLINE, order + num_tiles * geometry.patches_per_tile))
-            num_tiles += count_tiles(size, geometry)
+            features.add(size, start + image_start)
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         positions=torch.from_numpy(positions.astype(np.int64)),
         bounds=bounds,
-        feature_positions=_joined(feature_positions),
-        feature_sources=_joined(feature_sources),
-        num_tiles=num_tiles,
+        num_tiles=features.num_tiles,
+        **features.fields(),
         sample_ids=[document.sample_id for document in documents],
         num_tokens=num_tokens,
     )
-
-
-def _joined(parts: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64))

@@ -37,7 +37,7 @@ class ImageGeometry:
     pinpoints: tuple[Size, ...]
     """Resolutions that images may be tiled at, (width, height)."""
     aspect_ratio: str
-    """anyres, square or pad."""
+    """anyres, anyres_max_N, square or pad."""
     mean: tuple[float, float, float] = CLIP_MEAN
     """Of red, green and blue, in 0..1: pixels are normalised by it, and `pad` surrounds an image with it."""
     std: tuple[float, float, float] = CLIP_STD
@@ -52,6 +52,17 @@ class ImageGeometry:
     @property
     def patches_per_tile(self) -> int:
         return self.grid * self.grid
+
+    @property
+    def tiled(self) -> bool:
+        """Images have tiles besides the base view."""
+        return self.aspect_ratio.startswith("anyres")
+
+    @property
+    def most_patches(self) -> int | None:
+        """Patches that an image's grid is reduced to under anyres_max_N, roughly; None: it is left as it is."""
+        tiles = self.aspect_ratio.removeprefix("anyres_max_")
+        return int(tiles) * self.patches_per_tile if tiles.isdigit() else None
 
 
 def select_grid(size: Size, pinpoints: Sequence[Size]) -> Size:
@@ -77,7 +88,7 @@ def select_grid(size: Size, pinpoints: Sequence[Size]) -> Size:
 @lru_cache(maxsize=65536)
 def count_tiles(size: Size, geometry: ImageGeometry) -> int:
     """Tiles of an image of `size` (width, height), base view included."""
-    if geometry.aspect_ratio != "anyres":
+    if not geometry.tiled:
         return 1
     width, height = select_grid(size, geometry.pinpoints)
     return 1 + (width // geometry.tile_size) * (height // geometry.tile_size)

@@ -20,8 +20,8 @@ import megatron_vlm.runtime  # noqa: F401  (prepares the process before megatron
 from megatron_vlm.config import ModelConfig, ParallelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
 from megatron_vlm.data.conversation import Turn, encode_prompt
-from megatron_vlm.data.merge import NEWLINE, merge_sources
-from megatron_vlm.data.tiling import image_to_tiles
+from megatron_vlm.data.merge import RowFeatures, num_image_tokens
+from megatron_vlm.data.tiling import ImageGeometry, image_to_tiles
 from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.inference.sampling import greedy
 from megatron_vlm.model.build import build_model
@@ -95,34 +95,29 @@ class GenerationEngine:
 
 def read_prompts(prompts: Sequence[Prompt], model: ModelConfig, aspect_ratio: str, tokenizer: Tokenizer) -> PackedBatch:
     """The prompts as one packed row, a document each. Raises ValueError as `encode_prompt` does, naming the prompt."""
-    per_tile = model.vision.patches_per_tile
     ids, positions, bounds = [], [], [0]
-    feature_positions, feature_sources, tiles = [], [], []
-    num_tiles = 0
+    tiles = []
+    features = RowFeatures(ImageGeometry.of(model, aspect_ratio))
     for number, prompt in enumerate(prompts):
-        sources = [merge_sources(image.size, model, aspect_ratio) for image in prompt.images]
+        lengths = [num_image_tokens(image.size, model, aspect_ratio) for image in prompt.images]
         try:
-            encoded = encode_prompt(prompt.turns, tokenizer, [len(s) for s in sources], model.image_token_index)
+            encoded = encode_prompt(prompt.turns, tokenizer, lengths, model.image_token_index)
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from error
-        for image, source, start in zip(prompt.images, sources, encoded.image_starts, strict=True):
+        for image, start in zip(prompt.images, encoded.image_starts, strict=True):
             tiles.append(image_to_tiles(image, model, aspect_ratio))
-            feature_positions.append(bounds[-1] + start + np.arange(len(source)))
-            feature_sources.append(np.where(source == NEWLINE, NEWLINE, source + num_tiles * per_tile))
-            num_tiles += len(tiles[-1])
+            features.add(image.size, bounds[-1] + start)
         ids.append(encoded.ids)
         positions.append(np.arange(len(encoded.ids)))
         bounds.append(bounds[-1] + len(encoded.ids))
     tokens = torch.from_numpy(np.concatenate(ids))
-    none = np.empty(0, dtype=np.int64)
     return PackedBatch(
         tokens=tokens,
         labels=torch.full_like(tokens, IGNORE_INDEX),
         positions=torch.from_numpy(np.concatenate(positions)),
         bounds=bounds,
-        feature_positions=torch.from_numpy(np.concatenate([none, *feature_positions])),
-        feature_sources=torch.from_numpy(np.concatenate([none, *feature_sources])),
-        num_tiles=num_tiles,
+        num_tiles=features.num_tiles,
+        **features.fields(),
         tiles=torch.from_numpy(np.concatenate(tiles)) if tiles else None,
         num_tokens=bounds[-1],
     )

@@ -61,13 +61,18 @@ def place_features(
     """Write features over the reserved positions of this rank's slice.
 
     hidden [s, 1, H] is the slice of the row that starts at `first_position`; features [places, patches, H];
-    newline [H]. Sources count tiles of the row; places beyond them are zero tiles that nothing reads.
+    newline [H]. Sources count tiles of the row; places beyond them are zero tiles that nothing reads. Blends are made
+    in the embeddings' type from features of that type.
     """
     table = torch.cat([features.flatten(0, 1), newline[None]]).to(hidden.dtype)
     positions = batch.feature_positions - first_position
     here = (positions >= 0) & (positions < len(hidden))
     rows, sources = positions[here].to(hidden.device), batch.feature_sources[here].to(hidden.device)
-    sources = torch.where(sources < 0, len(table) - 1, sources)
+    newline_row = len(table) - 1
+    if batch.blend_sources is not None and batch.blend_weights is not None:
+        weights = batch.blend_weights.to(table)
+        table = torch.cat([table, (table[batch.blend_sources.to(table.device)] * weights[..., None]).sum(1)])
+    sources = torch.where(sources < 0, newline_row - 1 - sources, sources)  # -1 is the newline, -2 the blend after it
     merged = hidden.index_put((rows, torch.zeros_like(rows)), table[sources])
     # Weight 0: no feature may be outside the graph, or a row without images would leave parameters without gradient.
     return merged + 0.0 * table.sum(0)

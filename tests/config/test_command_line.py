@@ -134,7 +134,7 @@ def test_help_is_one_line_for_each_setting_under_its_section(capsys):
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     lines = text.splitlines()
-    assert all(len(line) <= 150 for line in lines)
+    assert all(len(line) <= 175 for line in lines)
     headings = [line.split(":")[0] for line, above in zip(lines[1:], lines, strict=False) if not above and ":" in line]
     assert headings == ["data", "training", "parallel", "model", "model.vision", "model.language"]
     for leaf in leaves(Recipe()):

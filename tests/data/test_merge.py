@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.data.merge import NEWLINE, merge_sources, num_image_tokens
-from megatron_vlm.data.tiling import tile_count
+from megatron_vlm.config.pinpoints import expand_pinpoints
+from megatron_vlm.data.merge import FIRST_BLEND, NEWLINE, RowFeatures, merge_sources, num_image_tokens
+from megatron_vlm.data.tiling import ImageGeometry, tile_count
 from tests.data.helpers import tiny_model
 
 PUBLISHED = {
@@ -65,7 +68,6 @@ def test_every_feature_at_most_once_and_counts_without_building() -> None:
 
 def test_counts_agree_with_transformers() -> None:
     """transformers' own unpadding of the same grid, over many sizes."""
-    import torch
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
     model, draw = ModelConfig(), random.Random(2)
@@ -76,3 +78,65 @@ def test_counts_agree_with_transformers() -> None:
         kept = unpad_image(torch.empty(1, down * 24, across * 24), (height, width))
         expected = 576 + kept.shape[1] * (kept.shape[2] + 1)
         assert num_image_tokens((width, height), model, "anyres") == expected, (width, height)
+
+
+def onevision(size: tuple[int, int], model: ModelConfig, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """transformers' own packing of random features: (packed, features)."""
+    from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
+
+    config = SimpleNamespace(
+        vision_config=SimpleNamespace(image_size=model.vision.image_size, patch_size=model.vision.patch_size),
+        image_grid_pinpoints=[[h, w] for w, h in model.image_grid_pinpoints],
+    )
+    tiles = tile_count(size, model, "anyres")
+    features = torch.randn(tiles, model.vision.patches_per_tile, 5, generator=torch.Generator().manual_seed(0))
+    packed, _ = LlavaOnevisionModel.pack_image_features(
+        SimpleNamespace(config=config),
+        [features],
+        torch.tensor([size[::-1]]),
+        torch.full((5,), 7.0),
+        f"anyres_max_{most}",
+    )
+    return packed[0], features
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 9])
+def test_reduced_grids_agree_with_transformers(most: int) -> None:
+    model, draw = ModelConfig(image_grid_pinpoints=expand_pinpoints("(1x1),...,(6x6)", 336)), random.Random(most)
+    geometry = ImageGeometry.of(model, f"anyres_max_{most}")
+    blended = 0
+    for _ in range(30):
+        size = (int(10 ** draw.uniform(2.3, 3.5)), int(10 ** draw.uniform(2.3, 3.5)))
+        expected, features = onevision(size, model, most)
+        row = RowFeatures(geometry)
+        row.add((336, 336), 0)  # another image before it
+        row.add(size, 5000)
+        fields = row.fields()
+        positions = fields["feature_positions"]
+        here = positions >= 5000
+        assert int(here.sum()) == len(expected) == num_image_tokens(size, model, f"anyres_max_{most}")
+        before = torch.zeros(2, 576, 5)
+        table = torch.cat([torch.cat([before, features]).flatten(0, 1), torch.full((1, 5), 7.0)])
+        newline = len(table) - 1
+        if "blend_sources" in fields:
+            blended += 1
+            blends = (table[fields["blend_sources"]] * fields["blend_weights"][..., None]).sum(1)
+            table = torch.cat([table, blends])
+        sources = fields["feature_sources"][here]
+        got = table[torch.where(sources < 0, newline - 1 - sources, sources)]
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)  # torch works out places in fp32
+    assert blended > 5
+
+
+def test_blends_of_several_images_keep_apart() -> None:
+    model = tiny_model()
+    row = RowFeatures(ImageGeometry.of(model, "anyres_max_1"))
+    for place in range(2):
+        row.add((16, 16), 100 * place)
+    fields = row.fields()
+    assert row.num_tiles == 10 and (fields["blend_weights"].sum(1) == 1).all()
+    blends = fields["feature_sources"][fields["feature_sources"] <= FIRST_BLEND]
+    assert blends.tolist() == [FIRST_BLEND - b for b in range(len(fields["blend_sources"]))]
+    half = len(blends) // 2
+    assert fields["blend_sources"][:half].max() < 20 <= fields["blend_sources"][half:].min()
+    assert (fields["blend_sources"][half:] == fields["blend_sources"][:half] + 20).all()
