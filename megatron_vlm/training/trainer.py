@@ -27,6 +27,7 @@ from megatron_vlm.training.checkpoint import (
 )
 from megatron_vlm.training.metrics import MetricsLog, RowCounter
 from megatron_vlm.training.optimizer import build_optimizer, build_schedule, learning_rate, wrap_for_data_parallel
+from megatron_vlm.training.sample_log import SampleLog, cut_back
 from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks, update
 
 
@@ -49,7 +50,7 @@ class Trainer:
             )  # fmt: skip
             say(f"going on after iteration {self.progress.iteration} from {resume_from}")
         self.loader = self._open_data()
-        self.counter = RowCounter(self.loader, self.place)
+        self.counter = RowCounter(self._logged(self.loader), self.place)
 
     def _open_data(self) -> RowLoader:
         """The rows of this rank. One rank of each machine measures lengths first; the others find them in the cache."""
@@ -64,6 +65,7 @@ class Trainer:
                 need_tiles=self.place.first_stage,
                 tile_rank=tile_rank,
                 tile_ranks=tile_ranks,
+                plan_ahead=leads_machine,
             )
 
         leads_machine = local_rank() == 0
@@ -72,6 +74,18 @@ class Trainer:
         loader = loader or build()
         say("data: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in loader.summary().items()))
         return loader
+
+    def _logged(self, rows: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        """The same rows; one rank of those that share them lists their samples, if the recipe says so."""
+        save = self.recipe.training.save
+        if not self.recipe.data.log_samples or save is None:
+            return rows
+        folder = Path(save)
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            cut_back(folder, self.progress.consumed_rows)
+        dist.barrier()
+        return SampleLog(rows, folder, dist.get_rank()) if self.place.leads_row and self.place.first_stage else rows
 
     def _set_first_weights(self, chunks: list[VisionLanguageModel]) -> Path | None:
         """Weights of a new run. Returns the checkpoint to resume from instead, if there is one."""
