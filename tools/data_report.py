@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vlm.config import ConfigError, Recipe, parse_command_line
+from megatron_vlm.data.cost import row_cost
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.inspection import DataView, SampleView, Suspect, find_suspects, grid_of
 from megatron_vlm.data.lengths import REFUSED, LengthIndex
@@ -154,15 +155,19 @@ class Report:
         lengths = [batch for batch, _ in zip(loader, range(min(loader.plan.rows, 400)), strict=False)]
         summary = loader.summary()
         loader.close()
-        squares = [float(np.sum(np.diff(batch.bounds).astype(np.float64) ** 2)) for batch in lengths]
-        numbers = [(batch.num_tokens / len(batch.tokens), batch.num_tiles, square)
-                   for batch, square in zip(lengths, squares, strict=True)]  # fmt: skip
-        fill, tiles, square = np.array(numbers).T
+        cost = row_cost(self.recipe)
+        numbers = []
+        for batch in lengths:
+            padded = batch.num_tokens < len(batch.tokens)
+            documents = np.diff(batch.bounds[:-1] if padded else batch.bounds)
+            spent = cost.of(documents, np.zeros_like(documents)).sum() + cost.per_tile * batch.num_tiles
+            numbers.append((batch.num_tokens / len(batch.tokens), batch.num_tiles, float(spent)))
+        fill, tiles, spent = np.array(numbers).T
 
         def draw(pyplot: Any) -> Any:
             figure, axes = pyplot.subplots(1, 3, figsize=(11, 3))
             for axis, values, label in zip(
-                axes, (100 * fill, tiles, square / square.mean()), ("fill, %", "tiles", "attention cost / mean"),
+                axes, (100 * fill, tiles, spent / spent.mean()), ("fill, %", "tiles", "cost / mean"),
                 strict=True,
             ):  # fmt: skip
                 axis.plot(values, ".", markersize=3, color=_BLUE)
@@ -171,7 +176,7 @@ class Report:
             return figure
 
         told = f"<p>{summary['rows_per_epoch']:,} rows in the first epoch, filled to {100 * loader.plan.fill:.2f} %; "
-        told += f"max / mean of the attention cost over the rows shown: {square.max() / square.mean():.2f}.</p>"
+        told += f"max / mean of the cost of the rows shown: {spent.max() / spent.mean():.3f}.</p>"
         return self._plot("packing", draw, f"Packing: the first {len(lengths)} rows") + told
 
     def _examples(self) -> list[str]:
