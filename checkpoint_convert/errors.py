@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Callable
 
 _SHOWN = 8
@@ -21,10 +23,25 @@ def some_of(names: list[str]) -> str:
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run a command's body; a refusal becomes one message on stderr and exit code 1."""
+    """Run a command's body; a refusal, or a disk that is full or cannot be read, becomes one message and exit code 1.
+
+    An end by Ctrl-C or SIGTERM goes through the body's own cleaning up and is exit code 130 or 143.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)
     try:
         command()
     except ConversionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was made", file=sys.stderr)
+        return 130
     return 0
+
+
+def _end(number: int, _: object) -> None:
+    sys.exit(128 + number)

@@ -29,3 +29,12 @@ def new_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(making, ignore_errors=True)
         raise
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise ConversionError where the disk under `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConversionError(
+            f"no space in {folder.parent}: {needed / 2**30:.2f} GiB are to be written, {free / 2**30:.2f} GiB are free"
+        )

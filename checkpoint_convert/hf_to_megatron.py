@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,7 +23,8 @@ from checkpoint_convert.hf_config import (
 )
 from checkpoint_convert.instellavl import model_from_instellavl
 from checkpoint_convert.megatron_files import write_checkpoint
-from checkpoint_convert.name_map import Entry, name_map, to_megatron
+from checkpoint_convert.name_map import Entry, MegatronTensors, name_map
+from checkpoint_convert.stored import JoinedTensors, StoredTensors
 from checkpoint_convert.tokenizer_files import check_image_token, import_tokenizer
 from checkpoint_convert.weights import FolderTensors
 from megatron_vlm.config import ModelConfig, Recipe
@@ -57,7 +57,7 @@ def convert_parts(vision: Path, language: Path, save: Path, tokenizer: Path | No
         decoder = _without_tied_head(FolderTensors(language, "language"), model)
         source = f"{vision} with {language}"
         entries = [entry for entry in name_map(model) if not _between_the_parts(entry)]
-        return _write(making, save, model, entries, {**towers, **decoder}, source, words.fingerprint)
+        return _write(making, save, model, entries, JoinedTensors(towers, decoder), source, words.fingerprint)
 
 
 def convert_whole(folder: Path, save: Path, tokenizer: Path | None = None) -> list[str]:
@@ -91,7 +91,7 @@ def _write(
     save: Path,
     model: ModelConfig,
     entries: list[Entry],
-    tensors: Mapping[str, torch.Tensor],
+    tensors: StoredTensors,
     source: str,
     fingerprint: str,
     aspect_ratio: str = "anyres",
@@ -100,11 +100,11 @@ def _write(
     recipe.data.image_aspect_ratio = aspect_ratio
     recipe.data.tokenizer_model = str(save.absolute() / "tokenizer")
     # bf16 is kept as it is; half precision and mixtures become fp32, which holds them exactly.
-    recipe.training.bf16 = all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    recipe.training.bf16 = all(tensors.dtype(name) == torch.bfloat16 for name in tensors)
     problems = [*check_vision(recipe), *check_language(recipe)]
     if problems:
         raise ConversionError(f"{source}: " + "; ".join(map(str, problems)))
-    return write_checkpoint(making, recipe, to_megatron(entries, tensors, source), fingerprint)
+    return write_checkpoint(making, recipe, MegatronTensors(entries, tensors, source), fingerprint)
 
 
 def main(argv: list[str] | None = None) -> int:

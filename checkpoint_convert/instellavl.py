@@ -93,6 +93,10 @@ def _config(model: ModelConfig, tokenizer: Tokenizer, dtype: str, aspect_ratio: 
             f"the published layout is a CLIP tower and an OLMo decoder, not {tower['model_type']} and "
             f"{decoder['model_type']}: export with --format llava_next"
         )
+    if aspect_ratio not in _MERGE_TYPES:
+        raise ConversionError(
+            f"the published layout has no image_aspect_ratio = {aspect_ratio}, only {', '.join(_MERGE_TYPES)}"
+        )
     return {
         **decoder,
         "architectures": ["InstellaVLForCausalLM"],

@@ -1,30 +1,41 @@
-"""Megatron checkpoints as plain tensors: one unsharded model is built, filled or read, and saved or loaded.
+"""Megatron checkpoints as plain tensors: written from names, read by them, or loaded into one unsharded model.
 
-The distributed format then loads in any layout, so that conversion never has to know one.
+The distributed format loads in any layout, so that conversion never has to know one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 import megatron_vlm.runtime  # noqa: F401  (prepares the process before megatron.core is imported)
+
+# isort: split
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from checkpoint_convert.checkpoint_reader import CheckpointTensors
+from checkpoint_convert.checkpoint_writer import StreamingSave, layer_name, part_of
 from checkpoint_convert.errors import ConversionError
-from megatron_vlm.config import ParallelConfig, Recipe
+from checkpoint_convert.folder import check_space
+from megatron_vlm.config import ParallelConfig, Recipe, recipe_to_dict
 from megatron_vlm.model.build import build_model
-from megatron_vlm.model.initialize import initialize_weights
+from megatron_vlm.model.initialize import first_value
+from megatron_vlm.model.sharding import model_sharded_state_dict
 from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.runtime.launch import distributed
 from megatron_vlm.training.checkpoint import (
+    RECIPE,
+    TRACKER,
     CheckpointError,
     Progress,
     load_checkpoint,
     read_recipe,
     require_checkpoint,
-    save_checkpoint,
 )
 
 
@@ -37,27 +48,35 @@ def tensors_of(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
     }
 
 
-def fill(model: VisionLanguageModel, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-    """Copy tensors into the model and return their names; a name that the model lacks is a KeyError."""
-    into = tensors_of(model)
-    names = set()
-    with torch.no_grad():
-        for name, tensor in tensors:
-            into[name].copy_(tensor)
-            names.add(name)
-    return names
-
-
 def write_checkpoint(
-    folder: Path, recipe: Recipe, tensors: Iterable[tuple[str, torch.Tensor]], tokenizer_fingerprint: str
+    folder: Path, recipe: Recipe, tensors: Mapping[str, torch.Tensor], tokenizer_fingerprint: str
 ) -> list[str]:
-    """Save a checkpoint of iteration 0 that holds `tensors`; return the names of those that were drawn instead."""
+    """Save a checkpoint of iteration 0 that holds `tensors`, each asked for when it is written.
+
+    Returns the names of the model's tensors that are not among them: they hold what a new model starts with.
+    """
+    target = folder / "iter_0000000"
+    target.mkdir(parents=True)
     with distributed(recipe.parallel, seed=recipe.training.seed):
-        (model,) = chunks = build_model(recipe)
-        initialize_weights(chunks, recipe)
-        filled = fill(model, tensors)
-        save_checkpoint(folder, chunks, recipe, Progress(tokenizer_fingerprint=tokenizer_fingerprint))
-        return sorted(set(tensors_of(model)) - filled)
+        (model,) = build_model(recipe, torch.device("meta"))
+
+        def value_of(shard: ShardedTensor) -> torch.Tensor:
+            name = layer_name(shard)
+            return part_of(tensors[name], shard) if name in tensors else first_value(shard, recipe)
+
+        ours = tensors_of(model)
+        check_space(folder, sum(tensor.nbytes for tensor in ours.values()))
+        state = {
+            "model": model_sharded_state_dict(model),
+            "progress": vars(Progress(tokenizer_fingerprint=tokenizer_fingerprint)),
+        }
+        dist_checkpointing.save(
+            state, str(target), sharded_strategy=StreamingSave(value_of), content_metadata={"weights_only": True}
+        )
+    written = {"recipe": recipe_to_dict(recipe), "tokenizer_fingerprint": tokenizer_fingerprint}
+    (target / RECIPE).write_text(json.dumps(written, indent=1))
+    (folder / TRACKER).write_text("0")
+    return sorted(ours.keys() - tensors.keys())
 
 
 def checkpoint_recipe(folder: Path) -> Recipe:
@@ -68,6 +87,14 @@ def checkpoint_recipe(folder: Path) -> Recipe:
         raise ConversionError(str(error)) from error
     recipe.parallel = ParallelConfig()
     return recipe
+
+
+def checkpoint_tensors(folder: Path) -> CheckpointTensors:
+    """The tensors of the newest checkpoint in a save folder, of any layout."""
+    try:
+        return CheckpointTensors(require_checkpoint(folder))
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from error
 
 
 @contextmanager

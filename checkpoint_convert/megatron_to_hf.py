@@ -9,21 +9,31 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from checkpoint_convert import instellavl, llava_next
 from checkpoint_convert.errors import ConversionError, run_command
 from checkpoint_convert.folder import new_folder
-from checkpoint_convert.megatron_files import checkpoint_recipe, loaded_model, tensors_of
+from checkpoint_convert.megatron_files import checkpoint_recipe, checkpoint_tensors
 from checkpoint_convert.name_map import name_map, to_hf
 from checkpoint_convert.names import instellavl_name
-from checkpoint_convert.weights import write_weights
+from checkpoint_convert.weights import SHARD_BYTES, Planned, write_weights
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
 
 DESCRIPTION = "Megatron -> Hugging Face: a checkpoint as a folder that transformers loads."
 FORMATS = ("llava_next", "instellavl")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def convert(load: Path, save: Path, tokenizer: Path | None = None, format: str = "llava_next") -> None:
+def convert(
+    load: Path,
+    save: Path,
+    tokenizer: Path | None = None,
+    format: str = "llava_next",
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """The newest checkpoint in `load` -> a folder that transformers loads.
 
     Args:
@@ -31,6 +41,8 @@ def convert(load: Path, save: Path, tokenizer: Path | None = None, format: str =
         save: the folder to make.
         tokenizer: by default the one that travels with the checkpoint.
         format: llava_next, which stock transformers reads; or instellavl, the published layout, with its own code.
+        dtype: of the weights; by default as they are in the checkpoint.
+        shard_bytes: a larger model is written as several files.
     """
     recipe = checkpoint_recipe(load)
     words = _tokenizer(tokenizer or load / "tokenizer")
@@ -41,16 +53,18 @@ def convert(load: Path, save: Path, tokenizer: Path | None = None, format: str =
             "and tiles every image as anyres does",
             file=sys.stderr,
         )
-    with new_folder(save) as making, loaded_model(load) as model:
-        tensors = tensors_of(model)
-        dtype = model.config.params_dtype
-        weights = to_hf(name_map(recipe.model), tensors, str(load))
+    dtype = dtype or (torch.bfloat16 if recipe.training.bf16 else torch.float32)
+    entries = name_map(recipe.model)
+    weights = to_hf(entries, checkpoint_tensors(load), str(load))
+    shapes = {name: shape for entry in entries for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)}
+    with new_folder(save) as making:
         if format == "instellavl":
             instellavl.write_companions(making, recipe.model, words, dtype, aspect_ratio)
             weights = ((instellavl_name(name), tensor) for name, tensor in weights)
+            shapes = {instellavl_name(name): shape for name, shape in shapes.items()}
         else:
             llava_next.write_companions(making, recipe.model, words, dtype)
-        write_weights(weights, making)
+        write_weights(weights, making, shard_bytes, [Planned(name, shape, dtype) for name, shape in shapes.items()])
 
 
 def _tokenizer(path: Path) -> Tokenizer:
@@ -67,10 +81,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--save", type=Path, required=True, help="Hugging Face folder to make")
     parser.add_argument("--format", required=True, choices=FORMATS, help="dialect of the folder")
     parser.add_argument("--tokenizer", type=Path, help="default: the one that travels with the checkpoint")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the checkpoint's")
+    parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 2**30, help="largest file, GiB; default 5")
     args = parser.parse_args(argv)
 
     def command() -> None:
-        convert(args.load, args.save, args.tokenizer, args.format)
+        dtype = DTYPES[args.dtype] if args.dtype else None
+        convert(args.load, args.save, args.tokenizer, args.format, dtype, int(args.shard_gb * 2**30))
         print(f"wrote {args.save}")
 
     return run_command(command)

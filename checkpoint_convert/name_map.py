@@ -13,6 +13,7 @@ import torch
 
 from checkpoint_convert.errors import ConversionError, some_of
 from checkpoint_convert.rules import Copy, InterleaveQKV, Rule, StackGateUp
+from checkpoint_convert.stored import shape_of
 from megatron_vlm.config import LanguageConfig, ModelConfig
 from megatron_vlm.model.vision import unused_shapes
 
@@ -196,21 +197,61 @@ def name_map(model: ModelConfig) -> list[Entry]:
     ]
 
 
+class MegatronTensors(Mapping[str, torch.Tensor]):
+    """Hugging Face tensors as Megatron's, each made when it is asked for. The last one made is kept: its parts are
+    asked for one after the other."""
+
+    def __init__(self, entries: list[Entry], tensors: Mapping[str, torch.Tensor], source: str) -> None:
+        """`source` names the folder in errors. ConversionError: a tensor is missing, left over or misshapen."""
+        _check(tensors, {name: shape for e in entries for name, shape in zip(e.hf, e.hf_shapes, strict=True)}, source)
+        self._entries, self._tensors = {entry.megatron: entry for entry in entries}, tensors
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if self._last is None or self._last[0] != name:
+            entry, self._last = self._entries[name], None
+            self._last = name, entry.rule.to_megatron([self._tensors[part] for part in entry.hf])
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+class HuggingFaceTensors(Mapping[str, torch.Tensor]):
+    """Megatron tensors as Hugging Face's; the other way of MegatronTensors."""
+
+    def __init__(self, entries: list[Entry], tensors: Mapping[str, torch.Tensor], source: str) -> None:
+        _check(tensors, {entry.megatron: _megatron_shape(entry) for entry in entries}, source)
+        self._entries, self._tensors = {name: entry for entry in entries for name in entry.hf}, tensors
+        self._last: tuple[str, list[torch.Tensor]] | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        entry = self._entries[name]
+        if self._last is None or self._last[0] != entry.megatron:
+            self._last = None
+            self._last = entry.megatron, entry.rule.to_hf(self._tensors[entry.megatron])
+        return self._last[1][entry.hf.index(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
 def to_megatron(
     entries: list[Entry], tensors: Mapping[str, torch.Tensor], source: str
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Megatron name, tensor) for every entry. `source` names the folder in errors.
-
-    Raises ConversionError, at once, if a tensor is missing, left over or of another shape.
-    """
-    _check(tensors, {name: shape for e in entries for name, shape in zip(e.hf, e.hf_shapes, strict=True)}, source)
-    return ((entry.megatron, entry.rule.to_megatron([tensors[name] for name in entry.hf])) for entry in entries)
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """(Megatron name, tensor) for every entry, one at a time; errors, at once, as in MegatronTensors."""
+    return MegatronTensors(entries, tensors, source).items()
 
 
-def to_hf(entries: list[Entry], tensors: Mapping[str, torch.Tensor], source: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, tensor) for every entry; errors as in to_megatron."""
-    _check(tensors, {entry.megatron: _megatron_shape(entry) for entry in entries}, source)
-    return (pair for entry in entries for pair in zip(entry.hf, entry.rule.to_hf(tensors[entry.megatron]), strict=True))
+def to_hf(entries: list[Entry], tensors: Mapping[str, torch.Tensor], source: str) -> Iterable[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, tensor) for every entry, one at a time; errors as in to_megatron."""
+    return HuggingFaceTensors(entries, tensors, source).items()
 
 
 def _megatron_shape(entry: Entry) -> tuple[int, ...]:
@@ -223,9 +264,9 @@ def _check(tensors: Mapping[str, torch.Tensor], expected: dict[str, tuple[int, .
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected]
     shapes = [
-        f"{name}: {tuple(tensors[name].shape)}, the config says {shape}"
+        f"{name}: {shape_of(tensors, name)}, the config says {shape}"
         for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
+        if name in tensors and shape_of(tensors, name) != shape
     ]
     problems = [
         f"{title}:\n{some_of(names)}"

@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from tqdm import tqdm
 
 from checkpoint_convert.errors import ConversionError
+from checkpoint_convert.folder import check_space
 from checkpoint_convert.names import canonical_name
+from checkpoint_convert.stored import StoredTensors
 
 SHARD_BYTES = 5 * 2**30
 
 
-class FolderTensors(Mapping[str, torch.Tensor]):
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that is to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class FolderTensors(StoredTensors):
     """The tensors of a folder under the name map's names, read one at a time.
 
     `dialect` is the kind of folder: "whole", "vision" or "language" (names.py).
@@ -45,6 +65,13 @@ class FolderTensors(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        where, stored = self._files[name]
+        return tuple(where.get_slice(stored).get_shape() if hasattr(where, "get_slice") else where[stored].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self[name].dtype  # files are mapped: this reads nothing
 
     def discard(self, name: str) -> None:
         """Leave a tensor out: the output weight of a model whose config ties it to the embedding."""
@@ -80,24 +107,58 @@ def _open(file: Path) -> dict[str, Any]:
         raise ConversionError(f"{file} cannot be read ({error}); is it complete? Download or copy it again") from error
 
 
-def write_weights(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write `model.safetensors`, or numbered shards of at most `shard_bytes` with an index, as transformers does."""
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = total = 0
-    for name, tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    metadata = {"format": "pt"}  # transformers 4 refuses a file that does not say so
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata=metadata)
-        return
+def write_weights(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    folder: Path,
+    shard_bytes: int = SHARD_BYTES,
+    plan: Sequence[Planned] | None = None,
+) -> None:
+    """Write `model.safetensors`, or numbered shards of at most `shard_bytes` with an index, as transformers does.
+
+    Args:
+        tensors: (name, tensor), asked for one at a time where there is a `plan`.
+        folder: where to write; it exists.
+        shard_bytes: a tensor that is larger gets a shard of its own.
+        plan: what will come, in order; without it, all tensors are taken first.
+    """
+    if plan is None:
+        tensors = list(tensors)
+        plan = [Planned(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
+    shards: list[list[Planned]] = [[]]
+    for tensor in plan:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + tensor.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    total, coming = sum(tensor.nbytes for tensor in plan), iter(tensors)
+    check_space(folder, total)
     weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata=metadata)
-        weight_map.update(dict.fromkeys(shard, file))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="writing", disable=None) as bar:
+        for number, shard in enumerate(shards, start=1):
+            several = len(shards) > 1
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if several else "model.safetensors"
+            _write_file(folder / file, shard, coming, bar)
+            weight_map.update({tensor.name: file for tensor in shard})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_file(path: Path, plan: list[Planned], coming: Iterator[tuple[str, torch.Tensor]], bar: Any) -> None:
+    """One safetensors file (https://github.com/huggingface/safetensors#format): the header, then each tensor's bytes.
+
+    safetensors' own writer wants all tensors at once.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers 4 refuses a file that does not say so
+    end = 0
+    for tensor in plan:
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {"dtype": _DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for planned in plan:
+            name, value = next(coming)
+            assert (name, tuple(value.shape)) == (planned.name, planned.shape)
+            file.write(value.to(planned.dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+            bar.update(planned.nbytes)

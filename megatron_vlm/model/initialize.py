@@ -68,14 +68,17 @@ def _rule(key: str) -> _Draw:
     raise KeyError(f"no rule says how {key} starts; add one to {__name__}")
 
 
-def _draw_shard(tensor: ShardedTensor, seed: int, layers: int) -> torch.Tensor:
+def first_value(tensor: ShardedTensor, recipe: Recipe) -> torch.Tensor:
+    """What a shard starts as; it follows from the recipe's seed, the tensor's name and its layer alone."""
+    vision, language = recipe.model.vision, recipe.model.language
+    layers = vision.num_layers_used if tensor.key.startswith("vision_model.") else language.num_hidden_layers
     stacked = tensor.prepend_axis_num
     layer = tensor.global_offset[:stacked]
-    digest = hashlib.sha256(f"{seed}/{tensor.key}/{layer}".encode()).digest()
+    digest = hashlib.sha256(f"{recipe.training.seed}/{tensor.key}/{layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     whole = _rule(tensor.key)(torch.Size(tensor.global_shape[stacked:]), generator, layers)
     offsets = tensor.global_offset[stacked:]
-    return whole[tuple(slice(o, o + n) for o, n in zip(offsets, tensor.data.shape, strict=True))]
+    return whole[tuple(slice(o, o + n) for o, n in zip(offsets, tensor.local_shape, strict=True))]
 
 
 def initialize_weights(chunks: list[VisionLanguageModel], recipe: Recipe) -> None:
@@ -83,12 +86,9 @@ def initialize_weights(chunks: list[VisionLanguageModel], recipe: Recipe) -> Non
     state = {f"chunk{i}": model_sharded_state_dict(chunk) for i, chunk in enumerate(chunks)}
     apply_factories(state)
     sharded, _ = extract_sharded_tensors(state)
-    model = recipe.model
     with torch.no_grad():
         for tensor in all_sharded_tensors(sharded):
-            vision = tensor.key.startswith("vision_model.")
-            layers = model.vision.num_layers_used if vision else model.language.num_hidden_layers
-            tensor.data.copy_(_draw_shard(tensor, recipe.training.seed, layers))
+            tensor.data.copy_(first_value(tensor, recipe))
 
 
 def all_sharded_tensors(state: object) -> list[ShardedTensor]:

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from checkpoint_convert.errors import ConversionError
-from checkpoint_convert.megatron_files import fill, tensors_of
+from checkpoint_convert.megatron_files import tensors_of
 from checkpoint_convert.name_map import VISION, Entry, name_map, to_hf, to_megatron
 from megatron_vlm.model.vlm import VisionLanguageModel
 from tests.checkpoint_convert.whole_model import (
     SINGLE,
     canonical_tensors,
+    fill,
     megatron_model,
     model_config,
     our_features,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from checkpoint_convert.hf_config import model_from_llava_next
-from checkpoint_convert.megatron_files import fill
+from checkpoint_convert.megatron_files import tensors_of
 from checkpoint_convert.name_map import name_map, to_megatron
 from checkpoint_convert.names import canonical_name
 from megatron_vlm.config import ModelConfig, Recipe
@@ -31,6 +31,14 @@ def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
     """Noise, (width, height)."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def fill(model: VisionLanguageModel, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy tensors into the model; a name that the model lacks is a KeyError."""
+    into = tensors_of(model)
+    with torch.no_grad():
+        for name, tensor in tensors:
+            into[name].copy_(tensor)
 
 
 def canonical_tensors(hf_model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,36 @@
+"""A `llava_next` folder of any size with random weights, written one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from checkpoint_convert.llava_next import write_companions
+from checkpoint_convert.name_map import name_map
+from checkpoint_convert.weights import Planned, write_weights
+from megatron_vlm.config import ModelConfig
+from megatron_vlm.data.tokenizer import load_tokenizer
+
+
+def write_random_folder(folder: Path, tokenizer: Path, model: ModelConfig, dtype: torch.dtype) -> int:
+    """Weights N(0, 0.05), norms 1 + N(0, 0.2): a zero or a one would hide a bias dropped or norms swapped.
+
+    Returns the number of parameters, the tower's unused layers included.
+    """
+    folder.mkdir(parents=True)
+    words = load_tokenizer(tokenizer)
+    write_companions(folder, model, words, dtype)
+    shapes = {n: shape for entry in name_map(model) for n, shape in zip(entry.hf, entry.hf_shapes, strict=True)}
+    plan = [Planned(name, shape, dtype) for name, shape in shapes.items()]
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in shapes.items():
+            noise = torch.randn(shape, generator=generator)
+            is_norm_weight = "norm" in name and name.endswith("weight")
+            yield name, 1 + 0.2 * noise if is_norm_weight else 0.05 * noise
+
+    write_weights(tensors(), folder, plan=plan)
+    return sum(planned.nbytes for planned in plan) // dtype.itemsize
