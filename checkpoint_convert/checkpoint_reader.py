@@ -47,12 +47,6 @@ class CheckpointTensors(StoredTensors):
             else:
                 yield key, (key, None)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
     def _stored(self, name: str) -> TensorStorageMetadata:
         stored = self._metadata.state_dict_metadata[self._places[name][0]]
         assert isinstance(stored, TensorStorageMetadata)

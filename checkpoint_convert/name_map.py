@@ -13,7 +13,7 @@ import torch
 
 from checkpoint_convert.errors import ConversionError, some_of
 from checkpoint_convert.rules import Copy, InterleaveQKV, Rule, StackGateUp
-from checkpoint_convert.stored import shape_of
+from checkpoint_convert.stored import NamedTensors, shape_of
 from megatron_vlm.config import LanguageConfig, ModelConfig
 from megatron_vlm.model.vision import unused_shapes
 
@@ -197,49 +197,41 @@ def name_map(model: ModelConfig) -> list[Entry]:
     ]
 
 
-class MegatronTensors(Mapping[str, torch.Tensor]):
+class MegatronTensors(NamedTensors):
     """Hugging Face tensors as Megatron's, each made when it is asked for. The last one made is kept: its parts are
     asked for one after the other."""
+
+    _places: dict[str, Entry]
 
     def __init__(self, entries: list[Entry], tensors: Mapping[str, torch.Tensor], source: str) -> None:
         """`source` names the folder in errors. ConversionError: a tensor is missing, left over or misshapen."""
         _check(tensors, {name: shape for e in entries for name, shape in zip(e.hf, e.hf_shapes, strict=True)}, source)
-        self._entries, self._tensors = {entry.megatron: entry for entry in entries}, tensors
+        self._places, self._tensors = {entry.megatron: entry for entry in entries}, tensors
         self._last: tuple[str, torch.Tensor] | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if self._last is None or self._last[0] != name:
-            entry, self._last = self._entries[name], None
+            entry, self._last = self._places[name], None
             self._last = name, entry.rule.to_megatron([self._tensors[part] for part in entry.hf])
         return self._last[1]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
-class HuggingFaceTensors(Mapping[str, torch.Tensor]):
+class HuggingFaceTensors(NamedTensors):
     """Megatron tensors as Hugging Face's; the other way of MegatronTensors."""
+
+    _places: dict[str, Entry]
 
     def __init__(self, entries: list[Entry], tensors: Mapping[str, torch.Tensor], source: str) -> None:
         _check(tensors, {entry.megatron: _megatron_shape(entry) for entry in entries}, source)
-        self._entries, self._tensors = {name: entry for entry in entries for name in entry.hf}, tensors
+        self._places, self._tensors = {name: entry for entry in entries for name in entry.hf}, tensors
         self._last: tuple[str, list[torch.Tensor]] | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        entry = self._entries[name]
+        entry = self._places[name]
         if self._last is None or self._last[0] != entry.megatron:
             self._last = None
             self._last = entry.megatron, entry.rule.to_hf(self._tensors[entry.megatron])
         return self._last[1][entry.hf.index(name)]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
 
 def to_megatron(

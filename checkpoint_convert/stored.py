@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
 
-class StoredTensors(Mapping[str, torch.Tensor]):
-    """Named tensors of which one at a time is in memory."""
+class NamedTensors(Mapping[str, torch.Tensor]):
+    """Tensors of which one at a time is in memory, each made when it is asked for.
+
+    A class fills `_places`: what each name stands for. Whether a name is there is asked of that alone; `in`, as a
+    Mapping comes with it, would make the tensor.
+    """
+
+    _places: dict[str, Any]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+
+class StoredTensors(NamedTensors):
+    """Named tensors in files."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
@@ -23,30 +43,26 @@ class StoredTensors(Mapping[str, torch.Tensor]):
 class JoinedTensors(StoredTensors):
     """The tensors of several sources, whose names differ."""
 
+    _places: dict[str, StoredTensors]
+
     def __init__(self, *sources: StoredTensors) -> None:
-        self._source_of = {name: source for source in sources for name in source}
+        self._places = {name: source for source in sources for name in source}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._source_of[name][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._source_of)
-
-    def __len__(self) -> int:
-        return len(self._source_of)
+        return self._places[name][name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._source_of[name].shape(name)
+        return self._places[name].shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._source_of[name].dtype(name)
+        return self._places[name].dtype(name)
 
 
 class ChosenTensors(JoinedTensors):
     """The tensors of one source whose names begin with one of some words."""
 
     def __init__(self, source: StoredTensors, beginnings: tuple[str, ...]) -> None:
-        self._source_of = {name: source for name in source if name.startswith(beginnings)}
+        self._places = {name: source for name in source if name.startswith(beginnings)}
 
 
 def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:

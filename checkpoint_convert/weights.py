@@ -45,29 +45,23 @@ class FolderTensors(StoredTensors):
 
     def __init__(self, folder: Path, dialect: str) -> None:
         self.folder = folder
-        self._files: dict[str, tuple[Any, str]] = {}
+        self._places: dict[str, tuple[Any, str]] = {}
         for file in _weight_files(folder):
             for name, where in _open(file).items():
                 canonical = canonical_name(name, dialect)
                 if canonical is None:
                     continue
-                if canonical in self._files:
+                if canonical in self._places:
                     raise ConversionError(f"{folder} holds {canonical} twice (again in {file.name} as {name})")
-                self._files[canonical] = (where, name)
+                self._places[canonical] = (where, name)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        where, stored = self._files[name]
+        where, stored = self._places[name]
         tensor: torch.Tensor = where.get_tensor(stored) if hasattr(where, "get_tensor") else where[stored]
         return tensor
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
     def shape(self, name: str) -> tuple[int, ...]:
-        where, stored = self._files[name]
+        where, stored = self._places[name]
         return tuple(where.get_slice(stored).get_shape() if hasattr(where, "get_slice") else where[stored].shape)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -75,7 +69,7 @@ class FolderTensors(StoredTensors):
 
     def discard(self, name: str) -> None:
         """Leave a tensor out: the output weight of a model whose config ties it to the embedding."""
-        self._files.pop(name, None)
+        self._places.pop(name, None)
 
 
 def _weight_files(folder: Path) -> list[Path]:
