@@ -7,6 +7,9 @@ absent, null or empty `image` means text only. Other keys are tolerated.
 from __future__ import annotations
 
 import json
+import os
+import weakref
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import numpy as np
 
 from megatron_vlm.data.conversation import IMAGE_PLACEHOLDER, Turn
 from megatron_vlm.data.errors import DataError, SampleError
+from megatron_vlm.data.json_bounds import find_items, find_lines
 
 _ROLES = ("human", "gpt")
 
@@ -31,54 +35,51 @@ class Annotation:
 
 
 class AnnotationFile:
-    """The entries of one `.json` (a list) or `.jsonl` file, held as text so that worker processes share the memory."""
+    """The entries of one `.json` (a list) or `.jsonl` file: where each lies in it is held, not what it says.
+
+    An entry is read when it is asked for. Millions of them would take gigabytes in every rank; in the system's file
+    cache they lie once for all ranks and workers of a machine.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        """Read the file.
+        """Find the entries.
 
         Raises:
-            DataError: it is missing, is not JSON, is not a list, or is empty.
+            DataError: the file is missing, is no list of entries, or is empty.
         """
         self.path = Path(path)
         try:
-            text = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                bounds = array("q")
+                for start, end in find_lines(file) if self.path.suffix == ".jsonl" else find_items(file):
+                    bounds.extend((start, end))
+                self._descriptor = os.dup(file.fileno())
         except OSError as error:
             raise DataError(
                 f"annotation file {self.path} cannot be read: {error.strerror}. Check data_path."
             ) from error
-        entries = self._lines(text) if self.path.suffix == ".jsonl" else self._items(text)
-        if not entries:
-            raise DataError(f"annotation file {self.path} has no entry")
-        self._ends = np.cumsum([len(entry) for entry in entries], dtype=np.int64)
-        self._text = b"".join(entries)
-
-    def _lines(self, text: bytes) -> list[bytes]:
-        return [line for line in text.splitlines() if line.strip()]
-
-    def _items(self, text: bytes) -> list[bytes]:
-        try:
-            items = json.loads(text)
         except ValueError as error:
-            raise DataError(f"annotation file {self.path} is not JSON: {error}") from error
-        if not isinstance(items, list):
-            raise DataError(f"annotation file {self.path} holds a {type(items).__name__}, not a list of entries")
-        return [json.dumps(item, ensure_ascii=False).encode("utf-8", "surrogatepass") for item in items]
+            raise DataError(f"annotation file {self.path} {error}") from error
+        weakref.finalize(self, os.close, self._descriptor)
+        self._bounds = np.frombuffer(bounds, np.int64).reshape(-1, 2)
+        if not len(self._bounds):
+            raise DataError(f"annotation file {self.path} has no entry")
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._bounds)
 
     def entry(self, index: int) -> Any:
         """Entry `index` as parsed JSON.
 
         Raises:
-            SampleError: a line of a .jsonl file is not JSON.
+            SampleError: it is not JSON: a bad line of a .jsonl file, or the file was written to since it was opened.
         """
-        start = int(self._ends[index - 1]) if index else 0
+        start, end = self._bounds[index].tolist()
         try:
-            return json.loads(self._text[start : int(self._ends[index])].decode("utf-8", "surrogatepass"))
+            return json.loads(os.pread(self._descriptor, end - start, start).decode("utf-8", "surrogatepass"))
         except ValueError as error:
             raise SampleError(
-                f"#{index}", str(self.path), "not JSON", str(error), "Mend or remove the line."
+                f"#{index}", str(self.path), "not JSON", str(error), "Mend or remove the entry."
             ) from error
 
 

@@ -88,7 +88,7 @@ def test_bad_entries_are_named(bad: Any, reason: str) -> None:
     ("name", "text", "message"),
     [
         ("a.json", "[1,", "not JSON"),
-        ("a.json", "{}", "holds a dict"),
+        ("a.json", "{}", r"a\.json begins with '\{'"),
         ("a.json", "[]", "no entry"),
         ("a.jsonl", "\n\n", "no entry"),
     ],
@@ -110,3 +110,19 @@ def test_a_broken_line_is_one_bad_sample(tmp_path: Path) -> None:
     assert file.entry(0) == {"id": 1}
     with pytest.raises(SampleError, match="not JSON"):
         file.entry(1)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_file_written_to_since_it_was_opened(tmp_path: Path, name: str) -> None:
+    """Replaced by rename, the old one is read on; written over, its entries are told to be none."""
+    folder = Folder(tmp_path)
+    folder.add("one", "Hi", "Yes")
+    path = folder.write(name)
+    file = AnnotationFile(path)
+    (tmp_path / "other").write_text("[1]")
+    (tmp_path / "other").replace(path)
+    assert file.entry(0) == folder.entries[0]
+    file = AnnotationFile(folder.write(name))
+    path.write_text("[")
+    with pytest.raises(SampleError, match="not JSON"):
+        file.entry(0)
