@@ -100,7 +100,7 @@ class _SavePlanner(SavePlanner):
         shard = self.shards[write_item.index]
         if isinstance(shard, ShardedObject):
             buffer = io.BytesIO()
-            torch.save(shard.data, buffer)
+            torch.save([shard.data], buffer)  # all objects of a key in a list, as megatron-core writes and reads them
             return buffer
         value = self.value_of(shard).to(shard.dtype)
         self.bar.update(value.nbytes)
