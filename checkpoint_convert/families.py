@@ -91,7 +91,7 @@ TOWERS = {
 }
 _NORMALIZATIONS = {"clip_vision_model": "openai_clip", "siglip_vision_model": "imagenet_standard"}
 """What pixels are normalised by."""
-_TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 _ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 
 
@@ -149,7 +149,7 @@ def language_from_hf(config: dict[str, Any], source: str) -> LanguageConfig:
 
 def vision_from_hf(config: dict[str, Any], source: str, feature_layer: int = -2) -> VisionConfig:
     """A tower's config.json, or that of the two-tower model around it, as ours; errors as in language_from_hf."""
-    around = _TWO_TOWERS.get(config.get("model_type", ""))
+    around = TWO_TOWERS.get(config.get("model_type", ""))
     if around:
         config = {"model_type": around} | (config.get("vision_config") or {})
     problems = Problems(source)

@@ -22,7 +22,10 @@ from checkpoint_convert.checkpoint_reader import CheckpointTensors
 from checkpoint_convert.checkpoint_writer import StreamingSave, layer_name, part_of
 from checkpoint_convert.errors import ConversionError
 from checkpoint_convert.folder import check_space
-from megatron_vlm.config import ParallelConfig, Recipe, recipe_to_dict
+from checkpoint_convert.name_map import Entry, MegatronTensors
+from checkpoint_convert.stored import StoredTensors
+from megatron_vlm.config import ModelConfig, ParallelConfig, Recipe, recipe_to_dict
+from megatron_vlm.config.check_model import check_language, check_vision
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import first_value
 from megatron_vlm.model.sharding import model_sharded_state_dict
@@ -77,6 +80,45 @@ def write_checkpoint(
     (target / RECIPE).write_text(json.dumps(written, indent=1))
     (folder / TRACKER).write_text("0")
     return sorted(ours.keys() - tensors.keys())
+
+
+def write_model(
+    making: Path,
+    save: Path,
+    model: ModelConfig,
+    entries: list[Entry],
+    tensors: StoredTensors,
+    source: str,
+    fingerprint: str,
+    aspect_ratio: str,
+) -> list[str]:
+    """Save the checkpoint of a model that comes from Hugging Face tensors.
+
+    Args:
+        making: where to write.
+        save: what the folder will be called in the end; its tokenizer is named in the recipe.
+        model: what the tensors are.
+        entries: of its name map, for the tensors that are there.
+        tensors: under Hugging Face names.
+        source: names where they come from in errors.
+        fingerprint: of the tokenizer.
+        aspect_ratio: how images are cut.
+
+    Returns:
+        Names of the tensors that hold what a new model starts with.
+
+    Raises:
+        ConversionError: sizes that no layout can compute, or tensors that are missing, left over or misshapen.
+    """
+    recipe = Recipe(model=model)
+    recipe.data.image_aspect_ratio = aspect_ratio
+    recipe.data.tokenizer_model = str(save.absolute() / "tokenizer")
+    # bf16 is kept as it is; half precision and mixtures become fp32, which holds them exactly.
+    recipe.training.bf16 = all(tensors.dtype(name) == torch.bfloat16 for name in tensors)
+    problems = [*check_vision(recipe), *check_language(recipe)]
+    if problems:
+        raise ConversionError(f"{source}: " + "; ".join(map(str, problems)))
+    return write_checkpoint(making, recipe, MegatronTensors(entries, tensors, source), fingerprint)
 
 
 def checkpoint_recipe(folder: Path) -> Recipe:

@@ -1,6 +1,6 @@
 """Megatron -> Hugging Face.
 
-python -m checkpoint_convert.megatron_to_hf --load DIR --save DIR --format llava_next|instellavl
+python -m checkpoint_convert.megatron_to_hf --load DIR --save DIR --format llava_next|instellavl|projector
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from checkpoint_convert import instellavl, llava_next
 from checkpoint_convert.errors import ConversionError, run_command
 from checkpoint_convert.folder import new_folder
 from checkpoint_convert.megatron_files import checkpoint_recipe, checkpoint_tensors
-from checkpoint_convert.name_map import name_map, to_hf
+from checkpoint_convert.name_map import HuggingFaceTensors, name_map
 from checkpoint_convert.names import instellavl_name
+from checkpoint_convert.projector import write_projector
 from checkpoint_convert.weights import SHARD_BYTES, Planned, write_weights
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
 
 DESCRIPTION = "Megatron -> Hugging Face: a checkpoint as a folder that transformers loads."
-FORMATS = ("llava_next", "instellavl")
+FORMATS = ("llava_next", "instellavl", "projector")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,11 +41,19 @@ def convert(
         load: checkpoint folder, as given to training as --save.
         save: the folder to make.
         tokenizer: by default the one that travels with the checkpoint.
-        format: llava_next, which stock transformers reads; or instellavl, the published layout, with its own code.
+        format: llava_next, which stock transformers reads; instellavl, the published layout, with its own code; or
+            projector, the projector alone, as LLaVA's tools keep it.
         dtype: of the weights; by default as they are in the checkpoint.
         shard_bytes: a larger model is written as several files.
     """
     recipe = checkpoint_recipe(load)
+    dtype = dtype or (torch.bfloat16 if recipe.training.bf16 else torch.float32)
+    entries = name_map(recipe.model)
+    weights = HuggingFaceTensors(entries, checkpoint_tensors(load), str(load))
+    if format == "projector":
+        with new_folder(save) as making:
+            write_projector(making, weights, dtype)
+        return
     words = _tokenizer(tokenizer or load / "tokenizer")
     aspect_ratio = recipe.data.image_aspect_ratio
     if format == "llava_next" and aspect_ratio != "anyres":
@@ -53,18 +62,16 @@ def convert(
             "and tiles every image as anyres does",
             file=sys.stderr,
         )
-    dtype = dtype or (torch.bfloat16 if recipe.training.bf16 else torch.float32)
-    entries = name_map(recipe.model)
-    weights = to_hf(entries, checkpoint_tensors(load), str(load))
     shapes = {name: shape for entry in entries for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)}
     with new_folder(save) as making:
         if format == "instellavl":
             instellavl.write_companions(making, recipe.model, words, dtype, aspect_ratio)
-            weights = ((instellavl_name(name), tensor) for name, tensor in weights)
+            named = ((instellavl_name(name), tensor) for name, tensor in weights.items())
             shapes = {instellavl_name(name): shape for name, shape in shapes.items()}
         else:
             llava_next.write_companions(making, recipe.model, words, dtype)
-        write_weights(weights, making, shard_bytes, [Planned(name, shape, dtype) for name, shape in shapes.items()])
+            named = ((name, tensor) for name, tensor in weights.items())
+        write_weights(named, making, shard_bytes, [Planned(name, shape, dtype) for name, shape in shapes.items()])
 
 
 def _tokenizer(path: Path) -> Tokenizer:

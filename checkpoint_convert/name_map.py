@@ -13,7 +13,7 @@ import torch
 
 from checkpoint_convert.errors import ConversionError, some_of
 from checkpoint_convert.rules import Copy, InterleaveQKV, Rule, StackGateUp
-from checkpoint_convert.stored import NamedTensors, shape_of
+from checkpoint_convert.stored import NamedTensors, StoredTensors, dtype_of, shape_of
 from megatron_vlm.config import LanguageConfig, ModelConfig
 from megatron_vlm.model.vision import unused_shapes
 
@@ -216,7 +216,7 @@ class MegatronTensors(NamedTensors):
         return self._last[1]
 
 
-class HuggingFaceTensors(NamedTensors):
+class HuggingFaceTensors(StoredTensors):
     """Megatron tensors as Hugging Face's; the other way of MegatronTensors."""
 
     _places: dict[str, Entry]
@@ -232,6 +232,13 @@ class HuggingFaceTensors(NamedTensors):
             self._last = None
             self._last = entry.megatron, entry.rule.to_hf(self._tensors[entry.megatron])
         return self._last[1][entry.hf.index(name)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        entry = self._places[name]
+        return entry.hf_shapes[entry.hf.index(name)]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return dtype_of(self._tensors, self._places[name].megatron)
 
 
 def to_megatron(

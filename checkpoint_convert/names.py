@@ -27,10 +27,18 @@ _INSTELLAVL = (
     ("image_newline", "model.image_newline"),
 )
 
+# A projector alone, as LLaVA saves it, from a plain model or one inside wrappers; or as transformers names it.
+_PROJECTOR = (
+    (r"^.*\bmm_projector\.0\.", "multi_modal_projector.linear_1."),
+    (r"^.*\bmm_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"^.*\b(multi_modal_projector\.|image_newline$)", r"\1"),
+)
+
 DIALECTS = {
     "whole": _WHOLE,
     "vision": _TOWER,
     "language": _LANGUAGE,
+    "projector": _PROJECTOR,
     "instellavl": (*((f"^{re.escape(theirs)}", ours) for ours, theirs in _INSTELLAVL), *_LANGUAGE),
 }
 

@@ -68,3 +68,8 @@ class ChosenTensors(JoinedTensors):
 def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
     """The shape of a tensor in a file or in memory."""
     return tensors.shape(name) if isinstance(tensors, StoredTensors) else tuple(tensors[name].shape)
+
+
+def dtype_of(tensors: Mapping[str, torch.Tensor], name: str) -> torch.dtype:
+    """The dtype of a tensor in a file or in memory."""
+    return tensors.dtype(name) if isinstance(tensors, StoredTensors) else tensors[name].dtype

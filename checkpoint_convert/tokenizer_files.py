@@ -20,13 +20,15 @@ from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 IMAGE_TOKEN = "<image>"
+_PLACEHOLDERS = (IMAGE_TOKEN, "<video>")
+"""Words that stock processors put in the place of features, the last ones of an exported tokenizer."""
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def import_tokenizer(source: Path, folder: Path) -> Tokenizer:
     """Copy the tokenizer at `source` (a Hugging Face folder, or a sentencepiece file) into the new `folder`.
 
-    An `<image>` token that an export has added as the last one is taken off again.
+    An `<image>` token that an export has added as the last one is taken off again, and a `<video>` token after it.
     """
     folder.mkdir()
     if source.is_file():
@@ -35,7 +37,7 @@ def import_tokenizer(source: Path, folder: Path) -> Tokenizer:
         for name in _COPIED:
             if (source / name).is_file():
                 shutil.copy(source / name, folder)
-        _remove_image_token(folder / "tokenizer.json")
+        _remove_placeholders(folder / "tokenizer.json")
     elif len(models := sorted(source.glob("*.model"))) == 1:
         shutil.copy(models[0], folder)
     else:
@@ -107,12 +109,15 @@ def export_tokenizer(
     _write(folder / "tokenizer_config.json", config)
 
 
-def _remove_image_token(file: Path) -> None:
+def _remove_placeholders(file: Path) -> None:
     definition = json.loads(file.read_text(encoding="utf-8"))
-    added = definition.get("added_tokens") or [{}]
-    last = max(added, key=lambda token: token.get("id", -1))
-    if last.get("content") == IMAGE_TOKEN:
-        added.remove(last)
+    added = definition.get("added_tokens") or []
+    last = sorted(added, key=lambda token: token.get("id", -1))
+    taken = []
+    while last and last[-1].get("content") in _PLACEHOLDERS:
+        taken.append(last.pop())
+    if IMAGE_TOKEN in (token["content"] for token in taken):
+        definition["added_tokens"] = [token for token in added if token not in taken]
         _write(file, definition)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ class Planned:
 class FolderTensors(StoredTensors):
     """The tensors of a folder under the name map's names, read one at a time.
 
-    `dialect` is the kind of folder: "whole", "vision" or "language" (names.py).
+    `dialect` is the kind of folder: "whole", "vision" or "language" (names.py). A single file is read as well.
     """
 
     def __init__(self, folder: Path, dialect: str) -> None:
@@ -74,6 +76,8 @@ class FolderTensors(StoredTensors):
 
 def _weight_files(folder: Path) -> list[Path]:
     """safetensors first, as transformers does; a `.bin` only where there are none (openai's CLIP is published so)."""
+    if folder.is_file():
+        return [folder]
     for index, single in (
         ("model.safetensors.index.json", "model.safetensors"),
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
@@ -95,10 +99,15 @@ def _open(file: Path) -> dict[str, Any]:
         if file.suffix == ".safetensors":
             opened = safe_open(file, framework="pt")
             return dict.fromkeys(opened.keys(), opened)
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return dict.fromkeys(loaded, loaded)
-    except (SafetensorError, OSError, RuntimeError) as error:
+        # files of torch before 1.6 are no archives and cannot be mapped
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except UnpicklingError:  # its message explains how to run what is inside, which nobody should
+        raise ConversionError(f"{file} is no file of weights, or has more than plain tensors in it") from None
+    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
         raise ConversionError(f"{file} cannot be read ({error}); is it complete? Download or copy it again") from error
+    if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
+        raise ConversionError(f"{file} holds something else than named tensors: is it a file of weights?")
+    return dict.fromkeys(loaded, loaded)
 
 
 def write_weights(
