@@ -16,7 +16,7 @@ import logging
 import sys
 
 from megatron_vlm.data.errors import DataError
-from megatron_vlm.data.prepare import SAMPLES_PER_PART, PrepareSummary, merge_parts, prepare_shards
+from megatron_vlm.data.prepare import MOST_SAMPLES_PER_PART, PrepareSummary, merge_parts, prepare_shards
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -26,23 +26,34 @@ def _part(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 if shards were written (perhaps without some quarantined samples), 1 if none, 2 for a wrong call."""
+    """Exit code: 0 if shards were written (perhaps without some quarantined samples), 1 if none, 2 for a wrong call,
+    130 if it was stopped by Ctrl-C.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--annotations", nargs="+", metavar="PATH", help=".json or .jsonl files, or folders of them")
     parser.add_argument("--image-folder", metavar="DIR", help="folder that image paths start from")
     parser.add_argument("--output", required=True, metavar="DIR|s3://…", help="set of shards to be written")
-    parser.add_argument("--processes", type=int, metavar="N", help="processes that decode images; default: all cores")
-    parser.add_argument("--size-limit", type=int, default=1 << 26, metavar="BYTES", help="of a shard; default: 64 MiB")
+    parser.add_argument("--processes", type=_positive, metavar="N", help="that decode images; default: all cores")
     parser.add_argument(
-        "--samples-per-part", type=int, default=SAMPLES_PER_PART, metavar="N", help=f"default: {SAMPLES_PER_PART}"
+        "--size-limit", type=_positive, default=1 << 26, metavar="BYTES", help="of a shard; default: 64 MiB"
     )
+    parser.add_argument(
+        "--samples-per-part", type=_positive, metavar="N",
+        help=f"what is not done again after a stop; default: a 16th of the set, at most {MOST_SAMPLES_PER_PART}",
+    )  # fmt: skip
     parser.add_argument("--part", type=_part, metavar="k/n", help="only the k-th of n shares of the parts, k from 1")
     parser.add_argument("--merge", action="store_true", help="make the set of parts that were written with --part")
     options = parser.parse_args(argv)
     if options.merge == bool(options.annotations):
         parser.error("give either --annotations or --merge")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if options.merge:
             summary = merge_parts(options.output)
@@ -51,9 +62,12 @@ def main(argv: list[str] | None = None) -> int:
                 options.annotations, options.image_folder, options.output, options.processes, options.size_limit,
                 options.samples_per_part, options.part,
             )  # fmt: skip
-    except (DataError, ImportError) as error:
+    except (DataError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the parts that are missing", file=sys.stderr)
+        return 130
     return _report(summary, options.output, options.part)
 
 

@@ -1,22 +1,60 @@
 """Where a set of shards is written to: a local folder or an S3 store, behind one interface.
 
 A set is written part by part and is whole when its index.json is there: in a local folder all lies in a sibling folder
-`<name>.partial` until then, in a store the index is written last.
+`<name>.partial` until then, in a store the index is written last. A part is made in a work folder of its process, so
+that two which make the same one, by mistake, do not write into each other's files.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_vlm.data import s3
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.shards import INDEX
+
+_WORK, _WORK_FOR_S3 = ".work-", "megatron-vlm-shards-"
+_SECONDS_TO_LOCK = 60.0
+
+
+@contextmanager
+def _work_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A folder that is removed at the end of the block; those of processes that were killed are removed first.
+
+    Its lock ends with the process, on whatever machine that shares the disk.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for other in parent.glob(f"{prefix}*"):
+        with suppress(OSError):  # another process removes it, too
+            if time.time() - other.stat().st_mtime > _SECONDS_TO_LOCK:
+                with _locked(other) as abandoned:
+                    if abandoned:
+                        shutil.rmtree(other)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder, _locked(Path(folder)):
+        yield Path(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether this process holds a folder's lock in the block: not if another one does, or the disk knows no locks."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 class Destination(ABC):
@@ -70,10 +108,13 @@ class LocalDestination(Destination):
 
     @contextmanager
     def staging(self, name: str) -> Iterator[Path]:  # type: ignore[override]
-        path = self.partial / name
-        if path.exists():  # of a run that ended between a part and the note that it is done
-            shutil.rmtree(path)
-        yield path
+        with _work_folder(self.partial, _WORK) as work:
+            yield work / name
+            if not (work / name).is_dir():
+                return
+            with suppress(FileNotFoundError):  # of a run that ended between a part and the note that it is done
+                shutil.rmtree(self.partial / name)
+            (work / name).rename(self.partial / name)
 
     def names(self, folder: str) -> list[str]:
         path = self.partial / folder
@@ -81,6 +122,8 @@ class LocalDestination(Destination):
 
     def publish(self, index: bytes) -> None:
         self.write(INDEX, index)
+        for work in self.partial.glob(f"{_WORK}*"):
+            shutil.rmtree(work, ignore_errors=True)
         if self.folder.exists():
             self.folder.rmdir()  # empty, as checked
         self.partial.rename(self.folder)
@@ -111,11 +154,10 @@ class S3Destination(Destination):
 
     @contextmanager
     def staging(self, name: str) -> Iterator[Path]:  # type: ignore[override]
-        with tempfile.TemporaryDirectory(prefix="shards-") as folder:
-            path = Path(folder, "part")
-            yield path
-            if path.is_dir():
-                for file in sorted(path.iterdir()):
+        with _work_folder(Path(tempfile.gettempdir()), _WORK_FOR_S3) as work:
+            yield work / name
+            if (work / name).is_dir():
+                for file in sorted((work / name).iterdir()):
                     s3.upload(file, s3.join(self.url, f"{name}/{file.name}"))
 
     def names(self, folder: str) -> list[str]:

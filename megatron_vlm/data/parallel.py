@@ -1,32 +1,73 @@
-"""The same done to many samples by several processes, with progress."""
+"""The same done to many samples by several processes, with progress.
+
+The processes end with the one that started them, however that ends: work that goes on after its caller was killed would
+write into what the next caller is making.
+"""
 
 from __future__ import annotations
 
-import logging
+import ctypes
 import multiprocessing
 import os
-import time
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from ctypes import c_longlong
+from multiprocessing.sharedctypes import RawArray
 from typing import Any, TypeVar
 
 from megatron_vlm.data.errors import DataError
-
-logger = logging.getLogger(__name__)
+from megatron_vlm.data.progress import Progress
 
 Result = TypeVar("Result")
 
 _CHUNK = 256
-_SECONDS_BETWEEN_REPORTS = 5.0
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
-_forked: Callable[[int], Any] | None = None
-"""What the processes forked by `map_numbers` call: a function that holds a large annotation file is not sent to them.
-"""
+
+class _Work:
+    """What `map_numbers` does. Processes are forked with it: a function that holds a large annotation file is not sent.
+
+    Each chunk has a place in `done` that only its process writes to, so that no lock is needed: one that is killed
+    could take it along.
+    """
+
+    def __init__(self, function: Callable[[int], Any], chunks: list[range], counted: bool) -> None:
+        self.function = function
+        self.chunks = chunks
+        self.counted = counted
+        """A number is a sample; otherwise the function tells how many it has done."""
+        self.done = RawArray(c_longlong, max(len(chunks), 1))
+        self.place = 0
+
+    def run(self, place: int) -> list[Any]:
+        self.place = place
+        results = []
+        for number in self.chunks[place]:
+            results.append(self.function(number))
+            self.done[place] += self.counted
+        return results
+
+
+_work: _Work | None = None
+"""Of this process."""
+
+
+def tell_progress(samples: int) -> None:
+    """For a function of `map_numbers` whose numbers stand for several samples, one number at a time: how many are done."""
+    if _work is not None:
+        _work.done[_work.place] = samples
 
 
 def map_numbers(
-    function: Callable[[int], Result], total: int, processes: int | None, label: str, chunk: int = _CHUNK
+    function: Callable[[int], Result],
+    total: int,
+    processes: int | None,
+    label: str,
+    chunk: int = _CHUNK,
+    samples: int | None = None,
+    samples_before: int = 0,
 ) -> Iterator[Result]:
     """function(0), function(1), … in order.
 
@@ -36,41 +77,58 @@ def map_numbers(
         processes: default: as many as this machine's cores; never more than there is work for.
         label: what is being done, for progress and errors.
         chunk: numbers that a process is given at a time.
+        samples: for progress, how many the numbers stand for, which the function then tells with `tell_progress`;
+            default: one each.
+        samples_before: that were done by an earlier call, for progress.
 
     Raises:
         DataError: a process died.
     """
+    global _work
     chunks = [range(start, min(start + chunk, total)) for start in range(0, total, chunk)]
     processes = min(processes or len(os.sched_getaffinity(0)), len(chunks))
-    started = reported = time.monotonic()
-    done = 0
-    for results in _map_chunks(function, chunks, processes, label):
-        yield from results
-        done += len(results)
-        now = time.monotonic()
-        if now - reported > _SECONDS_BETWEEN_REPORTS:
-            reported = now
-            logger.info("%s: %d of %d samples, %.0f/s", label, done, total, done / (now - started))
-
-
-def _map_chunks(
-    function: Callable[[int], Result], chunks: list[range], processes: int, label: str
-) -> Iterator[list[Result]]:
-    global _forked
-    if processes <= 1:
-        for chunk in chunks:
-            yield [function(number) for number in chunk]
-        return
-    _forked = function
+    outer, work = _work, _Work(function, chunks, samples is None)
+    _work = work
+    progress = Progress(label, total if samples is None else samples, lambda: sum(work.done), samples_before)
     try:
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
-            yield from pool.map(_run_chunk, chunks)
+        if processes <= 1:
+            with progress:
+                for place in range(len(chunks)):
+                    yield from work.run(place)
+        else:
+            yield from _fork(len(chunks), processes, label, progress)
+    finally:
+        _work = outer
+
+
+def _fork(chunks: int, processes: int, label: str, progress: Progress) -> Iterator[Any]:
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
+        processes, mp_context=multiprocessing.get_context("fork"), initializer=_end_with, initargs=(os.getpid(),)
+    )
+    try:
+        results = pool.map(_run, range(chunks))  # forks; the thread that shows progress starts after it
+        with progress:
+            for result in results:
+                yield from result
     except BrokenProcessPool as error:
         raise DataError(f"{label}: a process died, perhaps for want of memory. Try again with more memory.") from error
+    except BaseException:  # stopped by a key, by an error, or no more results are wanted: nobody waits for the rest
+        for child in set(multiprocessing.active_children()) - before:
+            child.kill()
+        raise
     finally:
-        _forked = None
+        pool.shutdown(cancel_futures=True)
 
 
-def _run_chunk(chunk: range) -> list[Any]:
-    assert _forked is not None
-    return [_forked(number) for number in chunk]
+def _run(place: int) -> list[Any]:
+    assert _work is not None
+    return _work.run(place)
+
+
+def _end_with(parent: int) -> None:
+    """For a forked process: end when its parent does, and leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)

@@ -14,16 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_vlm.data.destination import LocalDestination, S3Destination, open_destination
 from megatron_vlm.data.errors import DataError, SampleError
-from megatron_vlm.data.parallel import map_numbers
+from megatron_vlm.data.parallel import map_numbers, tell_progress
 from megatron_vlm.data.shards import INDEX, ShardSample, ShardWriter, merge_indexes
 from megatron_vlm.data.sources import AnnotationSource, SourceList
+from megatron_vlm.data.streaming_shim import import_streaming
 
 QUARANTINE = "quarantine.jsonl"
-SAMPLES_PER_PART = 4096
+MOST_SAMPLES_PER_PART = 4096
+_LEAST_SAMPLES_PER_PART = 64
+_PARTS = 16
+"""That a set has at least, so that processes find work; a very small one has fewer. Not more: a small set lies within
+one shuffle window then, see order.py."""
 _NOTES = "parts"
 _PLAN = "plan.json"
 
@@ -62,7 +65,7 @@ def prepare_shards(
     output: str | Path,
     processes: int | None = None,
     size_limit: int = 1 << 26,
-    samples_per_part: int = SAMPLES_PER_PART,
+    samples_per_part: int | None = None,
     share: tuple[int, int] | None = None,
 ) -> PrepareSummary:
     """Write one set of shards, or some of its parts.
@@ -76,7 +79,7 @@ def prepare_shards(
         output: folder, or s3://…; appears when it is whole.
         processes: that decode images; default: as many as this machine's cores.
         size_limit: bytes of a shard.
-        samples_per_part: what is done at a time, and not done again.
+        samples_per_part: what is done at a time, and not done again; default: a 16th of the set, at most 4096.
         share: (k, n): only every n-th part from the k-th on, k from 1, and no merge; see `merge_parts`.
 
     Returns:
@@ -87,6 +90,8 @@ def prepare_shards(
     """
     destination = open_destination(output)
     sources = SourceList([AnnotationSource(path, image_folder) for path in find_annotations(annotations)])
+    if samples_per_part is None:  # of the set alone: all machines that share it must agree
+        samples_per_part = min(max(-(-len(sources) // _PARTS), _LEAST_SAMPLES_PER_PART), MOST_SAMPLES_PER_PART)
     parts = -(-len(sources) // samples_per_part)
     plan = {
         "sources": [[str(source.name), source.content_hash()] for source in sources.sources],
@@ -101,10 +106,13 @@ def prepare_shards(
     mine = range(first, parts, step)
     todo = [number for number in mine if number not in done]
     maker = _PartMaker(sources, destination, samples_per_part, size_limit)
-    with tqdm(total=sum(len(maker.members(n)) for n in mine), unit=" samples", desc=f"writing {output}") as bar:
-        bar.update(sum(len(maker.members(number)) for number in mine if number in done))
-        for read in map_numbers(lambda place: maker(todo[place]), len(todo), processes, f"writing {output}", chunk=1):
-            bar.update(read)
+    import_streaming()  # once, before the processes are forked: it takes seconds
+    amounts = [sum(len(maker.members(number)) for number in numbers) for numbers in (mine, todo)]
+    for _ in map_numbers(
+        lambda place: maker(todo[place]), len(todo), processes, f"writing {output}", chunk=1, samples=amounts[0],
+        samples_before=amounts[0] - amounts[1],
+    ):  # fmt: skip
+        pass
     if share:
         return _add_up(_notes(destination, mine))
     return merge_parts(output)
@@ -196,14 +204,13 @@ class _PartMaker:
         start = number * self.samples_per_part
         return range(start, min(start + self.samples_per_part, len(self.sources)))
 
-    def __call__(self, number: int) -> int:
-        """Returns the number of samples read."""
+    def __call__(self, number: int) -> None:
         bad: list[dict[str, object]] = []
         images = 0
         index = None
         with self.destination.staging(_folder(number)) as folder:
             with ShardWriter(folder, self.limit) as writer:
-                for member in self.members(number):
+                for done, member in enumerate(self.members(number), 1):
                     place, entry = self.sources.locate(member)
                     source = self.sources.sources[place]
                     assert isinstance(source, AnnotationSource)
@@ -214,16 +221,17 @@ class _PartMaker:
                             {"file": source.name, "index": entry, "id": error.sample_id, "reason": error.reason,
                              "message": str(error)}
                         )  # fmt: skip
-                        continue
-                    writer.write(sample)
-                    images += len(sample.images)
+                    else:
+                        writer.write(sample)
+                        images += len(sample.images)
+                    tell_progress(done)
             if writer.written:
                 index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
                 (folder / INDEX).unlink()  # a part is no set
-        read = len(self.members(number))
-        note = {"read": read, "written": writer.written, "images": images, "bad": bad, "index": index}
+        note = {
+            "read": len(self.members(number)), "written": writer.written, "images": images, "bad": bad, "index": index,
+        }  # fmt: skip
         self.destination.write(f"{_NOTES}/{_note_name(number)}", json.dumps(note).encode())
-        return read
 
 
 def _load(source: AnnotationSource, index: int) -> ShardSample:

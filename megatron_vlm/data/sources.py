@@ -64,6 +64,10 @@ class Sample:
             raise SampleError(
                 self.id, self.file, "image too large", f"{name}: {error}", "Give a smaller one or remove the entry."
             ) from error
+        except ValueError as error:  # a NUL, or half a surrogate pair
+            raise SampleError(
+                self.id, self.file, "bad image path", f"no file can have the name {name!r}", "Check the path."
+            ) from error
         except (OSError, ImageUnreadable) as error:
             raise SampleError(
                 self.id, self.file, "unreadable image", f"{name}: {error}", "Replace the image or remove the entry."

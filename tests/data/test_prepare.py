@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,8 +90,7 @@ def test_a_folder_of_annotations_and_going_on_after_a_stop(
     monkeypatch.setattr(prepare, "_load", load_until_stopped)
     arguments = ("--annotations", folder.root / "notes", "--image-folder", folder.images, "--output", tmp_path / "s",
                  "--processes", 1, "--samples-per-part", 10)  # fmt: skip
-    with pytest.raises(KeyboardInterrupt):
-        run_here(*arguments)
+    assert run_here(*arguments) == 130 and "the same command goes on" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
     assert run_here(*arguments[:-1], 20) == 2 and "other parts, samples_per_part" in capsys.readouterr().err
     assert run_here(*arguments) == 0
@@ -98,6 +99,36 @@ def test_a_folder_of_annotations_and_going_on_after_a_stop(
     shards = ShardFolder(tmp_path / "s")
     assert [shards[i].annotation for i in range(60)] == folder.entries * 2
     assert run_here(*arguments) == 2 and "not empty" in capsys.readouterr().err
+
+
+def test_killed_in_the_middle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Folder(tmp_path)
+    large = folder.image("large.png", 900, 900)
+    for i in range(60):
+        folder.add(f"s{i}", "<image> hi", f"yes {i}", image=large)
+    out, notes = tmp_path / "s", tmp_path / "s.partial" / "parts"
+    arguments = ["--annotations", folder.write(), "--image-folder", folder.images, "--output", out,
+                 "--processes", 2, "--samples-per-part", 1]  # fmt: skip
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(TOOL.parents[1])}) as process:
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while len(list(notes.glob("0*"))) < 5:
+            assert process.poll() is None
+            time.sleep(0.005)
+        forked = [Path("/proc", pid) for pid in workers.read_text().split()]
+        process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while any(path.exists() and "\nState:\tZ" not in (path / "status").read_text() for path in forked):
+        assert time.monotonic() < deadline, "the processes it forked go on"
+        time.sleep(0.01)
+    before = {path.name: path.stat().st_mtime_ns for path in notes.glob("0*")}
+    assert len(forked) == 2 and 5 <= len(before) < 60 and not out.exists()
+    assert run_here(*arguments) == 0
+    assert "60 samples read = 60 written with 60 images + 0 quarantined" in capsys.readouterr().out
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in (out / "parts").glob("0*")}.items()
+    assert not list(out.glob(".*")) and not (tmp_path / "s.partial").exists()  # nothing of the killed ones is left
+    shards = ShardFolder(out)
+    assert [shards[i].annotation for i in range(60)] == folder.entries
 
 
 def test_parts_by_several_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
