@@ -55,7 +55,7 @@ _work: _Work | None = None
 
 
 def tell_progress(samples: int) -> None:
-    """For a function of `map_numbers` whose numbers stand for several samples, one number at a time: how many are done."""
+    """For a function of `map_numbers` whose numbers stand for several samples, given singly: how many are done."""
     if _work is not None:
         _work.done[_work.place] = samples
 
