@@ -44,6 +44,10 @@ class DataConfig:
     )
     cost_per_token: float | None = field(default=None, metadata={"help": "b of it; default: FLOPs"})
     cost_per_tile: float | None = field(default=None, metadata={"help": "c of it; default: FLOPs"})
+    allow_changed_order: bool = field(
+        default=False,
+        metadata={"help": "go on from a checkpoint though data or packing changed, and with them the order"},
+    )
     log_samples: bool = field(
         default=False, metadata={"help": "each data rank lists the samples it trains on, in the save folder"}
     )

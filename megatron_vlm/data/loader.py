@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.data.errors import DataError, RowError
 from megatron_vlm.data.opened import open_data, open_plan
+from megatron_vlm.data.plan_inputs import plan_inputs
 from megatron_vlm.data.row_plan import PlannedRow, RowPlan
 from megatron_vlm.data.rows import RowBuilder
 from megatron_vlm.data.tokenizer import Tokenizer
@@ -76,7 +77,13 @@ class RowLoader(Iterator[PackedBatch]):
     """Yields this rank's rows in order, for ever."""
 
     def __init__(
-        self, plan: RowPlan, builder: RowBuilder, counts: dict[str, Any], rows: Iterator[PlannedRow], num_workers: int
+        self,
+        plan: RowPlan,
+        builder: RowBuilder,
+        counts: dict[str, Any],
+        rows: Iterator[PlannedRow],
+        num_workers: int,
+        plan_inputs: dict[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -85,11 +92,13 @@ class RowLoader(Iterator[PackedBatch]):
             counts: what `summary` reports of the data.
             rows: those of this rank.
             num_workers: processes that build rows; 0: they are built when asked for.
+            plan_inputs: what the order of rows follows from, see `plan_inputs.py`.
         """
         self.plan = plan
         self.tokenizer: Tokenizer = builder.tokenizer
         self.data_wait_seconds = 0.0
         """Time spent waiting for rows; set it to 0 to start anew."""
+        self.plan_inputs = plan_inputs or {}
         self._counts = counts
         self._order = _Order(rows)
         self._sources = builder.sources
@@ -141,6 +150,11 @@ class RowLoader(Iterator[PackedBatch]):
             f"sample {index} of {self._sources.sources[source].name}" for source, index in located[:_NAMED]
         )
         return named + (f" and {len(located) - _NAMED} more" if len(located) > _NAMED else "")
+
+    @property
+    def source_names(self) -> list[str]:
+        """The files and folders that samples come from."""
+        return [source.name for source in self._sources.sources]
 
     @property
     def worker_pids(self) -> list[int]:
@@ -208,7 +222,8 @@ def build_loader(
         raise DataError(f"global_batch_size {recipe.training.global_batch_size} is no multiple of {dp_size} data ranks")
     speaks = dp_rank == 0 and need_tiles and tile_rank == 0  # one process of the whole run
     opened = open_data(recipe, speaks)
-    store = open_plan(recipe, opened)
+    inputs = plan_inputs(recipe, opened)
+    store = open_plan(recipe, opened, inputs)
     if plan_ahead and recipe.data.num_workers:
         store.plan_ahead()
     plan = RowPlan(store)
@@ -217,4 +232,4 @@ def build_loader(
         recipe.data.seq_length, (tile_rank, tile_ranks) if need_tiles else None, opened.cuts,
     )  # fmt: skip
     rows = plan.share(consumed_rows, dp_rank, dp_size)
-    return RowLoader(plan, builder, opened.counts, rows, recipe.data.num_workers)
+    return RowLoader(plan, builder, opened.counts, rows, recipe.data.num_workers, inputs)

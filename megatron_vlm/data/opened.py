@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections import Counter
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from megatron_vlm.data.cuts import load_or_cut
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.lengths import REFUSED, LengthIndex, cache_folder, describe_refusals, load_or_build
 from megatron_vlm.data.mixture import Mixture, describe_mixture, open_mixture
-from megatron_vlm.data.packing import PLAN_VERSION, Budget, EpochPlan, plan_epoch
+from megatron_vlm.data.packing import Budget, EpochPlan, plan_epoch
 from megatron_vlm.data.plan_store import PlanStore
 from megatron_vlm.data.tiling import ImageGeometry
 from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -149,20 +150,15 @@ def _cut(opened: OpenedData, data: DataConfig) -> int:
     return cut_off
 
 
-def open_plan(recipe: Recipe, opened: OpenedData) -> PlanStore:
-    """The plans of all epochs, kept in the folder of the first source's length index."""
+def open_plan(recipe: Recipe, opened: OpenedData, inputs: dict[str, Any]) -> PlanStore:
+    """The plans of all epochs, kept in the folder of the first source's length index under a name made of `inputs`."""
     data, seed = recipe.data, recipe.training.seed
     budget = Budget(data.seq_length, data.max_tiles_per_row, data.packing_window, row_cost(recipe))
-    digest = hashlib.sha256(repr((PLAN_VERSION, seed, budget)).encode())
-    digest.update(repr([(place, str(rule)) for place, rule in opened.mixture.uses]).encode())
-    for source in opened.mixture.sources.sources:
-        digest.update(np.asarray([len(source)] if source.shard_starts is None else source.shard_starts).tobytes())
-    for values in (opened.tokens, opened.tiles, opened.usable):
-        digest.update(values.data)
+    key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
 
     def compute(epoch: int) -> EpochPlan:
         samples = opened.mixture.draw(opened.usable, seed, epoch)
         return plan_epoch(samples, opened.tokens, opened.tiles, budget, seed, epoch)
 
     folder = cache_folder(opened.mixture.sources.sources[0].name, data.cache_dir)
-    return PlanStore(folder, digest.hexdigest()[:32], compute)
+    return PlanStore(folder, key, compute)

@@ -35,6 +35,8 @@ class Progress:
     iteration: int = 0
     consumed_rows: int = 0
     tokenizer_fingerprint: str = ""
+    plan_inputs: str = ""
+    """What the order of rows follows from, as JSON; empty: a checkpoint of before this was kept."""
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
@@ -86,6 +88,16 @@ def _check_same_model(checkpoint: Path, recipe: Recipe, fingerprint: str) -> Non
             f"{checkpoint} was trained with another tokenizer (fingerprint {known[:12]}) than "
             f"{recipe.data.tokenizer_model} ({fingerprint[:12]}): its ids would mean other words. Set "
             "--tokenizer-model to the one it was trained with."
+        )
+
+
+def _check_same_parts(checkpoint: Path, recipe: Recipe) -> None:
+    ours = sorted(recipe.training.trainable)
+    theirs = sorted(recipe_from_dict(json.loads((checkpoint / RECIPE).read_text())["recipe"]).training.trainable)
+    if ours != theirs:
+        raise CheckpointError(
+            f"{checkpoint} cannot be gone on from: trainable is {', '.join(ours)} here and {', '.join(theirs)} there. "
+            "To train other parts is a stage of its own: start it with --pretrained-checkpoint, and another --save."
         )
 
 
@@ -158,6 +170,7 @@ def load_checkpoint(
     if optimizer is not None:
         if (dist_checkpointing.load_content_metadata(str(checkpoint)) or {}).get("weights_only"):
             raise CheckpointError(f"{checkpoint} holds weights alone: start from it with --pretrained-checkpoint")
+        _check_same_parts(checkpoint, recipe)
         state["optimizer"] = _optimizer_state(optimizer, state, loading=True)
     loaded = dist_checkpointing.load(state, str(checkpoint))
     for i, chunk in enumerate(chunks):

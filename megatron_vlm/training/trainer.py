@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from megatron_vlm.config import Recipe
 from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.data.loader import RowLoader, build_loader
+from megatron_vlm.data.plan_inputs import describe_changes
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import initialize_weights
@@ -19,6 +21,7 @@ from megatron_vlm.runtime.groups import encoding_place, place
 from megatron_vlm.runtime.launch import local_rank
 from megatron_vlm.runtime.log import say
 from megatron_vlm.training.checkpoint import (
+    CheckpointError,
     Progress,
     latest_checkpoint,
     load_checkpoint,
@@ -50,6 +53,7 @@ class Trainer:
             )  # fmt: skip
             say(f"going on after iteration {self.progress.iteration} from {resume_from}")
         self.loader = self._open_data()
+        self._check_order()
         self.counter = RowCounter(self._logged(self.loader), self.place)
 
     def _open_data(self) -> RowLoader:
@@ -74,6 +78,22 @@ class Trainer:
         loader = loader or build()
         say("data: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in loader.summary().items()))
         return loader
+
+    def _check_order(self) -> None:
+        """The rows to come must be those that would have come: nobody would notice others."""
+        ours, theirs = self.loader.plan_inputs, self.progress.plan_inputs
+        self.progress.plan_inputs = json.dumps(ours)
+        changes = describe_changes(ours, json.loads(theirs), self.loader.source_names) if theirs else []
+        if not changes:
+            return
+        what = f"what the order of samples follows from is not as it was at iteration {self.progress.iteration}"
+        if not self.recipe.data.allow_changed_order:
+            raise CheckpointError(
+                f"{what}: {'; '.join(changes)}. Going on would repeat some samples of the epoch and leave out others. "
+                "Put it back; or start a new stage with --pretrained-checkpoint and another --save; or accept it with "
+                "--allow-changed-order."
+            )
+        say(f"{what}, which is allowed: {'; '.join(changes)}")
 
     def _logged(self, rows: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
         """The same rows; one rank of those that share them lists their samples, if the recipe says so."""
