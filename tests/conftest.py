@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.environments import OLDER, QUANTIZERS, Environment, for_inference, on_top_of
+
 
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[None]:
@@ -16,3 +18,21 @@ def one_process() -> Iterator[None]:
 
     with distributed(ParallelConfig()):
         yield
+
+
+@pytest.fixture(scope="session")
+def inference(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """What the extra `inference` installs, with transformers 5."""
+    return for_inference(tmp_path_factory.mktemp("environments"))
+
+
+@pytest.fixture(scope="session")
+def older(inference: Environment) -> Environment:
+    """The same with transformers 4.57."""
+    return on_top_of(inference, inference.folder.with_name("older"), *OLDER)
+
+
+@pytest.fixture(scope="session")
+def quantizing(inference: Environment) -> Environment:
+    """The same with bitsandbytes."""
+    return on_top_of(inference, inference.folder.with_name("quantizing"), *QUANTIZERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from instellavl.configuration_instellavl import InstellaVLConfig
 from instellavl.image_processing_instellavl import InstellaVLImageProcessor
 from instellavl.modeling_instellavl import InstellaVLForCausalLM
+
+KEPT_WHOLE = ["model.vision_tower", "model.mm_projector", "lm_head"]
+"""Never quantized. Names from the root: transformers 5 would not find `vision_tower` alone, and quantize the tower."""
 
 
 class LoadError(Exception):
@@ -37,7 +41,8 @@ def load_pretrained_model(
         model_path: the folder, of any name, or a repository of the hub.
         model_base: not supported; a projector is joined to its towers by checkpoint_convert.
         model_name: not needed; config.json says what the folder holds.
-        load_8bit, load_4bit: quantize with bitsandbytes (4 bits: nf4, twice quantized).
+        load_8bit, load_4bit: quantize the decoder's layers with bitsandbytes, on a GPU or a CPU (4 bits: nf4, twice
+            quantized). Tower, projector, embedding and head stay as they are.
         device_map: "auto" is the GPU if there is one, otherwise the CPU; a device; or a map of modules to devices,
             which transformers hands to accelerate.
         attn_implementation: transformers' name of a kernel; by default its own choice. flash_attention_2 gives way to
@@ -125,11 +130,13 @@ def _quantization(load_8bit: bool, load_4bit: bool, compute_dtype: torch.dtype |
     from transformers import BitsAndBytesConfig
 
     if load_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["vision_tower", "mm_projector", "lm_head"])
+        # It says at every product of every layer that activations become float16 on their way to 8 bits.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT_WHOLE)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=["vision_tower", "mm_projector", "lm_head"],
+        llm_int8_skip_modules=KEPT_WHOLE,
     )

@@ -21,6 +21,14 @@ LOGIN = """# Login into HF Hub
 from huggingface_hub import login
 login(token = "<Your HFtoken id>") # Enter your token 
 """  # noqa: W291
+WITHOUT_IMAGE = (
+    ("image = load_image(image_file)", ""),
+    ("process_images([image]", "process_images([]"),
+    ("preprocess(image,", "preprocess([],"),
+    ('question = DEFAULT_IMAGE_TOKEN + "\\n" + query', "question = query"),
+    ("[image.size]", "[]"),
+)
+"""The snippet's own comment says what it takes: no image, and `question = text`."""
 QUESTIONS = {"hugging_face": "Describe the image.", "local_checkpoint": "Describe this image."}
 
 
@@ -44,14 +52,15 @@ def hugging_face(folder: Path, image: Path | None) -> str:
     return answer
 
 
-def local_checkpoint(folder: Path, image: Path) -> str:
+def local_checkpoint(folder: Path, image: Path | None, *edits: tuple[str, str]) -> str:
     """The answer of "Loading from locally saved checkpoint"."""
     variables = run_snippet(
         "local_checkpoint",
         (LOCAL_PATH, repr(str(folder / "instellavl"))),
-        (LOCAL_IMAGE, repr(str(image))),
         (LOGIN, ""),
         (IMPORTS, f"{IMPORTS}, KeywordsStoppingCriteria"),
+        *(WITHOUT_IMAGE if image is None else [(LOCAL_IMAGE, repr(str(image)))]),
+        *edits,
     )
     answer: str = variables["outputs"]
     return answer
@@ -105,9 +114,7 @@ def main(folder: Path) -> None:
     stock = Stock(folder)
     answers: dict[str, Any] = {
         "hugging_face": {name: hugging_face(folder, image) for name, image in images.items()},
-        "local_checkpoint": {
-            name: local_checkpoint(folder, image) for name, image in images.items() if image is not None
-        },
+        "local_checkpoint": {name: local_checkpoint(folder, image) for name, image in images.items()},
         "stock": {
             snippet: {name: stock.answer(question, image) for name, image in images.items()}
             for snippet, question in QUESTIONS.items()
@@ -122,4 +129,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"  # whatever wants to be fetched is an error
+    os.environ["HF_MODULES_CACHE"] = str(Path(sys.argv[1]) / "modules")  # where transformers puts an export's code
     main(Path(sys.argv[1]))

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import sysconfig
-import venv
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.environments import Environment
 from tests.instellavl.exports import pictures, write_exports
-from tests.launch import ROOT
+from tests.launch import ROOT, launch
 
+ANSWER = ROOT / "tests" / "instellavl" / "answer.py"
 EOS = "|||IP_ADDRESS|||"
-OLDER = ("transformers==4.57.6", "tokenizers>=0.22,<0.23.1", "huggingface_hub<1")
 
 
-def ask(folder: Path, python: Path | str) -> Any:
-    """What answer.py says under this Python, offline and with a cache of its own."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HOME": str(folder / "hub"),
-        "HF_MODULES_CACHE": str(folder / "modules"),
-    }
-    command = [str(python), "tests/instellavl/answer.py", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, timeout=280, text=True, capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr[-6000:]
+def read_answers(folder: Path) -> Any:
     return json.loads((folder / "answers.json").read_text())
+
+
+def ask(folder: Path) -> Any:
+    """What answer.py says under the Python that runs the tests."""
+    launch(ANSWER, folder, ranks=1, timeout=280)
+    return read_answers(folder)
+
+
+def ask_in(environment: Environment, folder: Path) -> Any:
+    """What answer.py says where only the environment's packages are found, ours among them."""
+    done = environment.run(ANSWER, folder)
+    assert done.returncode == 0, done.stdout + done.stderr[-6000:]
+    return read_answers(folder)
 
 
 def exports(folder: Path) -> Path:
@@ -44,36 +42,32 @@ def exports(folder: Path) -> Path:
 
 
 def compare(answers: Any) -> None:
-    """That every snippet says what stock transformers says, to the end and over several lines."""
+    """That every snippet says what stock transformers says, to the end, and a batch what its prompts say alone."""
     for snippet, stock in answers["stock"].items():
+        assert answers[snippet].keys() == stock.keys()
         for name, answer in answers[snippet].items():
             assert stock[name].endswith(EOS), f"{name}: the reference never ends: {stock[name]!r}"
             assert answer.removesuffix(EOS).strip() == stock[name].removesuffix(EOS).strip(), (snippet, name)
-    single = answers["hugging_face"]
-    assert answers["batch"] == single
-    assert any("\n" in answer for answer in single.values()), "a newline did not come up"
-    assert len(set(single.values())) > 3, "the answers do not depend on the image"
+    assert answers["batch"] == answers["hugging_face"]
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return ask(exports(tmp_path_factory.mktemp("exports")), sys.executable)
-
-
-def test_snippets_say_what_stock_transformers_says(answers: Any) -> None:
+def compare_varied(answers: Any) -> None:
+    """The same, where answers depend on the image and have several lines."""
     compare(answers)
+    single = answers["hugging_face"].values()
+    assert any("\n" in answer for answer in single), "a newline did not come up"
+    assert len(set(single)) > 3, "the answers do not depend on the image"
+
+
+def test_snippets_say_what_stock_transformers_says(tmp_path: Path) -> None:
+    compare_varied(ask(exports(tmp_path)))
 
 
 @pytest.mark.full
-def test_under_transformers_4(tmp_path: Path) -> None:
-    """In a virtual environment of its own, which takes torch from the one the tests run in."""
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv/bin/python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--ignore-installed", *OLDER], check=True, timeout=600)
-    own = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
-    )
-    (Path(own.stdout.strip()) / "tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    answers = ask(exports(tmp_path), python)
-    assert answers["transformers"] == "4.57.6"
-    compare(answers)
+def test_under_transformers_4_and_5(tmp_path: Path, inference: Environment, older: Environment) -> None:
+    """Each in an environment of its own, which holds what the extra `inference` installs and no more."""
+    folder = exports(tmp_path)
+    said = [ask_in(environment, folder) for environment in (inference, older)]
+    assert [answers.pop("transformers") for answers in said] == ["5.23.0", "4.57.6"]
+    compare_varied(said[0])
+    assert said[0] == said[1]

@@ -1,0 +1,71 @@
+"""Run where bitsandbytes is installed: what 8 and 4 bits make of an export.
+
+python tests/instellavl/quantized.py FOLDER with FOLDER/instellavl and FOLDER/image.png; writes FOLDER/quantized.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from answer import local_checkpoint
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from PIL import Image
+
+from instellavl.model.builder import load_pretrained_model
+from instellavl.processing_instellavl import InstellaVLProcessor
+
+ASKED = "model_name, False, False"
+QUANTIZED = {"load_8bit": "model_name, True, False", "load_4bit": "model_name, False, True"}
+
+
+def dequantized(layer: torch.nn.Module) -> torch.Tensor | None:
+    """The weight that a layer computes with; None of a layer that is not quantized."""
+    if isinstance(layer, Linear4bit):
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    if isinstance(layer, Linear8bitLt):
+        return layer.weight.data.float() * layer.weight.SCB[:, None] / 127  # the largest of a row is 127
+    return None
+
+
+def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((ours - reference).norm() / reference.norm())
+
+
+def report(folder: Path, how: str, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Which layers are quantized, whether the others are as they were, and how far logits are from two references."""
+    full = load_pretrained_model(str(folder / "instellavl"))[1]
+    model = load_pretrained_model(str(folder / "instellavl"), **{how: True})[1]
+    reference, before = full(*inputs).logits, dict(full.named_parameters())
+    weights = {name: weight for name, layer in model.named_modules() if (weight := dequantized(layer)) is not None}
+    changed = [
+        name
+        for name, parameter in model.named_parameters()
+        if name.removesuffix(".weight") not in weights and not torch.equal(parameter, before[name])
+    ]
+    logits = model(*inputs).logits
+    for name, weight in weights.items():
+        before[f"{name}.weight"].copy_(weight.reshape(before[f"{name}.weight"].shape))
+    return {
+        "quantized": sorted(weights),
+        "others changed": changed,
+        "from the model": distance(logits, reference),
+        "from its own weights": distance(logits, full(*inputs).logits),
+        "answer": local_checkpoint(folder, folder / "image.png", (ASKED, QUANTIZED[how])),
+    }
+
+
+@torch.no_grad()
+def main(folder: Path) -> None:
+    tokenizer, _, image_processor, _ = load_pretrained_model(str(folder / "instellavl"))
+    encoded = InstellaVLProcessor(image_processor, tokenizer).encode("A dog?", Image.open(folder / "image.png"))
+    inputs = tuple(encoded[name] for name in ("input_ids", "image_tensor", "image_sizes"))
+    (folder / "quantized.json").write_text(json.dumps({how: report(folder, how, inputs) for how in QUANTIZED}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
