@@ -18,7 +18,7 @@ from checkpoint_convert.folder import new_folder
 from checkpoint_convert.hf_config import model_from_parts
 from checkpoint_convert.megatron_files import write_model
 from checkpoint_convert.name_map import name_map
-from checkpoint_convert.source import PARTS, Source, open_projector, open_source
+from checkpoint_convert.source import PARTS, Source, open_source
 from checkpoint_convert.stored import ChosenTensors, JoinedTensors
 from checkpoint_convert.tokenizer_files import check_image_token, import_tokenizer
 from megatron_vlm.config import LanguageConfig, ModelConfig, VisionConfig
@@ -47,12 +47,14 @@ def merge(vision: Path, language: Path, projector: Path | None, save: Path, toke
         ConversionError: a source that lacks its part or cannot be read, or parts that do not fit.
     """
     tower, decoder = open_source(vision), open_source(language)
-    between = open_projector(projector) if projector else None
+    between = open_source(projector) if projector else None
     if tower.vision is None:
         raise ConversionError(f"{vision} ({tower.kind}) has no vision tower")
     if decoder.language is None:
         raise ConversionError(f"{language} ({decoder.kind}) has no language model")
     chosen = {"vision": tower, "language": decoder} | ({"projector": between} if between else {})
+    if between and "projector" not in between.parts:
+        raise ConversionError(f"{projector} ({between.kind}) has no projector")
     parts = {part: ChosenTensors(source.tensors, PARTS[part]) for part, source in chosen.items()}
     if between:
         _check_projector(parts["projector"], between, tower.vision, decoder.language)

@@ -53,17 +53,29 @@ class Source:
     """How a whole VLM cuts images."""
 
     @property
+    def parts(self) -> list[str]:
+        """Which of PARTS it has."""
+        has = {"vision": self.vision, "projector": self.model or self.kind == "projector", "language": self.language}
+        return [part for part in PARTS if has[part]]
+
+    @property
     def tokenizer(self) -> Path:
         """Where its tokenizer is, if it has one."""
         return self.path / "tokenizer" if self.kind == MEGATRON else self.path
 
 
 def open_source(path: Path) -> Source:
-    """Open a whole VLM, a tower or a decoder. Raises ConversionError where `path` is none that can be read."""
+    """Open a whole VLM, a tower, a decoder, or a projector: mm_projector.bin, the same as safetensors, or its folder.
+
+    Raises ConversionError where `path` is none of these, or one that cannot be read or computed.
+    """
     if (path / TRACKER).is_file():
         recipe = checkpoint_recipe(path)
         tensors = HuggingFaceTensors(name_map(recipe.model), checkpoint_tensors(path), str(path))
         return _whole(path, MEGATRON, tensors, recipe.model, recipe.data.image_aspect_ratio)
+    files = [path] if path.is_file() else [path / name for name in _PROJECTOR_FILES if (path / name).is_file()]
+    if files:
+        return Source(path, "projector", FolderTensors(files[0], "projector"))
     if not (path / "config.json").is_file():
         raise ConversionError(
             f"{path} is no model: it has neither config.json, as a Hugging Face folder, nor {TRACKER}, as a "
@@ -78,18 +90,6 @@ def open_source(path: Path) -> Source:
         return Source(path, kind, FolderTensors(path, "vision"), vision=vision_from_hf(config, source))
     model, aspect_ratio = describe_whole(path, config)
     return _whole(path, kind, whole_tensors(path, config, model), model, aspect_ratio)
-
-
-def open_projector(path: Path) -> Source:
-    """Open a projector: a file as LLaVA saves it (`mm_projector.bin`) or the same as safetensors, a folder with one of
-    these, or a whole VLM. Errors as in open_source."""
-    files = [path] if path.is_file() else [path / name for name in _PROJECTOR_FILES if (path / name).is_file()]
-    if files:
-        return Source(files[0], "projector", FolderTensors(files[0], "projector"))
-    source = open_source(path)
-    if source.model is None:
-        raise ConversionError(f"{path} ({source.kind}) has no projector")
-    return source
 
 
 def describe_whole(folder: Path, config: dict[str, Any], words: int | None = None) -> tuple[ModelConfig, str]:
