@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from megatron_vlm.config import Recipe
-from megatron_vlm.data.loader import build_loader
+from megatron_vlm.data.opened import open_data, open_plan
+from megatron_vlm.data.row_plan import RowPlan
 
 
 def describe_run(recipe: Recipe, world_size: int) -> str:
     """Layout, rows and samples per step, steps per epoch; opens the data and plans the first epoch, builds no model.
 
-    A row holds many samples: `global_batch_size` counts rows, and published recipes count samples.
+    What is refused, and the table of a mixture, go to the log. A row holds many samples: `global_batch_size` counts rows, and published recipes count samples.
     """
     parallel, training = recipe.parallel, recipe.training
-    loader = build_loader(recipe, dp_rank=0, dp_size=1, consumed_rows=0, need_tiles=False)
-    summary = loader.summary()
-    loader.close()
-    rows, samples = summary["rows_per_epoch"], summary["samples_per_epoch"]
+    opened = open_data(recipe, speaks=True)
+    summary, plan = opened.counts, RowPlan(open_plan(recipe, opened))
+    rows, samples = plan.rows, len(plan.current.members)
     per_step = samples / rows * training.global_batch_size
     steps = rows / training.global_batch_size
     return "\n".join(
@@ -25,7 +25,7 @@ def describe_run(recipe: Recipe, world_size: int) -> str:
             f"{parallel.context_parallel_size}",
             f"data       {summary['samples']} samples, {summary['usable']} usable, refused {summary['refused'] or 0}, "
             f"too long {summary['skipped']}",
-            f"rows       {rows} per epoch of {recipe.data.seq_length} tokens, fill {100 * summary['pack_fill']:.1f} %, "
+            f"rows       {rows} per epoch of {recipe.data.seq_length} tokens, fill {100 * plan.fill:.1f} %, "
             f"{samples / rows:.1f} samples per row",
             f"step       {training.global_batch_size} rows = {per_step:.0f} samples",
             f"run        {training.train_iters} steps = {training.train_iters / steps:.2f} epochs of {steps:.0f} steps",

@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> int:
         return 2
     if options.dry_run:
         if speaks:
+            configure_logging("dry run")
             print(describe_run(recipe, world_size()))
         return 0
     training = recipe.training

@@ -50,7 +50,7 @@ class Mixture:
         drawn = []
         for place, (source, rule) in enumerate(self.uses):
             start, stop = self.sources.starts[source], self.sources.starts[source + 1]
-            rng = np.random.default_rng([seed, epoch, place, 0])
+            rng = np.random.default_rng([seed, 0 if rule.fixed else epoch, place, 0])
             drawn.append((start + rule.draw(usable[start:stop], rng)).astype(np.int64))
         return drawn
 

@@ -11,8 +11,9 @@ A mixture is a YAML file:
       - shard_path: shards/science
         repeat: 2                         # the same as sampling_strategy: repeat:2
 
-`first` and `end` count annotations as written; `random` and `choose` draw from the usable ones, `random` at most all of
-them and `choose` more than once each if more are asked for; `repeat: 1.5` takes all once and a drawn half once more.
+`first` and `end` count annotations as written. `random` and `choose` draw from the usable ones: `random` once for all
+epochs and at most all of them, `choose` for each epoch anew and more than once each if more are asked for. `repeat: 1.5`
+takes all once and a half, drawn for each epoch anew, once more.
 """
 
 from __future__ import annotations
@@ -70,12 +71,17 @@ class SamplingRule:
             return "all"
         return f"{self.kind}:{float(self.amount):.15g}{'%' if self.percent else ''}"
 
+    @property
+    def fixed(self) -> bool:
+        """Every epoch takes the same samples."""
+        return self.kind not in ("choose", "repeat")
+
     def draw(self, usable: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Indices into one source, some perhaps more than once.
 
         Args:
             usable: [n] bool, False for samples that are refused.
-            rng: this epoch's.
+            rng: this epoch's; of a fixed rule always the same.
         """
         everything = np.flatnonzero(usable)
         count = ceil(self.amount * len(usable) / 100) if self.percent else int(self.amount)

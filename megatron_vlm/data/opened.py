@@ -91,7 +91,8 @@ def open_data(recipe: Recipe, speaks: bool) -> OpenedData:
             f"({reasons}; {oversized['skipped']} longer than a row)"
         )
     if speaks and len(mixture.uses) > 1:
-        logger.info("%s", describe_mixture(mixture, usable, tokens, tiles, recipe.training.seed))
+        table = describe_mixture(mixture, usable, tokens, tiles, recipe.training.seed)
+        logger.info("the first epoch takes:\n%s", table)
     opened.counts = {
         "samples": len(tokens),
         "usable": int(usable.sum()),

@@ -44,6 +44,16 @@ def test_rules_with_chance(rule: str, most: int, count: int) -> None:
     assert count == 9 or any(sorted(draw(rule, epoch)) != sorted(draw(rule)) for epoch in range(1, 5))
 
 
+@pytest.mark.parametrize(("rule", "same"), [("random:50%", True), ("choose:10", False), ("repeat:1.5", False)])
+def test_drawn_once_or_for_each_epoch(rule: str, same: bool, tmp_path: Path) -> None:
+    path = annotations(tmp_path, "a", 20)
+    (tmp_path / "m.yaml").write_text(f"datasets: [{{json_path: {path}, sampling_strategy: '{rule}'}}]")
+    mixture = open_mixture([str(tmp_path / "m.yaml")], None)
+    draws = [sorted(mixture.draw(np.ones(20, bool), seed=3, epoch=epoch).tolist()) for epoch in range(4)]
+    assert (draws == [draws[0]] * 4) == same
+    assert sorted(mixture.draw(np.ones(20, bool), seed=4, epoch=0).tolist()) != draws[0]
+
+
 @pytest.mark.parametrize("rule", ["first", "some:3", "first:x", "repeat:0", "choose:-1", "first:1.5", "repeat:5%", ""])
 def test_wrong_rules(rule: str) -> None:
     with pytest.raises(ValueError, match=r"expected all, first:N"):
