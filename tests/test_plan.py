@@ -26,6 +26,9 @@ def test_a_mixture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         told = describe_run(recipe, world_size=2)
     assert "41 samples, 40 usable, refused {'missing image': 1}, too long 0" in told and "2 ranks = data 2" in told
     (table,) = [message for message in caplog.messages if message.startswith("the first epoch takes:")]
-    assert [line.split()[1:4] for line in table.splitlines()[2:4]] == [["repeat:2", "20", "40"], ["choose:5", "21", "5"]]
+    assert [line.split()[1:4] for line in table.splitlines()[2:4]] == [
+        ["repeat:2", "20", "40"],
+        ["choose:5", "21", "5"],
+    ]
     assert table.splitlines()[-1].split()[:3] == ["all", "41", "45"]
     assert any("gone.png" in message for message in caplog.messages)

@@ -71,7 +71,10 @@ def convert(options: argparse.Namespace) -> tuple[int, int, Counter[str]]:
         for path in options.input:
             for row in islice(read_rows(path), k - 1, None, n):
                 read += 1
-                yield row
+                if isinstance(row, dict):
+                    yield row
+                else:
+                    problem({"row": row}, RowError("no row", f"{type(row).__name__} where an object is expected"))
 
     def problem(row: dict[str, Any], error: RowError) -> None:
         refused[error.reason] += 1

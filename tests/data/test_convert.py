@@ -8,10 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from megatron_vlm.data.annotations import parse_annotation
-from megatron_vlm.data.convert.kinds import reading_order
+from megatron_vlm.data.convert.kinds import KINDS, reading_order
 from tests.data.helpers import image_bytes
 from tests.tools_by_path import load_tool
 
@@ -46,9 +48,6 @@ def images(tmp_path: Path) -> Path:
 
 
 def test_parquet_with_image_bytes(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     data = image_bytes(20, 10, kind="JPEG")
     table = pyarrow.Table.from_pylist(
         [
@@ -113,6 +112,41 @@ def test_captions_with_a_pool(tmp_path: Path, images: Path) -> None:
     assert {said(entry)[0] for entry in own} == {"<image>\nOnly this."}
 
 
+def test_every_caption_of_an_image_is_an_entry(tmp_path: Path, images: Path) -> None:
+    rows = [
+        {"image": "a.png", "caption": ["one", "two", "three"]}, {"image": "b.png", "caption": "four"},
+        {"image": "b.png", "caption": []},
+    ]  # fmt: skip
+    entries = convert(tmp_path, "captions", rows_file(tmp_path / "in.jsonl", rows))
+    told = [(entry["id"], entry["image"], said(entry)[1]) for entry in entries]
+    assert told == [("out-0", "a.png", "one"), ("out-1", "a.png", "two"), ("out-2", "a.png", "three"),
+                    ("out-3", "b.png", "four")]  # fmt: skip
+    assert "missing column" in (tmp_path / "out.jsonl.quarantine.jsonl").read_text()
+
+
+def test_conversations_in_three_forms(tmp_path: Path, images: Path) -> None:
+    data = image_bytes(8, 8)
+    pairs = [{"user": "Both?", "assistant": "Yes."}, {"user": "Sure?", "assistant": "Yes."}]
+    table = pyarrow.Table.from_pylist([{"images": [{"bytes": data, "path": None}] * 2, "texts": pairs}])
+    parquet.write_table(table, tmp_path / "in.parquet")
+    flags = ("--image-column", "images", "--turns-column", "texts")
+    (entry,) = convert(tmp_path, "conversations", tmp_path / "in.parquet", *flags)
+    assert said(entry) == ["<image>\n<image>\nBoth?", "Yes.", "Sure?", "Yes."] and len(entry["image"]) == 2
+    llava = [{"from": "human", "value": "What is <image>?"}, {"from": "gpt", "value": "A."}]
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = [
+        {"id": 7, "image": "a.png", "conversations": llava}, {"conversations": chat},
+        {"conversations": llava}, {"conversations": chat[:1]}, {"conversations": chat[::-1]}, {"conversations": ["hi"]},
+        5,
+    ]  # fmt: skip
+    entries = convert(tmp_path, "conversations", rows_file(tmp_path / "in.jsonl", rows))
+    assert [(e["id"], said(e)) for e in entries] == [("7", ["What is <image>?", "A."]), ("out-1", ["Hi", "Hello"])]
+    refused = (tmp_path / "out.jsonl.quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["message"].partition(":")[0] for line in refused] == [
+        "image count mismatch", "turns out of order", "turns out of order", "turns out of order", "no row",
+    ]  # fmt: skip
+
+
 def test_choices_with_a_rationale(tmp_path: Path, images: Path) -> None:
     question = {"image": "b.png", "question": "Which?", "choices": ["red", "blue"]}
     rows = [
@@ -155,6 +189,7 @@ def test_a_kind_of_ones_own(tmp_path: Path) -> None:
     )
     source = rows_file(tmp_path / "in.jsonl", [{"riddle": "What has hands?", "solution": "A clock."}])
     (entry,) = convert(tmp_path, "riddles", source, "--plugin", str(tmp_path / "riddles.py"))
+    del KINDS["riddles"]
     assert entry == {"id": "out-0", "conversations": entry["conversations"]} and said(entry)[1] == "A clock."
 
 

@@ -111,13 +111,62 @@ class QuestionAnswer(Converter):
         answer = str(answer[0] if isinstance(answer, list) else answer)  # several people's answers: the first
         if options.suffix:
             question = f"{question}\n{options.suffix}"
-        image = row.get(options.image_column)
-        return conversation(question, answer, image=None if image is None else images.take(image))
+        return conversation(question, answer, image=images.take_all(row.get(options.image_column)))
+
+
+@register
+class Conversations(Converter):
+    """whole conversations, perhaps with image bytes: LLaVA's from/value, role/content, or pairs user/assistant"""
+
+    name = "conversations"
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        column_arguments(parser, image="image", turns="conversations")
+
+    def entry(self, row: Entry, images: ImageStore) -> Entry:
+        texts = list(_texts(cell(row, self.options.turns_column)))
+        image = images.take_all(row.get(self.options.image_column))
+        count = len(image) if isinstance(image, list) else int(image is not None)
+        there = "".join(texts).count(IMAGE_PLACEHOLDER)
+        if there not in (0, count):
+            raise RowError("image count mismatch", f"{there} {IMAGE_PLACEHOLDER} placeholders for {count} images")
+        entry = conversation(*texts, image=image)
+        if there:  # they stand where they belong
+            entry["conversations"][0]["value"] = texts[0]
+        return {**({"id": str(row["id"])} if row.get("id") is not None else {}), **entry}
+
+
+_ASKING, _ANSWERING = ("human", "user"), ("gpt", "assistant", "model")
+
+
+def _texts(turns: Any) -> Iterator[str]:
+    """Questions and answers in turn, of the forms in which sets have conversations.
+
+    Raises:
+        RowError: they do not take turns.
+    """
+    place = 0
+    for turn in turns if isinstance(turns, list) else ():
+        if not isinstance(turn, dict):
+            break
+        role = turn.get("from", turn.get("role"))
+        if role is None and {"user", "assistant"} <= turn.keys():
+            messages = [("user", turn["user"]), ("assistant", turn["assistant"])]
+        else:
+            messages = [(role, turn.get("value", turn.get("content")))]
+        for who, text in messages:
+            if who not in (_ASKING, _ANSWERING)[place % 2] or not isinstance(text, str):
+                raise RowError("turns out of order", f"message {place} is {text!r} from {who!r}")
+            place += 1
+            yield text
+    if place == 0 or place % 2:
+        raise RowError("turns out of order", f"{place} messages, where each question has an answer")
 
 
 @register
 class Captions(Converter):
-    """image and caption, asked for with one of a pool of prompts, drawn by the seed and the row"""
+    """image and caption or several, asked for with one of a pool of prompts, drawn by the seed and the row"""
 
     name = "captions"
 
@@ -134,7 +183,6 @@ class Captions(Converter):
         if self.pool is None:
             with open(options.prompts, encoding="utf-8") as file:
                 self.pool = tuple(line.strip() for line in file if line.strip())
-        self.drawn = 0
 
     def entry(self, row: Entry, images: ImageStore) -> Entry:
         caption = str(cell(row, self.options.caption_column)).strip()
@@ -142,6 +190,18 @@ class Captions(Converter):
         # Of the row, not of the order: shares of a set that are converted apart get what the whole gets.
         prompt = random.Random(f"{self.options.seed} {image} {caption}").choice(self.pool or ())
         return conversation(prompt, caption, image=image)
+
+    def entries(self, rows: Iterator[Entry], images: ImageStore, problem: Problem) -> Iterator[Entry]:
+        """Several captions of an image, as a list, are an entry each."""
+        column = self.options.caption_column
+
+        def single() -> Iterator[Entry]:
+            for row in rows:
+                captions = row.get(column)
+                for caption in captions or [None] if isinstance(captions, list) else [captions]:
+                    yield {**row, column: caption}
+
+        return super().entries(single(), images, problem)
 
 
 @register
@@ -216,11 +276,10 @@ class Choice(Converter):
         right = self._right(cell(row, options.answer_column), choices)
         listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(_LETTERS, choices, strict=False))
         question = f"{cell(row, options.question_column)}\n{listed}\nAnswer with the letter of the right choice."
-        image = row.get(options.image_column)
         texts = [question, _LETTERS[right]]
         if rationale := row.get(options.rationale_column):
             texts += [options.why, str(rationale)]
-        return conversation(*texts, image=None if image is None else images.take(image))
+        return conversation(*texts, image=images.take_all(row.get(options.image_column)))
 
     def _right(self, answer: Any, choices: list[str]) -> int:
         """Place of the right choice, of which the place, the letter or the text may be given."""
@@ -248,9 +307,8 @@ class MergeTurns(Converter):
         texts = [str(turn.get("value", "")).replace(IMAGE_PLACEHOLDER, "").strip() for turn in turns]
         if len(texts) % 2 or [turn.get("from") for turn in turns] != ["human", "gpt"] * (len(texts) // 2):
             raise RowError("turns out of order", "human and gpt must take turns, and gpt has the last word")
-        image = row.get("image")
-        taken = [images.take(one) for one in image] if isinstance(image, list) else image and images.take(image)
-        return {**({"id": row["id"]} if "id" in row else {}), **conversation(*texts, image=taken or None)}
+        image = images.take_all(row.get("image"))
+        return {**({"id": row["id"]} if "id" in row else {}), **conversation(*texts, image=image)}
 
     def entries(self, rows: Iterator[Entry], images: ImageStore, problem: Problem) -> Iterator[Entry]:
         merged: Entry | None = None

@@ -53,7 +53,12 @@ def _json(path: Path) -> Iterator[dict[str, Any]]:
 
 def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
-        yield from (json.loads(line) for line in file if line.strip())
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from error
 
 
 def _csv(path: Path) -> Iterator[dict[str, Any]]:
@@ -101,6 +106,15 @@ class ImageStore:
         if not self._has(cell):
             raise RowError("missing image", f"there is no {self.folder / cell}")
         return cell
+
+    def take_all(self, cell: Any) -> str | list[str] | None:
+        """As `take`, of a cell that may be empty, or hold a list of images."""
+        if cell is None or cell == "" or cell == []:
+            return None
+        if isinstance(cell, list):
+            taken = [self.take(one) for one in cell]
+            return taken if len(taken) > 1 else taken[0]
+        return self.take(cell)
 
     def _has(self, path: str) -> bool:
         return len(path) < _LONGEST_PATH and (self.folder / path).is_file()

@@ -1,0 +1,38 @@
+"""The worked example of each kind of conversion: what it gives is what training takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import conversions
+import easy_vqa
+
+from megatron_vlm.data.annotations import parse_annotation
+from megatron_vlm.data.convert.kinds import KINDS
+from tests.tools_by_path import load_tool
+
+
+def test_each_kind(wheel: Path, tmp_path: Path) -> None:
+    examples, tool = conversions.Examples(tmp_path, wheel), load_tool("convert_dataset")
+    converted = {}
+    for kind, source, flags in examples.inputs():
+        output = tmp_path / f"{kind}.out.jsonl"
+        words = ["--input", str(source), "--output", str(output), "--image-folder", str(examples.images), *flags]
+        assert tool.main([kind, *words]) == 0 and not Path(f"{output}.quarantine.jsonl").exists()
+        converted[kind] = [json.loads(line) for line in output.read_text().splitlines()]
+        for index, entry in enumerate(converted[kind]):
+            parse_annotation(entry, index, kind)
+            assert (examples.images / entry["image"]).is_file()
+    assert set(converted) == set(KINDS)
+    asked = [entry["conversations"][0]["value"] for entry in converted["qa"]]
+    assert asked == [f"<image>\n{question.text}\nAnswer with one word." for question in examples.questions]
+    image = examples.images / converted["qa"][0]["image"]
+    assert image.read_bytes() == examples.pictures[examples.questions[0].image]  # byte for byte out of the Parquet
+    for kind in ("conversations", "merge"):  # one conversation of all questions about an image
+        answers = [[t["value"] for t in e["conversations"] if t["from"] == "gpt"] for e in converted[kind]]
+        assert sum(map(len, answers)) == len(examples.questions) and max(map(len, answers)) > easy_vqa.MOST_TURNS
+    captions = [(entry["image"], entry["conversations"][1]["value"]) for entry in converted["captions"]]
+    assert len(set(captions)) == len(captions) > conversions.IMAGES  # each caption once, and more than one of an image
+    assert converted["ocr"][0]["conversations"][1]["value"] == "\n".join(conversions._PAGE)
+    assert {len(entry["conversations"]) for entry in converted["choice"]} == {4}
