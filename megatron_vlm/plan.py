@@ -10,7 +10,8 @@ from megatron_vlm.data.row_plan import RowPlan
 def describe_run(recipe: Recipe, world_size: int) -> str:
     """Layout, rows and samples per step, steps per epoch; opens the data and plans the first epoch, builds no model.
 
-    What is refused, and the table of a mixture, go to the log. A row holds many samples: `global_batch_size` counts rows, and published recipes count samples.
+    What is refused, and the table of a mixture, go to the log. A row holds many samples: `global_batch_size` counts
+    rows, and published recipes count samples.
     """
     parallel, training = recipe.parallel, recipe.training
     opened = open_data(recipe, speaks=True)

@@ -12,8 +12,8 @@ A mixture is a YAML file:
         repeat: 2                         # the same as sampling_strategy: repeat:2
 
 `first` and `end` count annotations as written. `random` and `choose` draw from the usable ones: `random` once for all
-epochs and at most all of them, `choose` for each epoch anew and more than once each if more are asked for. `repeat: 1.5`
-takes all once and a half, drawn for each epoch anew, once more.
+epochs and at most all of them, `choose` for each epoch anew and more than once each if more are asked for.
+`repeat: 1.5` takes all once and a half, drawn for each epoch anew, once more.
 """
 
 from __future__ import annotations
