@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_vlm.config import Recipe
 from megatron_vlm.data.opened import open_data, open_plan
+from megatron_vlm.data.plan_inputs import plan_inputs
 from megatron_vlm.data.row_plan import RowPlan
 
 
@@ -15,7 +16,7 @@ def describe_run(recipe: Recipe, world_size: int) -> str:
     """
     parallel, training = recipe.parallel, recipe.training
     opened = open_data(recipe, speaks=True)
-    summary, plan = opened.counts, RowPlan(open_plan(recipe, opened))
+    summary, plan = opened.counts, RowPlan(open_plan(recipe, opened, plan_inputs(recipe, opened)))
     rows, samples = plan.rows, len(plan.current.members)
     per_step = samples / rows * training.global_batch_size
     steps = rows / training.global_batch_size

@@ -152,7 +152,7 @@ def _texts(turns: Any) -> Iterator[str]:
             break
         role = turn.get("from", turn.get("role"))
         if role is None and {"user", "assistant"} <= turn.keys():
-            messages = [("user", turn["user"]), ("assistant", turn["assistant"])]
+            messages: list[tuple[Any, Any]] = [("user", turn["user"]), ("assistant", turn["assistant"])]
         else:
             messages = [(role, turn.get("value", turn.get("content")))]
         for who, text in messages:
