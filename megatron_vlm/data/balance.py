@@ -13,12 +13,11 @@ that every machine finds the same rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-_AIMED_FILL = 0.996
-"""Of the budget that binds. Less room than this and swaps that fit become rare."""
 _OVER = 1.1
 """Dealing may exceed a budget by this: swaps put it right."""
 _BLOCKS = 8
@@ -33,8 +32,10 @@ _EVEN = 0.003
 """A row this near to the mean is left alone, unless to help another."""
 _GAIN = 0.7
 """A swap that leaves less than this part of a pair's distance from even is a gain."""
-_GAINS_AT_LEAST = 0.005
-"""Rounds end when three in a row brought gains to less than this part of the rows."""
+_GAINS_AT_LEAST = 0.03
+"""When three rounds in a row brought gains to less than this part of the rows, only rows beyond a budget go on."""
+_AT_ONCE = 512
+"""Pairs of rows that are looked at together: what is worked out for them stays in a core's cache."""
 
 
 @dataclass
@@ -99,7 +100,7 @@ def _deal(lengths: Lengths, samples: np.ndarray) -> np.ndarray:
     while len(left):
         tokens, tiles = lengths.tokens[left].astype(np.int64), lengths.tiles[left].astype(np.int64)
         full = max(tokens.sum() / lengths.seq_length, tiles.sum() / max(lengths.max_tiles, 1))
-        count = max(int(np.ceil(full)), round(float(full) / _AIMED_FILL), 1)
+        count = max(int(np.ceil(full)), 1)
         owner = _deal_round(tokens, tiles, count, lengths)
         owners.append(owner[owner >= 0] + rows)
         placed.append(left[owner >= 0])
@@ -161,20 +162,29 @@ class _Exchange:
         return over + np.maximum(tiles - max_tiles, 0) / np.maximum(max_tiles, np.float32(1))
 
     def run(self) -> None:
-        """Swap until rows are even, or swaps help no more."""
+        """Swap until rows are even, or swaps help no more; then until none exceeds a budget, or swaps help no more."""
+        even = len(self.rows) < 2 or self._rounds(_GAINS_AT_LEAST, lambda bad: bad > _EVEN**2)
+        if not even:
+            self._rounds(0, lambda bad: self.excess(self.tokens, self.tiles) > 0)
+
+    def _rounds(self, gains_at_least: float, want: Callable[[np.ndarray], np.ndarray]) -> bool:
+        """Rounds of swaps in pairs of which one row is wanted, given how bad rows are.
+
+        Returns whether none is wanted any more.
+        """
         idle = 0
-        for number in range(_SWAPS if len(self.rows) > 1 else 0):
+        for number in range(_SWAPS):
             bad = self.badness(self.tokens, self.tiles, self.cost)
-            ours, theirs = self._pairs(number % 3, bad)
-            wanted = (bad[ours] > _EVEN**2) | (bad[theirs] > _EVEN**2)
+            wanted = want(bad)
             if not wanted.any():
-                if number % 3 == 1:
-                    break
-                continue
-            gains = self._swap(ours[wanted], theirs[wanted], bad)
-            idle = 0 if gains > _GAINS_AT_LEAST * len(self.rows) else idle + 1
+                return True
+            ours, theirs = self._pairs(number % 3, bad)
+            worth = wanted[ours] | wanted[theirs]
+            gains = self._swap(ours[worth], theirs[worth], bad)
+            idle = 0 if gains > gains_at_least * len(self.rows) else idle + 1
             if idle == 3:
                 break
+        return False
 
     def _pairs(self, kind: int, bad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Two disjoint sets of rows: dear with cheap, long with short, or the worst with any."""
@@ -192,10 +202,16 @@ class _Exchange:
 
     def _swap(self, ours: np.ndarray, theirs: np.ndarray, bad: np.ndarray) -> int:
         """The best swap in each pair of rows, if it betters them. Returns the number of gains."""
-        lengths, width = self.lengths, self.rows.shape[1]
+        width = self.rows.shape[1]
         drawn = [
             np.arange(width) if width <= _CANDIDATES else self.rng.permutation(width)[:_CANDIDATES] for _ in range(2)
         ]
+        parts = range(0, len(ours), _AT_ONCE)
+        return sum(self._swap_some(ours[i : i + _AT_ONCE], theirs[i : i + _AT_ONCE], drawn, bad) for i in parts)
+
+    def _swap_some(self, ours: np.ndarray, theirs: np.ndarray, drawn: list[np.ndarray], bad: np.ndarray) -> int:
+        """The same for some of the pairs, looking at the places `drawn` of our rows and of theirs."""
+        lengths = self.lengths
         mine, other = self.rows[np.ix_(ours, drawn[0])], self.rows[np.ix_(theirs, drawn[1])]
         # [pairs, my candidates, their candidates]: what my row gains by each swap
         gains = [

@@ -3,16 +3,20 @@
 A multiplication and an addition are two operations; a backward pass costs as much as a forward one for the gradients
 of what goes in and as much again for those of weights that are trained (Kaplan et al., arXiv:2001.08361, section 2.1;
 the attention term as in Narayanan et al., arXiv:2104.04473, appendix). With h the decoder's width, f its MLP's, n its
-layers, k the share of key and value heads; w, m, d the tower's width, MLP width and used layers; p its patches:
+layers, q and k the width of all its query and of all its key heads; w, m, d the tower's width, MLP width and used
+layers; p its patches of s values each, t its tokens of a tile; v, l and r 1 if tower, language model or projector are
+trained, else 0:
 
-    a = 3 · n · 2h                                     causal scores and values, forward and backward
-    b = (2 + language trained) · n · (4h² + 4kh² + 6hf)   projections and SwiGLU
-    c = (1 + 2 · vision trained) · d · (p+1) · (8w² + 4wm + 4(p+1)w)
-        + (1 + vision trained + projector trained) · p · 2(wh + h²)
+    a = 3 · n · 2q                                            causal scores and values, forward and backward
+    b = (2 + l) · n · (4hq + 4hk + 6hf)                       projections and SwiGLU
+    c = (1 + 2v) · d · t · (8w² + 4wm + 4tw)                  tower
+        + (1 + v) · p · 2sw                                   its patch embedding
+        + t · 2((1 + r + v) · wh + (1 + r + max(r, v)) · h²)  projector
 
-The loss head is left out: it sees the loss tokens alone, a hundredth of the work. Kernels do not all reach the same
-share of a device's peak; who has measured theirs gives `data.cost_per_token_squared`, `cost_per_token` and
-`cost_per_tile`. Only their ratios matter.
+The tests hold this against what torch counts in the real modules. The loss head is left out: it sees the loss tokens
+alone, a hundredth of the work. So is recomputation, on purpose: the rows of a run must stay the same when it goes on
+with another setting to save memory. Kernels do not all reach the same share of a device's peak; who has measured
+theirs gives `data.cost_per_token_squared`, `cost_per_token` and `cost_per_tile`. Only their ratios matter.
 """
 
 from __future__ import annotations
@@ -61,18 +65,21 @@ class RowCost:
 def cost_of_model(model: ModelConfig, trainable: tuple[str, ...] = PARTS) -> RowCost:
     """Coefficients in floating-point operations of a training step; the formula is at the head of this module."""
     language, vision = model.language, model.vision
-    h, w, patches = language.hidden_size, vision.hidden_size, vision.patches_per_tile
-    share = language.num_key_value_heads / language.num_attention_heads
-    linear = language.num_hidden_layers * (4 * h * h + 4 * share * h * h + 6 * h * language.intermediate_size)
-    positions = patches + 1
-    layer = positions * (8 * w * w + 4 * w * vision.intermediate_size + 4 * positions * w)
-    projector = patches * 2 * (w * h + h * h)
     trained = {part: int(part in trainable) for part in PARTS}
+    h, queries = language.hidden_size, language.num_attention_heads * language.head_width
+    keys = language.num_key_value_heads * language.head_width
+    linear = language.num_hidden_layers * (4 * h * queries + 4 * h * keys + 6 * h * language.intermediate_size)
+    w, positions = vision.hidden_size, vision.tokens_per_tile
+    layer = positions * (8 * w * w + 4 * w * vision.intermediate_size + 4 * positions * w)
+    embedding = vision.patches_per_tile * 2 * 3 * vision.patch_size**2 * w
+    passes = 1 + trained["projector"] + trained["vision"]
+    second_passes = 1 + trained["projector"] + max(trained["projector"], trained["vision"])
     return RowCost(
-        per_token_squared=3 * language.num_hidden_layers * 2.0 * h,
-        per_token=(2 + trained["language"]) * linear,
-        per_tile=(1 + 2 * trained["vision"]) * vision.num_layers_used * float(layer)
-        + (1 + trained["vision"] + trained["projector"]) * projector,
+        per_token_squared=3 * language.num_hidden_layers * 2.0 * queries,
+        per_token=(2.0 + trained["language"]) * linear,
+        per_tile=(1.0 + 2 * trained["vision"]) * vision.num_layers_used * layer
+        + (1 + trained["vision"]) * embedding
+        + positions * 2 * (passes * w * h + second_passes * h * h),
     )
 
 

@@ -2,9 +2,9 @@
 
 An epoch's samples, in the order the mixture gives, are cut into windows; each window is packed by itself into rows
 that hold both budgets and cost the same (`balance.py`). What cost is left to differ is met by the order of the rows:
-it rises and falls in long waves, so that rows next to each other, which are rows that run at the same time, cost about
-the same, whatever the number of data ranks and of rows per step; and every wave has all the costs, so that nothing
-drifts.
+over a window it rises once and falls once, and the next window begins where it ended, with the cheapest rows. So rows
+next to each other, which are rows that run at the same time, cost about the same, whatever the number of data ranks
+and of rows per step; and every window has all the costs, so that nothing drifts.
 
 All of it follows from (seed, epoch): every machine finds the same plan.
 """
@@ -19,10 +19,8 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.balance import Lengths, even_rows
 from megatron_vlm.data.cost import RowCost, cost_of_model
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 """Of the rule by which rows are found: a run that goes on under another would see other rows."""
-_SLOPE = 2048
-"""Rows in which the cost rises, or falls, where a window has as many."""
 
 
 @dataclass
@@ -72,7 +70,7 @@ def pack_window(
     cost = budget.cost.whole(tokens, tiles, budget.seq_length, budget.max_tiles)
     lengths = Lengths.of(tokens, tiles, cost, budget.seq_length, budget.max_tiles)
     rows = even_rows(lengths, rng.permutation(len(tokens)), rng)
-    rows = rows[_in_waves(lengths.cost[rows].sum(1), rng)]
+    rows = rows[_rise_and_fall(lengths.cost[rows].sum(1))]
     # Within a row, any order: the free places go to the end and are left out.
     keys = rng.random(rows.shape)
     keys[rows == lengths.free] = 2
@@ -81,12 +79,10 @@ def pack_window(
     return rows[taken], taken.sum(1)
 
 
-def _in_waves(cost: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An order of rows in which the cost rises, falls, rises, … , beginning somewhere on the way."""
+def _rise_and_fall(cost: np.ndarray) -> np.ndarray:
+    """An order of rows in which the cost rises to the highest and falls again."""
     ascending = np.argsort(cost, kind="stable")
-    slopes = 2 * max(round(len(cost) / (2 * _SLOPE)), 1)
-    waves = [ascending[slope::slopes][:: -1 if slope % 2 else 1] for slope in range(slopes)]
-    return np.roll(np.concatenate(waves), int(rng.integers(max(len(cost), 1))))
+    return np.concatenate([ascending[::2], ascending[1::2][::-1]])
 
 
 def plan_epoch(

@@ -4,27 +4,62 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_vlm.config import Recipe, load_recipe
-from megatron_vlm.config.model import LanguageConfig, ModelConfig, VisionConfig
+from megatron_vlm.config import ParallelConfig, Recipe, load_recipe
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
 from megatron_vlm.data.cost import RowCost, cost_of_model, row_cost
+from tests.parallel.rows import tiny_recipe
 
 
-def test_operations_of_a_model_small_enough_to_count() -> None:
-    vision = VisionConfig(
-        hidden_size=2, intermediate_size=3, num_hidden_layers=2, num_attention_heads=1, image_size=4, patch_size=2
+def _row(length: int, tiles: int) -> PackedBatch:
+    """One document with one loss token, and tiles of which a few features are used."""
+    vision = tiny_recipe(ParallelConfig()).model.vision
+    labels = torch.full((length,), IGNORE_INDEX)
+    labels[-2] = 1
+    return PackedBatch(
+        tokens=torch.arange(length) % 7,
+        labels=labels,
+        positions=torch.arange(length),
+        bounds=[0, length],
+        feature_positions=torch.arange(4),
+        feature_sources=torch.arange(4),
+        num_tiles=tiles,
+        tiles=torch.randn(tiles, 3, vision.image_size, vision.image_size),
     )
-    language = LanguageConfig(
-        hidden_size=4, intermediate_size=5, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1
-    )
-    cost = cost_of_model(ModelConfig(vision, language), ("language",))
-    # Three layers, forward and twice backward: of l * l scores and as many values, half are masked.
-    assert cost.per_token_squared == 3 * 3 * (2 * 2 * 4 / 2)
-    # Query and output 4x4, key and value 4x2 each, three matrices of 4x5; two operations each; three passes.
-    assert cost.per_token == 3 * 3 * 2 * (2 * 16 + 2 * 8 + 3 * 20)
-    # One layer is used, forward only: 5 positions with four 2x2 and two 2x3 matrices, 5 * 5 scores and values.
-    tower = 2 * 5 * (4 * 4 + 2 * 6) + 2 * 2 * 5 * 5 * 2
-    assert cost.per_tile == tower + 4 * 2 * (2 * 4 + 4 * 4)
+
+
+ALL = ("vision", "projector", "language")
+
+
+@pytest.mark.parametrize(
+    "trainable", [ALL, ("projector",), ("projector", "language"), ("language",), ("vision", "projector")], ids="+".join
+)
+def test_what_torch_counts_in_the_real_modules(one_process: None, trainable: tuple[str, ...]) -> None:
+    """Forward and backward of a row; two more lengths and another number of tiles give the three coefficients."""
+    from megatron_vlm.model.build import build_model
+    from megatron_vlm.model.initialize import initialize_weights
+
+    recipe = tiny_recipe(ParallelConfig(), trainable=list(trainable))
+    (model,) = chunks = build_model(recipe)
+    initialize_weights(chunks, recipe)
+
+    def operations(length: int, tiles: int) -> int:
+        # torch counts the products inside this kernel one by one, and those of masked places too.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(_row(length, tiles)).backward()
+        return counter.get_total_flops()
+
+    short, middle, long = (operations(length, 1) for length in (16, 32, 48))
+    squared = (long - 2 * middle + short) / (2 * 16**2)
+    linear = (middle - short) / 16 - squared * (16 + 32)
+    cost = cost_of_model(recipe.model, trainable)
+    assert squared == 2 * cost.per_token_squared  # of which half is masked
+    assert linear == cost.per_token
+    assert operations(16, 3) - short == 2 * cost.per_tile
 
 
 def test_what_is_frozen_costs_less() -> None:
