@@ -95,12 +95,13 @@ def parse_annotation(entry: Any, index: int, file: str) -> Annotation:
         SampleError: with what is wrong; its `reason` is one of a few.
     """
     sample_id = str(entry["id"]) if isinstance(entry, dict) and entry.get("id") is not None else f"#{index}"
+    sample_id = sample_id.encode("utf-8", "backslashreplace").decode()  # it must be fit to be printed
 
     def bad(reason: str, what: str, remedy: str) -> SampleError:
         return SampleError(sample_id, file, reason, what, remedy)
 
     if not isinstance(entry, dict):
-        raise bad("not an entry", f"a {type(entry).__name__} where an object is expected", "Mend or remove it.")
+        raise bad("not an entry", f"{type(entry).__name__} where an object is expected", "Mend or remove it.")
     if entry.get("video"):
         raise bad("video", "videos are not read", "Remove the entry, or give frames as a list of images.")
     images = entry.get("image")
@@ -118,6 +119,15 @@ def parse_annotation(entry: Any, index: int, file: str) -> Annotation:
     return Annotation(sample_id, paths, turns)
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether a tokenizer takes it: JSON may spell out what no text can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _parse_turns(conversations: Any, bad: Any) -> list[Turn]:
     if not isinstance(conversations, list) or not conversations:
         raise bad("no conversation", "conversations is absent or empty", "Add a question and its answer.")
@@ -129,6 +139,8 @@ def _parse_turns(conversations: Any, bad: Any) -> list[Turn]:
             raise bad("unknown role", f"turn {number} is from {role!r}", "Roles are human and gpt.")
         if not isinstance(text, str):
             raise bad("no text", f"turn {number} has the value {text!r}", "Give it a text.")
+        if not _is_unicode(text):
+            raise bad("no text", f"turn {number} has half a surrogate pair, which is no character", "Mend the text.")
         turns.append(Turn(role, text))
     # Published sets have conversations that open with an answer; that turn answers nothing and is left out.
     if turns[0].role != "human":

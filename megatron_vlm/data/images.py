@@ -11,6 +11,7 @@ What becomes of each kind, on purpose:
 | animated | its first frame |
 | more than MAX_PIXELS | refused before anything is decoded |
 | truncated, damaged, empty | refused |
+| PostScript | refused: it is a program, which Pillow would have Ghostscript run |
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 300_000_000
 """A scan of A1 at 600 dots per inch has 280 million. Decoded, an image of this size takes 0.9 GB."""
@@ -43,7 +44,9 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if image.getexif().get(_EXIF_ORIENTATION) in _ROTATED else (width, height)
 
 
-def _check_pixels(image: Image.Image) -> None:
+def _check(image: Image.Image) -> None:
+    if image.format == "EPS":
+        raise ImageUnreadable("PostScript, which is a program and no picture")
     if image.width * image.height > MAX_PIXELS:
         raise ImageTooLarge(
             f"{image.width}x{image.height} pixels, more than {MAX_PIXELS // 10**6} million: not decoded, for a small "
@@ -62,11 +65,11 @@ def verify_image(data: bytes) -> tuple[int, int]:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            _check_pixels(image)
+            _check(image)
             size = _upright_size(image)
             image.draft(image.mode, (64, 64))
             image.load()
-    except ImageTooLarge:
+    except ImageUnreadable:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds
         raise ImageUnreadable(_explain(data, error)) from error
@@ -81,10 +84,10 @@ def decode_image(data: bytes) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            _check_pixels(image)
+            _check(image)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
-    except ImageTooLarge:
+    except ImageUnreadable:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds
         raise ImageUnreadable(_explain(data, error)) from error
@@ -115,4 +118,6 @@ def _grey_to_eight_bits(image: Image.Image) -> Image.Image:
 def _explain(data: bytes, error: Exception) -> str:
     if not data:
         return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return f"{len(data)} bytes that begin {data[:12]!r} and are of no kind that Pillow knows"
     return f"{len(data)} bytes that Pillow cannot decode ({type(error).__name__}: {error})".replace("\n", " ")

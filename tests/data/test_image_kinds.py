@@ -85,6 +85,9 @@ BAD = {
     "html": (b"<!DOCTYPE html><html>404</html>", "unreadable image"),
     "truncated png": (image_bytes(90, 90)[:-900], "unreadable image"),
     "truncated jpeg": (image_bytes(90, 90, kind="JPEG")[:-900], "unreadable image"),
+    "vector": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "unreadable image"),
+    "no pixels": (bomb(0, 9), "unreadable image"),
+    "claims more than it has": (bomb(900, 900), "unreadable image"),
     "bomb": (bomb(), "image too large"),
 }
 
@@ -111,8 +114,9 @@ def test_details() -> None:
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_kinds(kind: str) -> None:
     for read in (verify_image, decode_image):
-        with pytest.raises(ImageUnreadable):
+        with pytest.raises(ImageUnreadable) as refused:
             read(BAD[kind][0])
+    assert "object at" not in str(refused.value)  # the same message each time
 
 
 def test_the_limit_is_on_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +144,10 @@ def folder(tmp_path: Path) -> Folder:
     folder.entries[-1]["conversations"].insert(0, {"from": "human", "value": "hello"})
     folder.add("no text", "hi", "yes")
     folder.entries[-1]["conversations"][0]["value"] = 7
+    folder.add("no character", "hi \ud800", "yes")
+    folder.add("no name", "<image>\nWhat?", "It.", image="a\0b")
+    folder.add("folder", "<image>\nWhat?", "It.", image="folder")
+    (folder.images / "folder").mkdir()
     folder.add("video", "hi", "yes", video="a.mp4")
     folder.entries += ["not an entry", {"id": "bare"}]
     return folder
@@ -149,8 +157,9 @@ REASONS = {
     **{name: reason for name, (_, reason) in BAD.items()},
     "gone": "missing image", "no placeholder": "image count mismatch", "two placeholders": "image count mismatch",
     "wrong role": "unknown role", "empty answer": "empty answer", "no answer": "no answer",
-    "two questions": "turns out of order", "no text": "no text", "video": "video", "bare": "no conversation",
-    f"#{len(GOOD) + len(BAD) + 9}": "not an entry",
+    "two questions": "turns out of order", "no text": "no text", "no character": "no text",
+    "no name": "bad image path", "folder": "unreadable image", "video": "video",
+    "bare": "no conversation", f"#{len(GOOD) + len(BAD) + 12}": "not an entry",
 }  # fmt: skip
 
 
