@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -83,11 +87,13 @@ def test_the_report(root: Path, tmp_path: Path) -> None:
     arguments = [str(root / "mix.yaml"), "--config", str(root / "recipe.yaml"), "--output", str(tmp_path / "r")]
     assert tool.main([*arguments, "--examples", "70"]) == 0
     page = (tmp_path / "r" / "index.html").read_text()
-    for name in ("mixture", "lengths", "images", "grids", "packing"):
-        pixels = np.asarray(Image.open(tmp_path / "r" / f"{name}.png").convert("L"))
-        assert f"src={name}.png" in page and pixels.std() > 5  # something is drawn
-    assert "repeat:2" in page and "&lt;b&gt;What?" in page and "<b>What?" not in page
-    assert "<span class=answer>A line." in page and "<span class=image>[image, " in page
+    pictures = re.findall(r'<img alt="([^"]+)" src="data:image/png;base64,([^"]+)"', page)
+    assert len(pictures) == 6
+    for about, data in pictures:
+        assert np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L")).std() > 5, about  # drawn upon
+    assert page.count("data:image/jpeg") > 40  # of the examples
+    assert not re.search(r'href|src="(?!data:)|src=[^"]', page)  # one file is all it takes
+    assert "repeat:2" in page and "<span class=answer>A line." in page and "<span class=image>[image, " in page
     suspects = [json.loads(line) for line in (tmp_path / "r" / "suspects.jsonl").read_text().splitlines()]
     reasons = {(suspect["sample_id"], suspect["reason"]) for suspect in suspects}
     assert reasons >= {
@@ -98,3 +104,51 @@ def test_the_report(root: Path, tmp_path: Path) -> None:
         ("line", "odd image size"),
     }
     assert all(name in page for name, _ in reasons)
+
+
+def test_data_cannot_put_anything_into_the_page(root: Path, tmp_path: Path) -> None:
+    evil = Folder(tmp_path)
+    script = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>\udc80"
+    image = evil.image("<b onmouseover=alert(1)>.png", 9, 9)
+    evil.add(script, "<image>" + script.strip("\udc80"), "</span></div>" + script.strip("\udc80"), image=image)
+    evil.add(script + "2", "<image>", "yes", image=script)
+    evil.add("long", "word " * 4000, "yes")
+    (tmp_path / "<i>.json").write_bytes(evil.write().read_bytes())
+    tool = load_tool("data_report")
+    output = tmp_path / "out"
+    assert tool.main([str(tmp_path / "<i>.json"), "--config", str(root / "recipe.yaml"), "--output", str(output),
+                      "--image-folder", str(evil.images), "--seq-length", "30000"]) == 0  # fmt: skip
+    page = (output / "index.html").read_text()
+    seen = Elements()
+    seen.feed(page)
+    assert not seen.names & {"script", "i", "b onmouseover"} and not seen.attributes & {"onerror", "onmouseover"}
+    assert page.count("&lt;script&gt;") >= 4 and "characters …]" in page and "default-src 'none'" in page
+
+
+class Elements(HTMLParser):
+    """What a browser would make of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.attributes: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+
+def test_a_report_without_matplotlib(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool = load_tool("data_report")
+    monkeypatch.setattr(tool.importlib.util, "find_spec", lambda name: None)
+    assert tool.main(["--config", str(root / "recipe.yaml"), "--output", str(tmp_path)]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_names_as_short_as_they_can_be_told_apart() -> None:
+    short = load_tool("data_report").short_names
+    assert short(["a/b.json", "c/d/"]) == ["b.json", "d"]
+    assert short(["s3://x/warmup/a", "s3://x/instruct/a"]) == ["warmup/a", "instruct/a"]
+    assert short(["a", "a"]) == ["a", "a"]

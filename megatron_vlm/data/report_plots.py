@@ -1,0 +1,218 @@
+"""The plots of tools/data_report.py: arrays in, the bytes of a PNG out.
+
+Drawn with matplotlib, which the extra `demo` brings.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec
+
+import numpy as np
+
+Inputs = ParamSpec("Inputs")
+
+BLUE, ORANGE, GREEN, PURPLE = "#3b6ea8", "#d9822b", "#3d8f5f", "#7a5aa6"
+_INK, _FAINT = "#1c1c1c", "#d5d8dc"
+_STYLE: Any = {
+    "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
+    "axes.edgecolor": "#777", "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+}  # fmt: skip
+_WIDTH = 11.0
+_MOST_BARS = 40
+_MOST_TILES = 40
+_PIXELS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000)
+_RATIOS = {1 / 8: "1:8", 1 / 4: "1:4", 1 / 2: "1:2", 1.0: "1:1", 2.0: "2:1", 4.0: "4:1", 8.0: "8:1"}
+
+
+def compact(number: float) -> str:
+    """A count as people read it: 950, 12.3K, 4.6M, 1.2B."""
+    if number < 10_000:
+        return f"{number:,.0f}"
+    number = float(f"{number:.3g}")
+    unit, size = next((unit, size) for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)) if number >= size)
+    return f"{number / size:,.4g}{unit}"
+
+
+def _styled(draw: Callable[Inputs, Any]) -> Callable[Inputs, bytes]:
+    """A drawing function's figure as a PNG, in the style of all."""
+
+    @wraps(draw)
+    def png(*arguments: Inputs.args, **settings: Inputs.kwargs) -> bytes:
+        import matplotlib
+
+        stream = io.BytesIO()
+        with matplotlib.rc_context(_STYLE):
+            draw(*arguments, **settings).savefig(stream, format="png", dpi=140)
+        return stream.getvalue()
+
+    return png
+
+
+def _figure(columns: int, height: float, **settings: Any) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=(_WIDTH, height), layout=ConstrainedLayoutEngine(wspace=0.06))
+    return figure, figure.subplots(1, columns, squeeze=False, **settings)[0].tolist()
+
+
+def _counts_on(axis: Any, which: str = "y") -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    ticks = axis.yaxis if which == "y" else axis.xaxis
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    ticks.set_major_locator(MaxNLocator(5, integer=True))
+    axis.grid(axis=which, color=_FAINT, linewidth=0.7)
+
+
+@_styled
+def draw_sets(names: Sequence[str], sums: np.ndarray) -> Any:
+    """Bars of samples, tokens and tiles.
+
+    Args:
+        names: of data sets.
+        sums: [sets, 3] samples, tokens, tiles.
+    """
+    order = np.argsort(-sums[:, 1], kind="stable")
+    shown, rest = order[:_MOST_BARS], order[_MOST_BARS:]
+    labels, values = [_shorten(names[place]) for place in shown], sums[shown]
+    if len(rest):
+        labels, values = [*labels, f"{len(rest)} others"], np.vstack([values, sums[rest].sum(axis=0)])
+    figure, axes = _figure(3, 0.9 + 0.28 * len(labels), sharey=True)
+    for axis, title, column, colour in zip(axes, ("samples", "tokens", "tiles"), values.T, (BLUE, ORANGE, GREEN),
+                                           strict=True):  # fmt: skip
+        bars = axis.barh(range(len(labels)), column, color=colour, height=0.72)
+        share = column / max(column.sum(), 1)
+        told = [f"{compact(v)}  ({100 * s:.1f} %)" for v, s in zip(column.tolist(), share.tolist(), strict=True)]
+        axis.bar_label(bars, told, padding=4, fontsize=9, color=_INK)
+        axis.set(title=title, xlim=(0, max(column.max() * 1.6, 1)), xticks=[])
+        axis.spines["bottom"].set_visible(False)
+    axes[0].set_yticks(range(len(labels)), labels)
+    axes[0].invert_yaxis()
+    return figure
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= 34 else f"{name[:16]}…{name[-17:]}"
+
+
+@_styled
+def draw_lengths(tokens: np.ndarray, tiles: np.ndarray, seq_length: int) -> Any:
+    """Histograms of the tokens and the tiles of samples, [n] each."""
+    figure, (left, right) = _figure(2, 3.6)
+    bins = np.geomspace(max(tokens.min(), 1), max(tokens.max(), 2) * 1.001, 56)
+    parts = [tokens[tiles > 0], tokens[tiles == 0]]
+    left.hist(parts, bins=bins, stacked=True, color=[BLUE, ORANGE], label=["with images", "text alone"])
+    left.set(xscale="log", title="Tokens of a sample, image positions included", xlabel="tokens", ylabel="samples")
+    if tokens.max() > seq_length / 4:
+        left.axvline(seq_length, color=_INK, linestyle="--", linewidth=1.2, label=f"a row, {seq_length:,}")
+    _plain_ticks(left.xaxis)
+    most = int(min(tiles.max(), _MOST_TILES))
+    counts = np.bincount(np.minimum(tiles, most), minlength=most + 1)
+    right.bar(np.arange(most + 1), counts, color=GREEN, width=0.85)
+    last = f" ({most} or more in the last bar)" if tiles.max() > most else ""
+    right.set(title="Tiles of a sample, base views included", xlabel=f"tiles{last}", ylabel="samples")
+    for axis in (left, right):
+        _counts_on(axis)
+    from matplotlib.ticker import MaxNLocator
+
+    right.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    left.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _plain_ticks(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.set_minor_formatter(NullFormatter())
+    for label in axis.get_ticklabels():
+        label.set_rotation(45)
+
+
+@_styled
+def draw_images(sizes: np.ndarray) -> Any:
+    """Where the sizes of images lie, [images, 2] (width, height), and how wide they are for their height."""
+    from matplotlib.colors import LogNorm
+
+    figure, (left, right) = _figure(2, 4.2)
+    width, height = np.maximum(sizes, 1).T
+    low, high = max(min(width.min(), height.min()) / 1.2, 1), max(width.max(), height.max()) * 1.2
+    bins = np.geomspace(low, high, 48)
+    counts, _, _ = np.histogram2d(width, height, bins=(bins, bins))
+    mesh = left.pcolormesh(bins, bins, np.ma.masked_equal(counts.T, 0), cmap="viridis_r",
+                           norm=LogNorm(1, max(counts.max(), 2)), rasterized=True)  # fmt: skip
+    left.plot([low, high], [low, high], color="#999", linewidth=0.8, linestyle=":")
+    ticks = [pixels for pixels in _PIXELS if low <= pixels <= high]
+    left.set(xscale="log", yscale="log", title="Image sizes", xlabel="width, pixels", ylabel="height, pixels")
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_ticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.set_ticks([], minor=True)
+    left.tick_params(axis="x", rotation=45)
+    bar = figure.colorbar(mesh, ax=left, pad=0.02, format=lambda value, _: compact(value))
+    bar.set_label("images")
+    bar.ax.minorticks_off()
+    ratio = np.clip(np.log2(width / height), -3.5, 3.5)
+    right.hist(ratio, bins=np.linspace(-3.5, 3.5, 57), color=BLUE)
+    right.set_xticks(np.log2(list(_RATIOS)), list(_RATIOS.values()))
+    right.set(title="Aspect ratio", xlabel="width : height", ylabel="images")
+    _counts_on(right)
+    return figure
+
+
+@_styled
+def draw_grids(counts: dict[tuple[int, int], int]) -> Any:
+    """Bars of (columns, rows) of tiles; (0, 0): the base view alone."""
+    figure, (axis,) = _figure(1, 3.0)
+    grids, total = sorted(counts), max(sum(counts.values()), 1)
+    names = ["base view alone" if grid == (0, 0) else f"{grid[0]} × {grid[1]}" for grid in grids]
+    bars = axis.bar(range(len(grids)), [counts[grid] for grid in grids], color=GREEN, width=0.7)
+    told = [f"{compact(counts[grid])}\n{100 * counts[grid] / total:.1f} %" for grid in grids]
+    axis.bar_label(bars, told, padding=2, fontsize=9, color=_INK)
+    axis.set_xticks(range(len(grids)), names, rotation=45 if len(grids) > 16 else 0)
+    axis.set(title="Grids that images are cut at", xlabel="columns × rows of tiles, base view not counted",
+             ylabel="images", ylim=(0, max(counts.values(), default=1) * 1.25))  # fmt: skip
+    axis.set_xlim(-0.8, max(len(grids), 4) - 0.2)
+    _counts_on(axis)
+    return figure
+
+
+@_styled
+def draw_rows(fill: np.ndarray, tiles: np.ndarray, cost: np.ndarray, most_tiles: int) -> Any:
+    """Histograms over the rows of an epoch: fill (0 to 1), tiles, cost (any unit), [rows] each."""
+    figure, axes = _figure(3, 3.2)
+    percent = 100 * fill
+    axes[0].hist(percent, bins=np.linspace(min(np.floor(percent.min()), 99.0), 100, 41), color=BLUE)
+    axes[0].set(title="Fill", xlabel="% of a row's tokens", ylabel="rows")
+    axes[1].hist(tiles, bins=min(int(tiles.max() - tiles.min()) + 1, 40), color=GREEN)
+    axes[1].axvline(most_tiles, color=_INK, linestyle="--", linewidth=1.2, label=f"limit, {most_tiles}")
+    axes[1].set(title="Tiles", xlabel="tiles of a row")
+    axes[1].legend(frameon=False, fontsize=9)
+    axes[2].hist(cost / cost.mean(), bins=40, color=PURPLE)
+    axes[2].set(title="Cost", xlabel="cost of a row / mean")
+    for axis in axes:
+        _counts_on(axis)
+    return figure
+
+
+@_styled
+def draw_course(cost: np.ndarray) -> Any:
+    """The cost of rows along the epoch, [rows]."""
+    figure, (axis,) = _figure(1, 2.8)
+    relative, rows = cost / cost.mean(), np.arange(len(cost))
+    shown = rows[:: max(len(rows) // 4000, 1)]
+    axis.plot(shown, relative[shown], ".", markersize=3, color=PURPLE, alpha=0.45, label="a row")
+    width = max(len(rows) // 40, 1)
+    if width > 1:
+        mean = np.convolve(relative, np.ones(width) / width, mode="valid")
+        axis.plot(rows[: len(mean)] + width / 2, mean, color=_INK, linewidth=1.6, label=f"mean of {width:,} rows")
+    axis.set(title="Cost along the epoch", xlabel="row", ylabel="cost / mean",
+             ylim=(0, max(relative.max() * 1.15, 1.5)))  # fmt: skip
+    axis.legend(frameon=False, fontsize=9, ncols=2, loc="lower right")
+    axis.grid(axis="y", color=_FAINT, linewidth=0.7)
+    return figure
