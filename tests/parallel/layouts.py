@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_vlm.config import ParallelConfig
 
@@ -21,6 +22,7 @@ class Layout:
     bf16: bool = False
     overlap: bool = False
     recompute: str | None = None
+    family: str = "clip-olmo"
 
     @property
     def name(self) -> str:
@@ -30,6 +32,7 @@ class Layout:
         extra += ["-".join(self.trainable)] if len(self.trainable) < 3 else []
         extra += [name for name, on in (("bf16", self.bf16), ("overlap", self.overlap)) if on]
         extra += [f"recompute-{self.recompute}"] if self.recompute else []
+        extra += [self.family] if self.family != "clip-olmo" else []
         return "_".join(degrees + extra)
 
     def _degrees(self) -> dict[str, int]:
@@ -55,6 +58,14 @@ def _with_sgd(layouts: list[Layout]) -> list[Layout]:
 
 
 WARM_UP = ("projector",)
+# With one and with two key and value heads: fewer than TP * CP, so that ranks share or repeat them.
+SIGLIP_QWEN2, CLIP_MISTRAL = "siglip-qwen2", "clip-mistral"
+
+
+def _family(family: str, **degrees: Any) -> Layout:
+    """With SGD: biases start at zero, and Adam makes steps of full size of what is rounding in their gradients."""
+    return Layout(family=family, optimizer="sgd", **degrees)
+
 
 LAYOUTS: dict[int, list[Layout]] = {
     1: [Layout(recompute="full"), Layout(recompute="selective")],
@@ -67,6 +78,8 @@ LAYOUTS: dict[int, list[Layout]] = {
         Layout(trainable=("vision", "projector")),
         Layout(overlap=True),
         Layout(tp=2, recompute="full"),
+        _family(SIGLIP_QWEN2, tp=2),
+        _family(SIGLIP_QWEN2, tp=2, vision="tensor"),
     ],
     4: [
         *_with_sgd(
@@ -84,6 +97,10 @@ LAYOUTS: dict[int, list[Layout]] = {
         Layout(cp=4),
         Layout(tp=2, pp=2, bf16=True),
         Layout(pp=2, cp=2, trainable=WARM_UP),
+        _family(SIGLIP_QWEN2, tp=4),
+        _family(SIGLIP_QWEN2, tp=2, cp=2),
+        _family(CLIP_MISTRAL, tp=2, cp=2),
+        _family(CLIP_MISTRAL, cp=4),
     ],
     8: [
         *_with_sgd([Layout(tp=2, pp=2, cp=2), Layout(tp=2, pp=2, vpp=2, cp=2)]),

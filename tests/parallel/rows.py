@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -20,15 +21,36 @@ from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch, tile_range
 SEQ_LENGTH, VOCABULARY, IMAGE_TOKEN = 96, 256, 250
 
 
-def tiny_recipe(parallel: ParallelConfig, **training: object) -> Recipe:
+_VISION: dict[str, Any] = {
+    "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 15,
+    "patch_size": 5,
+}  # fmt: skip
+_LANGUAGE: dict[str, Any] = {
+    "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": SEQ_LENGTH,
+}  # fmt: skip
+_SIGLIP: dict[str, Any] = {
+    "model_type": "siglip_vision_model", "class_token": False, "pre_norm": False, "patch_bias": True,
+    "pooling_head": True, "hidden_act": "gelu_pytorch_tanh",
+}  # fmt: skip
+_QWEN2: dict[str, Any] = {
+    "model_type": "qwen2", "normalization": "RMSNorm", "attention_bias": True, "num_key_value_heads": 1,
+}  # fmt: skip
+_MISTRAL: dict[str, Any] = {
+    "model_type": "mistral", "normalization": "RMSNorm", "head_dim": 10, "tie_word_embeddings": False,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "clip-olmo": ({}, {}),
+    "siglip-qwen2": (_SIGLIP, _QWEN2),
+    "clip-mistral": ({}, _MISTRAL),
+}
+"""What each family of tower and decoder changes."""
+
+
+def tiny_recipe(parallel: ParallelConfig, family: str = "clip-olmo", **training: object) -> Recipe:
     """The smallest model with every part of the real one; odd numbers where parallelism allows them."""
-    vision = VisionConfig(
-        hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, image_size=15, patch_size=5
-    )
-    language = LanguageConfig(
-        hidden_size=48, intermediate_size=72, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
-        vocab_size=VOCABULARY, max_position_embeddings=SEQ_LENGTH,
-    )  # fmt: skip
+    of_vision, of_language = FAMILIES[family]
+    vision, language = VisionConfig(**(_VISION | of_vision)), LanguageConfig(**(_LANGUAGE | of_language))
     return Recipe(
         model=ModelConfig(vision, language, image_token_index=IMAGE_TOKEN, image_grid_pinpoints=[[15, 15], [30, 15]]),
         data=DataConfig(seq_length=SEQ_LENGTH),

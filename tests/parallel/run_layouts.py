@@ -38,6 +38,7 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
     """Train a few steps in `layout`; what every step gave: loss, gradient norm and, on rank 0, the whole gradients."""
     recipe = tiny_recipe(
         layout.parallel(),
+        layout.family,
         optimizer=layout.optimizer,
         trainable=list(layout.trainable),
         bf16=layout.bf16,
@@ -71,8 +72,8 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
 
 
 def reference_name(layout: Layout) -> str:
-    """Layouts that must agree share a reference: same optimizer, same trainable parts."""
-    return f"reference_{layout.optimizer}_{'-'.join(layout.trainable)}.pt"
+    """Layouts that must agree share a reference: same model, same optimizer, same trainable parts."""
+    return f"reference_{layout.family}_{layout.optimizer}_{'-'.join(layout.trainable)}.pt"
 
 
 def compare(steps: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def main(folder: Path) -> None:
         world = dist.get_world_size()
         if world == 1:
             for layout in {reference_name(case): case for cases in LAYOUTS.values() for case in cases}.values():
-                alone = Layout(optimizer=layout.optimizer, trainable=layout.trainable)
+                alone = Layout(optimizer=layout.optimizer, trainable=layout.trainable, family=layout.family)
                 torch.save(run(alone), folder / reference_name(layout))
         results: dict[str, Any] = {}
         for layout in LAYOUTS[world]:
