@@ -78,7 +78,6 @@ LAYOUTS: dict[int, list[Layout]] = {
         Layout(trainable=("vision", "projector")),
         Layout(overlap=True),
         Layout(tp=2, recompute="full"),
-        _family(SIGLIP_QWEN2, tp=2),
         _family(SIGLIP_QWEN2, tp=2, vision="tensor"),
     ],
     4: [

@@ -72,4 +72,4 @@ def test_every_part_is_compared(results: Any) -> None:
     """All trained tensors of the tiny model take part: 22 of tower and projector, 5 of the language model."""
     assert results(2)["tp2"]["tensors"] == 27
     assert results(2)["tp2_projector"]["tensors"] == 5
-    assert results(2)["tp2_sgd_siglip-qwen2"]["tensors"] == 29, "20 and 9"
+    assert results(2)["tp2_tensor_sgd_siglip-qwen2"]["tensors"] == 29, "20 and 9"

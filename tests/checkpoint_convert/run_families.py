@@ -1,0 +1,78 @@
+"""Run by torchrun: load each family's checkpoint in several layouts, compare its logits with transformers', save it.
+
+torchrun --nproc-per-node 4 run_families.py FOLDER, as test_families.py has filled FOLDER; writes FOLDER/found.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import megatron_vlm.runtime  # noqa: F401
+
+# isort: split
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_vlm.config import ParallelConfig, Recipe, check_recipe
+from megatron_vlm.data.batch import PackedBatch, tile_range
+from megatron_vlm.model.build import build_model
+from megatron_vlm.model.vlm import VisionLanguageModel
+from megatron_vlm.runtime.groups import encoding_place, initialize_groups
+from megatron_vlm.runtime.launch import process_group
+from megatron_vlm.training.checkpoint import load_checkpoint, read_recipe, require_checkpoint, save_checkpoint
+
+
+@torch.no_grad()
+def whole_logits(model: VisionLanguageModel, batch: PackedBatch, recipe: Recipe) -> torch.Tensor:
+    """[S, V] on every rank, put together from all context and tensor ranks."""
+    assert batch.tiles is not None
+    start, stop = tile_range(batch.num_tiles, *encoding_place(recipe.parallel))
+    row = replace(batch, tiles=batch.tiles[start:stop])
+    hidden = model.language_model.decode(model.embed(row), model.row_layout(row))
+    group = parallel_state.get_context_parallel_group()
+    mine = model.language_model.logits(hidden, torch.arange(len(batch.tokens) // group.size()))
+    slices = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(slices, mine, group=group)
+    return torch.cat(slices)
+
+
+def run(folder: Path, layout: dict[str, Any]) -> float:
+    """Largest difference of a logit from transformers'; leaves a checkpoint saved in this layout."""
+    recipe = read_recipe(folder / "megatron")
+    recipe.parallel = ParallelConfig(**layout)
+    recipe.data.seq_length = recipe.model.language.max_position_embeddings
+    recipe.training.global_batch_size = dist.get_world_size()
+    check_recipe(recipe, dist.get_world_size())
+    initialize_groups(recipe.parallel)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    chunks = build_model(recipe)
+    progress = load_checkpoint(require_checkpoint(folder / "megatron"), chunks, recipe)
+    asked = torch.load(folder / "asked.pt")
+    apart = (whole_logits(chunks[0].eval(), PackedBatch(**asked["batch"]), recipe) - asked["logits"]).abs().max()
+    save_checkpoint(folder / "saved" / name_of(layout), chunks, recipe, progress)
+    parallel_state.destroy_model_parallel()
+    return float(apart)
+
+
+def name_of(layout: dict[str, Any]) -> str:
+    return "_".join(f"{key.split('_')[0]}-{value}" for key, value in layout.items())
+
+
+def main(folder: Path) -> None:
+    cases: dict[str, list[dict[str, Any]]] = json.loads((folder / "cases.json").read_text())
+    with process_group(timeout_minutes=2):
+        found = {}
+        for family, layouts in cases.items():
+            found[family] = {name_of(layout): run(folder / family, layout) for layout in layouts}
+        if dist.get_rank() == 0:
+            (folder / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
