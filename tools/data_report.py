@@ -108,11 +108,9 @@ class Report:
     def _lengths(self) -> list[str]:
         tokens, tiles = self.tokens[self.usable], self.tiles[self.usable]
         median, high = (compact(value) for value in np.percentile(tokens, (50, 99)))
-        told = (
-            f"<p>Half of the samples have at most {median} tokens, 99 % at most {high}, the longest {tokens.max():,}."
-        )
+        told = f"Half of the samples have at most {median} tokens, 99 % at most {high}, the longest {tokens.max():,}."
         png = report_plots.draw_lengths(tokens, tiles, self.recipe.data.seq_length)
-        parts = [section("Lengths", told, report_page.picture(png, "tokens and tiles of samples"))]
+        parts = [section("Lengths", f"<p>{told}</p>", report_page.picture(png, "tokens and tiles of samples"))]
         if len(self.sizes):
             kinds, counts = np.unique(self.sizes, axis=0, return_counts=True)
             grids: Counter[tuple[int, int]] = Counter()

@@ -31,11 +31,18 @@ def upload_shards(folder: Path, url: str, threads: int = 8) -> tuple[int, int]:
         Objects sent, objects that were there.
 
     Raises:
-        DataError: the folder is no finished set, or the store refuses or fails.
+        DataError: the folder is no finished set, another set is there, or the store refuses or fails.
     """
     ShardFolder(folder)  # whole: all files there, of the sizes the index says
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     names.remove(INDEX)
+
+    index = s3.join(url, INDEX)
+    if s3.exists(index) and not s3.is_stored(folder / INDEX, index):
+        raise DataError(
+            f"{url} holds another set of shards, which may be in use: sending this one would mix the two. "
+            "Choose another place, or remove that one first."
+        )
 
     def send(name: str) -> bool:
         if s3.is_stored(folder / name, s3.join(url, name)):
@@ -43,14 +50,17 @@ def upload_shards(folder: Path, url: str, threads: int = 8) -> tuple[int, int]:
         s3.upload(folder / name, s3.join(url, name))
         return True
 
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         sent = list(tqdm(pool.map(send, names), total=len(names), unit=" objects", desc=f"sending to {url}"))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a failure, or Ctrl-C, the others need not be tried
     sent.append(send(INDEX))
     return sum(sent), len(sent) - sum(sent)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 all is there, 2 something failed."""
+    """Exit code: 0 all is there, 2 something failed, 130 it was stopped by Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a finished set of shards")
     parser.add_argument("url", metavar="s3://BUCKET/PREFIX")
@@ -60,9 +70,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{options.url} does not begin with s3://")
     try:
         sent, there = upload_shards(options.folder, options.url, options.threads)
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the objects that are missing", file=sys.stderr)
+        return 130
     print(f"{sent + there} objects at {options.url}: {sent} sent and verified, {there} were there")
     return 0
 

@@ -111,8 +111,14 @@ class RowBuilder:
                 "Put the image back and start again from the checkpoint."
             ) from error
         if image.size != size:
+            measured = next(
+                index.file
+                for source, index in zip(self.sources.sources, self.indexes, strict=True)
+                if source.name == sample.file
+            )
             raise RowError(
                 f"{where} is {image.width}x{image.height} pixels, was {size[0]}x{size[1]} when the data was measured. "
-                "Put the image back, or give the changed one another name."
+                "Put the image back, give the changed one another name, or have the lengths of all "
+                f"samples measured anew: remove {measured}."
             )
         return cut_tiles(image, self.geometry, start, stop)

@@ -51,6 +51,16 @@ def test_a_damaged_image(folder: Folder, builder: RowBuilder, damage: str) -> No
     assert builder.build(ROW).tiles is None
 
 
+def test_an_image_of_another_size_says_how_to_measure_anew(folder: Folder, builder: RowBuilder) -> None:
+    (folder.images / "5_0.png").write_bytes(image_bytes(29, 3))
+    file = builder.indexes[0].file
+    with pytest.raises(RowError, match=f"is 29x3 pixels, was .* remove {file}"):
+        builder.build(ROW)
+    file.unlink()
+    builder.indexes = [load_or_build(builder.sources.sources[0], builder.tokenizer, builder.geometry)]
+    assert builder.build(ROW).sample_ids == ["s5", "s3"]
+
+
 def test_a_changed_annotation(folder: Folder, builder: RowBuilder) -> None:
     folder.entries[5]["conversations"][1]["value"] = "A longer answer."
     builder.sources = SourceList([AnnotationSource(folder.write(), folder.images)])

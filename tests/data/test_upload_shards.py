@@ -42,4 +42,8 @@ def test_upload(tmp_path: Path, proxy: Proxy, capsys: pytest.CaptureFixture[str]
     s3._client().put_object(Bucket=BUCKET, Key="up/00000/shard.00000.mds", Body=b"other")  # replaced by something
     assert tool.main([str(tmp_path / "s"), URL]) == 0
     assert "1 sent and verified" in capsys.readouterr().out
+    prepare_shards([folder.write()], folder.images, tmp_path / "other", 1, size_limit=9000)
+    proxy.requests.clear()
+    assert tool.main([str(tmp_path / "other"), URL]) == 2 and "holds another set" in capsys.readouterr().err
+    assert not [path for method, path in proxy.requests if method == "PUT"]
     assert tool.main([str(tmp_path), URL]) == 2 and "no index.json" in capsys.readouterr().err
