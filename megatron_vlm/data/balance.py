@@ -4,8 +4,8 @@ Dealing takes samples from the longest to the shortest and gives each to one of 
 time (longest processing time first; Graham, "Bounds on multiprocessing timing anomalies", 1969). There are only as
 many rows as full ones hold the samples, so even rows are full rows. Exchanging then pairs rows, far from alike first,
 and swaps in each pair the two samples that bring both rows nearest to the mean, budgets before all else; free places
-take part as samples of no length, so that a swap can be a move. What still exceeds a budget is taken out and dealt to
-further rows in the same way.
+take part as samples of no length, so that a swap can be a move. What still exceeds a budget is taken out, put where
+there is room, and what is left then is dealt to further rows in the same way.
 
 Everything is done to all rows at once in numpy, and in whole numbers where the order of additions could matter, so
 that every machine finds the same rows.
@@ -22,6 +22,8 @@ _OVER = 1.1
 """Dealing may exceed a budget by this: swaps put it right."""
 _BLOCKS = 8
 """Parts of the rows that are dealt to at a time: the emptiest eighth."""
+_SHARE_A_ROW = 64
+"""As many samples share a row at most, or their number does not matter when rows are counted."""
 _SWAPS = 48
 """Rounds of swaps at most."""
 _CANDIDATES = 16
@@ -63,6 +65,28 @@ class Lengths:
         return len(self.tokens) - 1
 
 
+def least_rows(tokens: np.ndarray, tiles: np.ndarray, seq_length: int, max_tiles: int) -> int:
+    """A number of rows, at least one, that no packing of samples can go below.
+
+    Tokens and tiles need as many rows as they fill; and of samples larger than the (m + 1)-th part of a row at most m
+    share one, for every m.
+
+    Args:
+        tokens: [n] whole numbers, none above seq_length.
+        tiles: [n] whole numbers, none above max_tiles.
+        seq_length: tokens of a row.
+        max_tiles: tiles of a row.
+    """
+    least = 1
+    for sizes, most in ((tokens[tokens > 0], seq_length), (tiles[tiles > 0], max_tiles)):
+        fill = -(-int(sizes.sum()) // max(most, 1))
+        # How many samples go at most 1, 2, 3, … times into a row; as many at most share it.
+        sharing = np.cumsum(np.bincount(np.minimum(most // sizes, _SHARE_A_ROW), minlength=_SHARE_A_ROW + 1))
+        m = np.arange(1, _SHARE_A_ROW)
+        least = max(least, fill, int((-(-sharing[1:-1] // m)).max()))
+    return least
+
+
 def even_rows(lengths: Lengths, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Share samples out to rows of equal cost within both budgets.
 
@@ -74,16 +98,15 @@ def even_rows(lengths: Lengths, samples: np.ndarray, rng: np.random.Generator) -
     Returns:
         [rows, places] int64: each sample number once, `lengths.free` where there is none. No row is empty.
     """
-    parts = []
+    rows, changed = np.empty((0, 1), np.int64), False
     while len(samples):
-        rows = _deal(lengths, samples)
-        _Exchange(lengths, rows, rng).run()
-        rows, samples = _within_budgets(lengths, rows)
-        parts.append(rows)
-    if not parts:
-        return np.empty((0, 1), np.int64)
-    rows = _stack(parts, lengths.free)
-    if len(parts) > 1:
+        dealt = _deal(lengths, samples)
+        _Exchange(lengths, dealt, rng).run()
+        dealt, taken = _within_budgets(lengths, dealt)
+        rows = _stack([rows, dealt], lengths.free)
+        samples = _put_back(lengths, rows, taken)
+        changed |= len(taken) > 0
+    if changed:
         _Exchange(lengths, rows, rng).run()
     return rows[(rows != lengths.free).any(1)]
 
@@ -99,8 +122,7 @@ def _deal(lengths: Lengths, samples: np.ndarray) -> np.ndarray:
     owners, placed, rows = [], [], 0
     while len(left):
         tokens, tiles = lengths.tokens[left].astype(np.int64), lengths.tiles[left].astype(np.int64)
-        full = max(tokens.sum() / lengths.seq_length, tiles.sum() / max(lengths.max_tiles, 1))
-        count = max(int(np.ceil(full)), 1)
+        count = least_rows(tokens, tiles, lengths.seq_length, lengths.max_tiles)
         owner = _deal_round(tokens, tiles, count, lengths)
         owners.append(owner[owner >= 0] + rows)
         placed.append(left[owner >= 0])
@@ -261,3 +283,28 @@ def _within_budgets(lengths: Lengths, rows: np.ndarray) -> tuple[np.ndarray, np.
         place = np.where(enough.any(1), np.where(enough, tokens, np.inf).argmin(1), (tokens + tiles).argmax(1))
         taken.append(rows[wrong, place])
         rows[wrong, place] = lengths.free
+
+
+def _put_back(lengths: Lengths, rows: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Put samples into the free places of rows that have room, in place. Returns those that fit nowhere."""
+    while len(samples):
+        room, room_tiles = lengths.seq_length - lengths.tokens[rows].sum(1), lengths.tiles[rows].sum(1)
+        room[(rows != lengths.free).all(1)] = -1
+        by_room = np.argsort(room, kind="stable")
+        samples = samples[np.argsort(lengths.tokens[samples], kind="stable")]
+        # As many of the shortest as fit, each in its turn, into as many of the emptiest rows.
+        fewest, beyond = 0, min(len(samples), len(rows)) + 1
+        while beyond - fewest > 1:
+            count = (fewest + beyond) // 2
+            if (lengths.tokens[samples[:count]] <= room[by_room[-count:]]).all():
+                fewest = count
+            else:
+                beyond = count
+        chosen = by_room[len(rows) - fewest :]
+        fits = room_tiles[chosen] + lengths.tiles[samples[:fewest]] <= lengths.max_tiles
+        if not fits.any():
+            break
+        place = (rows[chosen] == lengths.free).argmax(1)
+        rows[chosen[fits], place[fits]] = samples[:fewest][fits]
+        samples = np.concatenate([samples[:fewest][~fits], samples[fewest:]])
+    return samples

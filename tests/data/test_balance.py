@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_vlm.data.balance import Lengths, even_rows
+from megatron_vlm.data.balance import Lengths, even_rows, least_rows
 
 SEQ_LENGTH, MAX_TILES = 4096, 40
 
@@ -53,8 +53,36 @@ def test_no_more_rows_than_the_tiles_fill() -> None:
     """Six tiles each: six samples to a row of 40, whatever the tokens."""
     tokens = np.random.default_rng(0).integers(50, 300, 3000)
     rows, cost = _share_out(tokens, np.full(3000, 6))
-    assert len(rows) <= np.ceil(3000 / 6) + 2
+    assert len(rows) == 3000 / 6
     assert np.sort(cost)[-2] < 1.1 * cost.mean()
+
+
+def test_least_rows_written_out() -> None:
+    for number in range(300):
+        rng = np.random.default_rng(number)
+        seq_length, max_tiles, count = int(rng.integers(1, 300)), int(rng.integers(0, 50)), int(rng.integers(0, 60))
+        tokens, tiles = rng.integers(1, seq_length + 1, count), rng.integers(0, max_tiles + 1, count)
+        if number % 3 == 0:
+            tokens = np.minimum(tokens, max(seq_length // 4, 1))
+        least = 1
+        for sizes, most in ((tokens, seq_length), (tiles, max_tiles)):
+            least = max(least, int(np.ceil(sizes.sum() / max(most, 1))))
+            for m in range(1, 64):
+                least = max(least, int(np.ceil((sizes * (m + 1) > most).sum() / m)))
+        assert least_rows(tokens, tiles, seq_length, max_tiles) == least, number
+
+
+@pytest.mark.parametrize("spread", [20, 60, 200])
+def test_near_half_a_row_as_many_pair_up_as_can(spread: int) -> None:
+    """The best there is: the longest that still fits beside it goes to each, from the shortest on."""
+    tokens = np.rint(np.random.default_rng(0).normal(SEQ_LENGTH / 2 + 60, spread, 2000)).astype(int)
+    rows, _ = _share_out(tokens, np.zeros(2000, int))
+    left, pairs = np.sort(tokens), 0
+    short, long = 0, len(left) - 1
+    while short < long:
+        fits = left[short] + left[long] <= SEQ_LENGTH
+        pairs, short, long = pairs + fits, short + fits, long - 1
+    assert len(rows) <= (2000 - pairs) * 1.005
 
 
 def test_where_two_never_fit_each_has_a_row() -> None:
