@@ -40,7 +40,7 @@ class Sample:
 
     document: Document
     tiles: torch.Tensor
-    """[n, 3, image_size, image_size] float32"""
+    """[n, 3, image_size, image_size] uint8"""
 
     def __len__(self) -> int:
         return len(self.document.encoded.ids)
@@ -102,7 +102,7 @@ class SampleMaker:
         labels = np.where(np.concatenate(answered), whole, IGNORE_INDEX)
         encoded = EncodedConversation(whole, labels, image_starts)
         side = self.model.vision.image_size
-        tiles = self.rng.standard_normal((self.tiles * len(image_starts), 3, side, side), np.float32)
+        tiles = self.rng.integers(0, 256, (self.tiles * len(image_starts), 3, side, side), np.uint8)
         return Sample(Document(name, encoded, [IMAGE_SIZE] * len(image_starts)), torch.from_numpy(tiles))
 
     def _words(self, count: int) -> np.ndarray:

@@ -23,7 +23,7 @@ import megatron_vlm.runtime  # noqa: F401  (prepares the process before megatron
 from benchmarks import transformers_loop
 from benchmarks.report import RESULTS, machine, save, table
 from benchmarks.samples import SampleMaker, Work, draw_work
-from checkpoint_convert.megatron_files import fill
+from checkpoint_convert.megatron_files import tensors_of
 from checkpoint_convert.name_map import name_map, to_megatron
 from checkpoint_convert.names import canonical_name
 from megatron_vlm.config import (
@@ -76,7 +76,10 @@ class PackedLoop:
         (model,) = chunks = build_model(recipe)
         tensors = {canonical_name(name, "whole"): tensor for name, tensor in weights.state_dict().items()}
         tensors.pop("language_model.lm_head.weight")  # tied
-        fill(model, to_megatron(name_map(recipe.model), tensors, "transformers"))
+        ours = tensors_of(model)
+        with torch.no_grad():
+            for name, tensor in to_megatron(name_map(recipe.model), tensors, "transformers"):
+                ours[name].copy_(tensor)
         self.chunks = wrap_for_data_parallel(chunks, recipe)
         self.optimizer = build_optimizer(self.chunks, recipe)
 

@@ -21,6 +21,7 @@ from transformers import (
 from benchmarks.samples import PAD, Sample
 from megatron_vlm.config import Recipe
 from megatron_vlm.data.batch import IGNORE_INDEX
+from megatron_vlm.data.tiling import CLIP_MEAN, CLIP_STD, normalise_tiles
 
 Batch = dict[str, torch.Tensor]
 
@@ -63,7 +64,7 @@ def collate(samples: list[Sample], device: torch.device) -> Batch:
     ids = [torch.from_numpy(sample.document.encoded.ids) for sample in samples]
     labels = [torch.from_numpy(sample.document.encoded.labels) for sample in samples]
     sizes = [size for sample in samples for size in sample.document.image_sizes]
-    tiles = torch.cat([sample.tiles for sample in samples])
+    tiles = normalise_tiles(torch.cat([sample.tiles for sample in samples]), CLIP_MEAN, CLIP_STD)
     batch = {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=PAD),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),

@@ -41,7 +41,7 @@ class PackedBatch:
     num_tiles: int
     """T: tiles of the whole row, whether or not this rank holds any."""
     tiles: torch.Tensor | None = None
-    """[n, 3, image_size, image_size] float32, normalised: the tiles this rank encodes (see tile_range), if any."""
+    """[n, 3, image_size, image_size] uint8: the tiles this rank encodes (see tile_range), if any."""
     sample_ids: list[str] = field(default_factory=list)
     num_tokens: int = 0
     """Tokens of real documents: S minus the padded tail."""

@@ -86,7 +86,8 @@ def decode_image(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             _check(image)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
     except ImageUnreadable:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds
@@ -101,7 +102,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         page = Image.new("RGB", image.size, _WHITE)
         page.paste(image, mask=image.getchannel("A"))
         return page
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def _grey_to_eight_bits(image: Image.Image) -> Image.Image:

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
+from PIL import Image
 
 from megatron_vlm.data.batch import Document, PackedBatch, assemble_row, tile_range
 from megatron_vlm.data.conversation import encode_conversation
@@ -24,7 +24,7 @@ from megatron_vlm.data.lengths import LengthIndex
 from megatron_vlm.data.merge import count_positions
 from megatron_vlm.data.row_plan import PlannedRow
 from megatron_vlm.data.sources import Sample, SourceList
-from megatron_vlm.data.tiling import ImageGeometry, count_tiles, cut_tiles
+from megatron_vlm.data.tiling import ImageGeometry, count_tiles, cut_into
 from megatron_vlm.data.tokenizer import Tokenizer
 
 
@@ -86,22 +86,22 @@ class RowBuilder:
     def _tiles(
         self, row: PlannedRow, samples: Sequence[Sample], documents: Sequence[Document], start: int, stop: int
     ) -> torch.Tensor:
-        """Tiles [start, stop) of the row, [n, 3, P, P] float32; images without any of them are not read."""
-        parts = []
+        """Tiles [start, stop) of the row, [n, 3, P, P] uint8; images without any of them are not read."""
+        side = self.geometry.tile_size
+        tiles = torch.empty(stop - start, 3, side, side, dtype=torch.uint8)
+        pixels = tiles.numpy()
         first = 0
         for sample, document in zip(samples, documents, strict=True):
             for place, size in enumerate(document.image_sizes):
                 last = first + count_tiles(size, self.geometry)
                 begin, end = max(start, first), min(stop, last)
                 if begin < end:
-                    parts.append(self._cut(row, sample, place, size, begin - first, end - first))
+                    image = self._decode(row, sample, place, size)
+                    cut_into(pixels[begin - start : end - start], image, self.geometry, begin - first)
                 first = last
-        side = self.geometry.tile_size
-        return torch.from_numpy(np.concatenate([np.empty((0, 3, side, side), np.float32), *parts]))
+        return tiles
 
-    def _cut(
-        self, row: PlannedRow, sample: Sample, place: int, size: tuple[int, int], start: int, stop: int
-    ) -> np.ndarray:
+    def _decode(self, row: PlannedRow, sample: Sample, place: int, size: tuple[int, int]) -> Image.Image:
         where = f"row {row.counter}: sample {sample.id!r} of {sample.file}: image {sample.image_names[place]}"
         try:
             image = decode_image(sample.read_image(place))
@@ -121,4 +121,4 @@ class RowBuilder:
                 "Put the image back, give the changed one another name, or have the lengths of all "
                 f"samples measured anew: remove {measured}."
             )
-        return cut_tiles(image, self.geometry, start, stop)
+        return image

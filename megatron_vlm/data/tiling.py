@@ -3,17 +3,21 @@
 The rule is LLaVA-NeXT's anyres: the base view is the whole image resized to one tile, ignoring its aspect ratio;
 besides, the image is resized, keeping its aspect ratio, into the best of some resolutions, centred on black, and cut
 row by row.
+
+Tiles are kept as pixels, a byte each, until the device that encodes them normalises them: a quarter of the bytes to
+hand from process to process and to copy to a GPU, and the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -132,37 +136,60 @@ def _padded_square(image: Image.Image, geometry: ImageGeometry) -> Image.Image:
     return canvas.resize((geometry.tile_size, geometry.tile_size), Image.Resampling.BICUBIC)
 
 
-def _normalise(views: list[Image.Image], geometry: ImageGeometry) -> np.ndarray:
-    """[t, 3, P, P] float32 of RGB views of one size."""
-    pixels = np.stack([np.asarray(view, dtype=np.float32) for view in views])
-    mean, std = np.asarray(geometry.mean, dtype=np.float32), np.asarray(geometry.std, dtype=np.float32)
-    return np.ascontiguousarray(((pixels / np.float32(255) - mean) / std).transpose(0, 3, 1, 2))
-
-
-def cut_tiles(image: Image.Image, geometry: ImageGeometry, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Tiles [start, stop) of an image, by default all: [t, 3, tile_size, tile_size] float32, base view first."""
+def _views(image: Image.Image, geometry: ImageGeometry, start: int, stop: int) -> Iterator[Image.Image]:
+    """Tiles [start, stop) of an RGB image."""
     side = geometry.tile_size
-    image = image.convert("RGB")
-    total = count_tiles(image.size, geometry)
-    stop = total if stop is None else stop
     if geometry.aspect_ratio == "square":
-        views = [_centre_square(image, side)]
+        yield _centre_square(image, side)
     elif geometry.aspect_ratio == "pad":
-        views = [_padded_square(image, geometry)]
+        yield _padded_square(image, geometry)
     else:
-        views = [image.resize((side, side), Image.Resampling.BICUBIC)] if start == 0 else []
+        if start == 0:
+            yield image.resize((side, side), Image.Resampling.BICUBIC)
         if stop > 1:
             target = select_grid(image.size, geometry.pinpoints)
             canvas = _fit_on_black(image, target)
             columns = target[0] // side
             for index in range(max(start - 1, 0), stop - 1):
                 left, top = index % columns * side, index // columns * side
-                views.append(canvas.crop((left, top, left + side, top + side)))
-    return _normalise(views, geometry)
+                yield canvas.crop((left, top, left + side, top + side))
+
+
+def cut_into(tiles: np.ndarray, image: Image.Image, geometry: ImageGeometry, start: int) -> None:
+    """Write tiles of an image, from tile `start` on as many as there is room for, as `cut_tiles` gives them."""
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    for tile, view in zip(tiles, _views(image, geometry, start, start + len(tiles)), strict=True):
+        tile[:] = np.asarray(view).transpose(2, 0, 1)
+
+
+def cut_tiles(image: Image.Image, geometry: ImageGeometry, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Tiles [start, stop) of an image, by default all: [t, 3, tile_size, tile_size] uint8, base view first."""
+    stop = count_tiles(image.size, geometry) if stop is None else stop
+    tiles = np.empty((stop - start, 3, geometry.tile_size, geometry.tile_size), np.uint8)
+    cut_into(tiles, image, geometry, start)
+    return tiles
+
+
+def normalise_tiles(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(pixels / 255 - mean) / std in float32, the same bits on every device.
+
+    Args:
+        pixels: [n, 3, P, P] uint8.
+        mean: of red, green and blue, in 0..1.
+        std: likewise.
+    """
+    # Tensors all three: by a plain number a GPU multiplies with its reciprocal, which rounds another way.
+    full, centre, spread = (
+        torch.tensor(values, dtype=torch.float32, device=pixels.device).view(-1, 1, 1) for values in ([255.0], mean, std)
+    )
+    tiles = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+    for tile, values in zip(tiles, pixels, strict=True):  # one at a time: it stays in a CPU's cache
+        tile.copy_(values).div_(full).sub_(centre).div_(spread)
+    return tiles
 
 
 def image_to_tiles(image: Image.Image, model: ModelConfig, aspect_ratio: str) -> np.ndarray:
-    """All tiles of an image under a model's settings.
+    """All tiles of an image as the tower of a model sees them.
 
     Args:
         image: any mode; upright (see `images.decode_image`).
@@ -172,4 +199,5 @@ def image_to_tiles(image: Image.Image, model: ModelConfig, aspect_ratio: str) ->
     Returns:
         [t, 3, P, P] float32, normalised by the tower's mean and deviation; base view first, then the grid row by row.
     """
-    return cut_tiles(image, ImageGeometry.of(model, aspect_ratio))
+    geometry = ImageGeometry.of(model, aspect_ratio)
+    return normalise_tiles(torch.from_numpy(cut_tiles(image, geometry)), geometry.mean, geometry.std).numpy()

@@ -21,7 +21,7 @@ from megatron_vlm.config import ModelConfig, ParallelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
 from megatron_vlm.data.conversation import Turn, encode_prompt
 from megatron_vlm.data.merge import RowFeatures, num_image_tokens
-from megatron_vlm.data.tiling import ImageGeometry, image_to_tiles
+from megatron_vlm.data.tiling import ImageGeometry, cut_tiles
 from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.inference.sampling import greedy
 from megatron_vlm.model.build import build_model
@@ -97,7 +97,8 @@ def read_prompts(prompts: Sequence[Prompt], model: ModelConfig, aspect_ratio: st
     """The prompts as one packed row, a document each. Raises ValueError as `encode_prompt` does, naming the prompt."""
     ids, positions, bounds = [], [], [0]
     tiles = []
-    features = RowFeatures(ImageGeometry.of(model, aspect_ratio))
+    geometry = ImageGeometry.of(model, aspect_ratio)
+    features = RowFeatures(geometry)
     for number, prompt in enumerate(prompts):
         lengths = [num_image_tokens(image.size, model, aspect_ratio) for image in prompt.images]
         try:
@@ -105,7 +106,7 @@ def read_prompts(prompts: Sequence[Prompt], model: ModelConfig, aspect_ratio: st
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from error
         for image, start in zip(prompt.images, encoded.image_starts, strict=True):
-            tiles.append(image_to_tiles(image, model, aspect_ratio))
+            tiles.append(cut_tiles(image, geometry))
             features.add(image.size, bounds[-1] + start)
         ids.append(encoded.ids)
         positions.append(np.arange(len(encoded.ids)))

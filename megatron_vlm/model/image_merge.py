@@ -15,6 +15,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_vlm.config import ParallelConfig
 from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.data.tiling import normalise_tiles
 from megatron_vlm.model.projector import Projector
 from megatron_vlm.model.vision import VisionTower
 from megatron_vlm.runtime.groups import encoding_place
@@ -31,7 +32,7 @@ def encode_tiles(
     """
     _, ranks = encoding_place(parallel)
     each = max(1, -(-batch.num_tiles // ranks))
-    tiles = _fill_with_zero_tiles(batch.tiles, each, tower)
+    tiles = _normalised(batch.tiles, each, tower)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not tower_is_frozen):
         encoded = tower(tiles)
     if tower_is_frozen:
@@ -46,11 +47,13 @@ def encode_tiles(
     return torch.cat([tower.drop_class_tokens(share, each) for share in shares])
 
 
-def _fill_with_zero_tiles(tiles: torch.Tensor | None, count: int, tower: VisionTower) -> torch.Tensor:
-    side, weight = tower.vision.image_size, tower.patch_embedding.weight
-    if tiles is None:
-        return weight.new_zeros(count, 3, side, side)
-    tiles = tiles.to(device=weight.device, dtype=weight.dtype)
+def _normalised(pixels: torch.Tensor | None, count: int, tower: VisionTower) -> torch.Tensor:
+    """`count` tiles for the tower; what is missing is zero."""
+    vision, weight = tower.vision, tower.patch_embedding.weight
+    if pixels is None:
+        return weight.new_zeros(count, 3, vision.image_size, vision.image_size)
+    pixels = pixels.to(weight.device, non_blocking=True)
+    tiles = normalise_tiles(pixels, vision.image_mean, vision.image_std).to(weight.dtype)
     missing = count - len(tiles)
     return torch.cat([tiles, tiles.new_zeros(missing, *tiles.shape[1:])]) if missing else tiles
 

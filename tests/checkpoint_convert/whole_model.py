@@ -17,7 +17,7 @@ from checkpoint_convert.names import canonical_name
 from megatron_vlm.config import ModelConfig, Recipe
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
 from megatron_vlm.data.merge import merge_sources
-from megatron_vlm.data.tiling import image_to_tiles
+from megatron_vlm.data.tiling import ImageGeometry, cut_tiles, image_to_tiles
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.image_merge import encode_tiles
 from megatron_vlm.model.vlm import VisionLanguageModel
@@ -73,12 +73,13 @@ def prompt(model: ModelConfig, sizes: list[tuple[int, int]], seed: int = 0) -> t
     images = [picture(size, seed + number) for number, size in enumerate(sizes)]
     per_tile = model.vision.patches_per_tile
     ids = [generator.integers(2, model.image_token_index, 5)]
-    positions, sources, tiles = [], [], []
+    positions, sources, tiles, pixels = [], [], [], []
     for image in images:
         order = merge_sources(image.size, model, "anyres")
         positions.append(sum(map(len, ids)) + np.arange(len(order)))
         sources.append(np.where(order < 0, -1, order + per_tile * sum(map(len, tiles))))
         tiles.append(image_to_tiles(image, model, "anyres"))
+        pixels.append(cut_tiles(image, ImageGeometry.of(model, "anyres")))
         ids += [np.full(len(order), model.image_token_index), generator.integers(2, model.image_token_index, 4)]
     tokens = torch.from_numpy(np.concatenate(ids))
     none = np.empty(0, dtype=np.int64)
@@ -90,7 +91,7 @@ def prompt(model: ModelConfig, sizes: list[tuple[int, int]], seed: int = 0) -> t
         feature_positions=torch.from_numpy(np.concatenate([none, *positions])),
         feature_sources=torch.from_numpy(np.concatenate([none, *sources])),
         num_tiles=sum(map(len, tiles)),
-        tiles=torch.from_numpy(np.concatenate(tiles)) if tiles else None,
+        tiles=torch.from_numpy(np.concatenate(pixels)) if pixels else None,
         num_tokens=len(tokens),
     )
     inputs: dict[str, Any] = {"input_ids": tokens[None]}

@@ -18,7 +18,7 @@ from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch, tile_range
 from megatron_vlm.data.errors import DataError, RowError
 from megatron_vlm.data.loader import RowLoader, build_loader
 from megatron_vlm.data.prepare import prepare_shards
-from megatron_vlm.data.tiling import image_to_tiles
+from megatron_vlm.data.tiling import ImageGeometry, cut_tiles
 from megatron_vlm.data.tokenizer import load_tokenizer
 from tests.data.helpers import Folder, image_bytes, make_recipe, mixed_folder, tiny_sentencepiece, tiny_tokenizer_folder
 
@@ -66,7 +66,7 @@ def test_an_epoch_has_every_sample_once(folder: Folder, tokenizer: Path) -> None
 
 def test_batches_hold_what_the_samples_say(folder: Folder, tokenizer: Path) -> None:
     recipe = recipe_for(folder, tokenizer)
-    words = load_tokenizer(tokenizer)
+    words, geometry = load_tokenizer(tokenizer), ImageGeometry.of(recipe.model, "anyres")
     for batch in take(loader(recipe), 8):
         assert batch.tokens.shape == (192,) and batch.tiles is not None and len(batch.tiles) == batch.num_tiles
         images = batch.tokens == recipe.model.image_token_index
@@ -82,7 +82,7 @@ def test_batches_hold_what_the_samples_say(folder: Folder, tokenizer: Path) -> N
             assert words.decode(labels[labels != IGNORE_INDEX].tolist()) == "\n".join([*answers, ""])
             paths = entry.get("image", [])
             for path in [paths] if isinstance(paths, str) else paths:
-                expected_tiles.append(image_to_tiles(Image.open(folder.images / path), recipe.model, "anyres"))
+                expected_tiles.append(cut_tiles(Image.open(folder.images / path), geometry))
         np.testing.assert_array_equal(batch.tiles, np.concatenate(expected_tiles))
 
 

@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from megatron_vlm.config.model import ModelConfig
@@ -15,6 +16,7 @@ from megatron_vlm.data.tiling import (
     ImageGeometry,
     cut_tiles,
     image_to_tiles,
+    normalise_tiles,
     select_grid,
     tile_count,
 )
@@ -63,6 +65,16 @@ def test_tiles_are_the_image_cut_row_by_row() -> None:
     np.testing.assert_allclose(to_pixels(tiles[0]), base, atol=1e-3)
 
 
+def test_normalising_is_that_of_numpy_bit_for_bit() -> None:
+    """Every value that a pixel can have, in every channel."""
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(3, axis=1)
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    expected = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+    normalised = normalise_tiles(torch.from_numpy(pixels), CLIP_MEAN, CLIP_STD)
+    np.testing.assert_array_equal(normalised.numpy(), expected)
+    assert normalise_tiles(torch.empty(0, 3, 8, 8, dtype=torch.uint8), CLIP_MEAN, CLIP_STD).shape == (0, 3, 8, 8)
+
+
 def test_images_are_centred_on_black() -> None:
     """14x16 stands in 16x16 with a black column on each side."""
     tiles = image_to_tiles(picture(14, 16), tiny_model(), "anyres")
@@ -75,7 +87,7 @@ def test_images_are_centred_on_black() -> None:
 def test_tile_count_and_ranges(size: tuple[int, int]) -> None:
     model = tiny_model()
     geometry, image = ImageGeometry.of(model, "anyres"), picture(*size)
-    tiles = image_to_tiles(image, model, "anyres")
+    tiles = cut_tiles(image, geometry)
     assert len(tiles) == tile_count(size, model, "anyres")
     for start in range(len(tiles)):
         for stop in range(start + 1, len(tiles) + 1):

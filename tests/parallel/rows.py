@@ -114,7 +114,9 @@ def make_row(index: int) -> PackedBatch:
         feature_positions=torch.cat(where) if where else none,
         feature_sources=torch.cat(sources) if sources else none,
         num_tiles=tiles,
-        tiles=torch.randn(tiles, 3, vision.image_size, vision.image_size, generator=generator),
+        tiles=torch.randint(
+            256, (tiles, 3, vision.image_size, vision.image_size), dtype=torch.uint8, generator=generator
+        ),
         num_tokens=bounds[-2] if bounds[-1] == SEQ_LENGTH else SEQ_LENGTH,
     )
 
