@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -88,8 +89,7 @@ class RowBuilder:
     ) -> torch.Tensor:
         """Tiles [start, stop) of the row, [n, 3, P, P] uint8; images without any of them are not read."""
         side = self.geometry.tile_size
-        tiles = torch.empty(stop - start, 3, side, side, dtype=torch.uint8)
-        pixels = tiles.numpy()
+        pixels = np.empty((stop - start, 3, side, side), np.uint8)  # numpy's, for it asks for huge pages
         first = 0
         for sample, document in zip(samples, documents, strict=True):
             for place, size in enumerate(document.image_sizes):
@@ -99,7 +99,7 @@ class RowBuilder:
                     image = self._decode(row, sample, place, size)
                     cut_into(pixels[begin - start : end - start], image, self.geometry, begin - first)
                 first = last
-        return tiles
+        return torch.from_numpy(pixels)
 
     def _decode(self, row: PlannedRow, sample: Sample, place: int, size: tuple[int, int]) -> Image.Image:
         where = f"row {row.counter}: sample {sample.id!r} of {sample.file}: image {sample.image_names[place]}"
