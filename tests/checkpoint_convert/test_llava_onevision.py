@@ -15,7 +15,7 @@ from checkpoint_convert import hf_to_megatron
 from checkpoint_convert.families import TOWERS
 from megatron_vlm.data.conversation import Turn
 from megatron_vlm.data.merge import num_image_tokens
-from megatron_vlm.data.tiling import image_to_tiles
+from megatron_vlm.data.tiling import image_to_tiles, normalise_tiles
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.inference.engine import Prompt, load_engine, read_prompts
 from megatron_vlm.training.checkpoint import read_recipe
@@ -105,7 +105,8 @@ def test_logits_are_those_of_transformers(converted: tuple[Path, Path, Any]) -> 
             batch = read_prompts([prompt], model, aspect_ratio, engine.tokenizer)
             blended[name] = batch.blend_sources is not None and len(batch.blend_sources) > 0
             assert batch.tiles is not None
-            inputs = {"pixel_values": batch.tiles[None], "image_sizes": torch.tensor([size[::-1]])}
+            tiles = normalise_tiles(batch.tiles, model.vision.image_mean, model.vision.image_std)
+            inputs = {"pixel_values": tiles[None], "image_sizes": torch.tensor([size[::-1]])}
             wanted = reference(input_ids=batch.tokens[None], **inputs).logits[0]
             difference = (our_logits(engine.model, batch) - wanted).abs().max()
             assert difference < TOLERANCE, f"{name}: {difference:.1e}"

@@ -14,11 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_vlm.data import images
+from megatron_vlm.data import rows as rows_module
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch, tile_range
 from megatron_vlm.data.errors import DataError, RowError
 from megatron_vlm.data.loader import RowLoader, build_loader
 from megatron_vlm.data.prepare import prepare_shards
-from megatron_vlm.data.tiling import ImageGeometry, cut_tiles
+from megatron_vlm.data.tiling import ImageGeometry, cut_tiles, tile_count
 from megatron_vlm.data.tokenizer import load_tokenizer
 from tests.data.helpers import Folder, image_bytes, make_recipe, mixed_folder, tiny_sentencepiece, tiny_tokenizer_folder
 
@@ -67,10 +69,11 @@ def test_an_epoch_has_every_sample_once(folder: Folder, tokenizer: Path) -> None
 def test_batches_hold_what_the_samples_say(folder: Folder, tokenizer: Path) -> None:
     recipe = recipe_for(folder, tokenizer)
     words, geometry = load_tokenizer(tokenizer), ImageGeometry.of(recipe.model, "anyres")
+    no_tiles = np.empty((0, 3, 8, 8), np.uint8)
     for batch in take(loader(recipe), 8):
         assert batch.tokens.shape == (192,) and batch.tiles is not None and len(batch.tiles) == batch.num_tiles
-        images = batch.tokens == recipe.model.image_token_index
-        assert torch.equal(batch.feature_positions, torch.nonzero(images)[:, 0])
+        reserved = batch.tokens == recipe.model.image_token_index
+        assert torch.equal(batch.feature_positions, torch.nonzero(reserved)[:, 0])
         supervised = batch.labels != IGNORE_INDEX
         assert torch.equal(batch.labels[supervised], batch.tokens.roll(-1)[supervised])
         assert not (batch.labels == recipe.model.image_token_index).any()
@@ -83,7 +86,7 @@ def test_batches_hold_what_the_samples_say(folder: Folder, tokenizer: Path) -> N
             paths = entry.get("image", [])
             for path in [paths] if isinstance(paths, str) else paths:
                 expected_tiles.append(cut_tiles(Image.open(folder.images / path), geometry))
-        np.testing.assert_array_equal(batch.tiles, np.concatenate(expected_tiles))
+        np.testing.assert_array_equal(batch.tiles, np.concatenate([no_tiles, *expected_tiles]))
 
 
 def test_the_order_is_that_of_one_process(folder: Folder, tokenizer: Path) -> None:
@@ -131,6 +134,37 @@ def test_tiles_are_dealt_to_the_encoding_ranks(folder: Folder, tokenizer: Path, 
             start, stop = tile_range(batch.num_tiles, rank, members)
             assert torch.equal(part.tiles, batch.tiles[start:stop]) and part.tiles.shape[1:] == (3, 8, 8)
             assert torch.equal(part.feature_sources, batch.feature_sources)
+
+
+def test_an_image_is_decoded_once_and_by_those_who_need_it(
+    folder: Folder, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two ranks share an image's tiles both decode it, and nobody else does."""
+    decoded: list[int] = []
+    monkeypatch.setattr(rows_module, "decode_image", lambda data: decoded.append(0) or images.decode_image(data))
+    recipe = recipe_for(folder, tokenizer)
+    whole = take(loader(recipe), 10)
+    tiles_of = [[i for i, n in enumerate(_tiles_of_images(batch, folder, recipe)) for _ in range(n)] for batch in whole]
+    assert len(decoded) == sum(len(set(owners)) for owners in tiles_of) > 10
+    for members in (2, 3):
+        for rank in range(members):
+            decoded.clear()
+            take(loader(recipe, tile_rank=rank, tile_ranks=members), 10)
+            mine = [set(owners[slice(*tile_range(len(owners), rank, members))]) for owners in tiles_of]
+            assert len(decoded) == sum(map(len, mine))
+    decoded.clear()
+    take(loader(recipe, need_tiles=False), 10)
+    assert not decoded
+
+
+def _tiles_of_images(batch: PackedBatch, folder: Folder, recipe: Any) -> list[int]:
+    """Of each image of a row in their order, by the file's own size."""
+    counts = []
+    for name in batch.sample_ids:
+        paths = folder.entries[int(name[1:])].get("image", [])
+        for path in [paths] if isinstance(paths, str) else paths:
+            counts.append(tile_count(Image.open(folder.images / path).size, recipe.model, "anyres"))
+    return counts
 
 
 def test_a_rank_without_tiles_reads_no_image(tmp_path: Path, tokenizer: Path) -> None:
