@@ -180,7 +180,8 @@ def normalise_tiles(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[f
     """
     # Tensors all three: by a plain number a GPU multiplies with its reciprocal, which rounds another way.
     full, centre, spread = (
-        torch.tensor(values, dtype=torch.float32, device=pixels.device).view(-1, 1, 1) for values in ([255.0], mean, std)
+        torch.tensor(values, dtype=torch.float32, device=pixels.device).view(-1, 1, 1)
+        for values in ([255.0], mean, std)
     )
     tiles = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
     for tile, values in zip(tiles, pixels, strict=True):  # one at a time: it stays in a CPU's cache
