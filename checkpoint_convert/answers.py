@@ -113,8 +113,9 @@ def _ask_transformers(source: Source, tokenizer: Tokenizer, prompts: dict[str, P
         where = _chosen_positions(batch, source.model.image_token_index)
         logits = model(**inputs, logits_to_keep=where).logits[0]
         made = model.generate(**inputs, generation_config=greedy)[0].tolist()
-        new = made[len(inputs["input_ids"][0]) :] if made[:1] == inputs["input_ids"][0][:1].tolist() else made
-        found[name] = Answer(logits.float(), new)
+        if source.kind != "instellavl":  # whose class returns new tokens alone
+            made = made[inputs["input_ids"].shape[1] :]
+        found[name] = Answer(logits.float(), made)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 
 from megatron_vlm.config.problems import Problem, divides, divisors, multiples_around
 from megatron_vlm.config.recipe import Recipe
@@ -147,6 +148,16 @@ def _check_head_split(recipe: Recipe) -> Iterator[Problem]:
             f"can neither be dealt out evenly nor be replicated evenly over tensor_model_parallel_size = {tensor} and "
             f"tensor_model_parallel_size * context_parallel_size = {ranks}",
             f"Use degrees that divide {key_value_heads} or are multiples of it",
+        )
+    # ... and tensor ranks hold equal parts of its weights, wherever they cut them
+    elif divides(heads, language.hidden_size) and not divides(tensor, 2 * key_value_heads * language.head_width):
+        yield Problem(
+            "model.language.num_key_value_heads",
+            key_value_heads,
+            f"keys and values are {2 * key_value_heads} x {language.head_width} wide, which tensor_model_parallel_size "
+            f"= {tensor} does not divide",
+            "Use a tensor_model_parallel_size of "
+            f"{divisors(gcd(heads, 2 * key_value_heads * language.head_width), tensor)}",
         )
 
 

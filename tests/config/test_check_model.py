@@ -67,6 +67,17 @@ CASES = [
         "model.language.num_key_value_heads = 6",
         "divide 6 or are multiples of it",
     ),
+    (
+        # a single key head of 6 and its value cannot be cut over 8 ranks
+        {
+            "model.language.num_key_value_heads": 1,
+            "model.language.head_dim": 6,
+            "parallel.tensor_model_parallel_size": 8,
+        },
+        8,
+        "model.language.num_key_value_heads = 1",
+        "1, 2 or 4",
+    ),
     (TENSOR | {"model.language.intermediate_size": 130}, 4, "model.language.intermediate_size = 130", "1 or 2"),
     (TENSOR | {"model.language.vocab_size": 510}, 4, "model.language.vocab_size = 510", "to 512, or"),
     ({"model.image_token_index": 512}, 1, "model.image_token_index = 512", "from 0 to 511"),
