@@ -15,6 +15,7 @@ from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.groups import Place
 from megatron_vlm.runtime.log import say
+from megatron_vlm.training.json_lines import keep_lines
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -92,6 +93,5 @@ class MetricsLog:
 def _open_after(path: Path, iteration: int) -> Any:
     """The log, cut back to `iteration`: what a killed run wrote after its last checkpoint will be written again."""
     if path.is_file():
-        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["iteration"] <= iteration]
-        path.write_text("".join(line + "\n" for line in kept))
+        keep_lines(path, lambda line: line["iteration"] <= iteration)
     return path.open("a")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.training.json_lines import keep_lines, read_lines
 
 _PATTERN = "samples-rank*.jsonl"
 
@@ -20,15 +21,7 @@ _PATTERN = "samples-rank*.jsonl"
 def cut_back(folder: Path, consumed_rows: int) -> None:
     """Take out of all ranks' files what comes after the first `consumed_rows` rows. One rank of the run does this."""
     for path in folder.glob(_PATTERN):
-        kept = [line for line in path.read_text().splitlines() if _row(line) < consumed_rows]
-        path.write_text("".join(line + "\n" for line in kept))
-
-
-def _row(line: str) -> float:
-    try:
-        return int(json.loads(line)["row"])
-    except ValueError:  # a line that a killed rank did not finish
-        return float("inf")
+        keep_lines(path, lambda line: line["row"] < consumed_rows)
 
 
 class SampleLog(Iterator[PackedBatch]):
@@ -52,5 +45,5 @@ class SampleLog(Iterator[PackedBatch]):
 
 def read_samples(folder: Path) -> list[tuple[int, list[str]]]:
     """(row, ids of its samples) of a run, over all ranks, in the order of the rows."""
-    lines = [json.loads(line) for path in folder.glob(_PATTERN) for line in path.read_text().splitlines()]
+    lines = (line for path in folder.glob(_PATTERN) for line in read_lines(path))
     return sorted((line["row"], line["samples"]) for line in lines)

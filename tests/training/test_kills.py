@@ -1,4 +1,4 @@
-"""Real jobs, killed at moments that nobody chose: in the end every sample was trained on once, in the one order."""
+"""Real jobs, killed at all kinds of moments: in the end every sample was trained on as often as its share says."""
 
 from __future__ import annotations
 
@@ -8,58 +8,155 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from megatron_vlm.config import load_recipe
-from megatron_vlm.data.loader import build_loader
+from megatron_vlm.data.loader import RowLoader, build_loader
+from megatron_vlm.data.prepare import prepare_shards
 from megatron_vlm.training.sample_log import read_samples
+from tests.data.helpers import mixed_folder
 from tests.launch import ROOT
-from tests.training.tiny_run import metrics, run, write_recipe
+from tests.training.tiny_run import LAYOUTS, metrics, run, write_recipe
 
-JOBS = [(2, 4, 2), (1, 3, 0), (4, 8, 1), (2, 2, 1), (3, 6, 2), (1, 5, 1), (4, 4, 0), (2, 6, 1), (1, 2, 2), (3, 3, 1)]
-"""(data ranks, rows per step, workers) of each job that is killed; the last one of a test runs to its end."""
-PATIENCE = 200
+PATIENCE = 300
 
 
-def _flags(job: tuple[int, int, int], save: Path, iterations: int) -> list[str]:
-    _, rows, workers = job
-    return [
-        "--save", str(save), "--save-interval", "2", "--log-samples", "--global-batch-size", str(rows),
-        "--num-workers", str(workers), "--train-iters", str(iterations),
-    ]  # fmt: skip
+@dataclass
+class Job:
+    """One start of the run, each with other ranks than the last."""
+
+    data_ranks: int
+    rows_per_step: int
+    workers: int
+    layout: str = "dp2"
+    """No other parallelism; the others double the ranks."""
+    killed_while: str = "training"
+    """training: some steps after the checkpoint; saving: a checkpoint is being written; starting: data is being opened
+    and planned, or workers start.
+    """
+
+    @property
+    def ranks(self) -> int:
+        return self.data_ranks * (1 if self.layout == "dp2" else 2)
+
+    def flags(self, save: Path, iterations: int) -> list[str]:
+        return [
+            "--save", str(save), "--save-interval", "2", "--log-samples", "--global-batch-size",
+            str(self.rows_per_step), "--num-workers", str(self.workers), "--train-iters", str(iterations),
+            *LAYOUTS[self.layout],
+        ]  # fmt: skip
+
+
+TWO = [Job(2, 6, 2, killed_while="saving"), Job(1, 5, 0), Job(2, 4, 1)]
+"""Of each of these lists the last job is not killed."""
+TEN = [
+    Job(2, 4, 2, killed_while="starting"),
+    Job(2, 4, 2),
+    Job(1, 3, 0, killed_while="saving"),
+    Job(4, 8, 1),
+    Job(2, 2, 1, "pp2", killed_while="starting"),
+    Job(1, 5, 1, "tp2", killed_while="saving"),
+    Job(3, 6, 2),
+    Job(2, 6, 4, "cp2"),
+    Job(4, 4, 0, killed_while="saving"),
+    Job(1, 2, 2, killed_while="starting"),
+    Job(3, 3, 1),
+]
+
+
+def _write_recipe(folder: Path) -> Path:
+    """An epoch of about 30 rows: a file, more shards than are shuffled together one and a half times, a few drawn."""
+    recipe = write_recipe(folder, distributed_timeout_minutes=5)
+    whole, sharded, chosen = (mixed_folder(folder / name, count) for name, count in SETS.items())
+    for name, data in zip(SETS, (whole, sharded, chosen), strict=True):
+        for number, entry in enumerate(data.entries):
+            entry["id"] = f"{name}{number}"
+            paths = entry.get("image", [])
+            entry["image"] = [f"{name}/images/{path}" for path in ([paths] if isinstance(paths, str) else paths)]
+    prepare_shards([sharded.write()], folder, folder / "shards", 1, size_limit=800)
+    assert len(list((folder / "shards").rglob("*.mds"))) > 16
+    mix = {
+        "datasets": [
+            {"json_path": str(whole.write())},
+            {"shard_path": str(folder / "shards"), "repeat": 1.5},
+            {"json_path": str(chosen.write()), "choose": CHOSEN},
+        ]
+    }
+    (folder / "mix.yaml").write_text(yaml.safe_dump(mix))
+    settings = yaml.safe_load(recipe.read_text())
+    settings["data"] |= {"data_path": [str(folder / "mix.yaml")], "image_folder": str(folder)}
+    recipe.write_text(yaml.safe_dump(settings))
+    return recipe
+
+
+SETS, CHOSEN = {"whole": 13, "sharded": 24, "chosen": 20}, 7
+
+
+def _check_shares(epoch: list[str]) -> frozenset[str]:
+    """An epoch has every sample as often as the mixture says. Returns those that were drawn."""
+    times = Counter(epoch)
+    per_set = {name: {k: n for k, n in times.items() if k.startswith(name)} for name in SETS}
+    assert per_set["whole"] == {f"whole{number}": 1 for number in range(SETS["whole"])}
+    assert set(per_set["sharded"].values()) == {1, 2} and len(per_set["sharded"]) == SETS["sharded"]
+    assert sum(per_set["sharded"].values()) == SETS["sharded"] * 3 // 2
+    assert set(per_set["chosen"].values()) == {1} and len(per_set["chosen"]) == CHOSEN
+    return frozenset(per_set["chosen"])
+
+
+def _tracked(save: Path) -> int:
+    tracker = save / "latest_checkpointed_iteration.txt"
+    return int(tracker.read_text()) if tracker.exists() else 0
+
+
+def _saving(save: Path) -> bool:
+    """Whether there is a checkpoint that is not finished: newer than the one to go on from."""
+    newest = max((int(path.name.removeprefix("iter_")) for path in save.glob("iter_*")), default=0)
+    return newest > _tracked(save)
 
 
 def _reached(save: Path) -> int:
-    """The last iteration a run has logged; the file may be cut back, or be written to, at this moment."""
+    """The last iteration a run has logged; the file may be being written to at this moment."""
     try:
         return len(metrics(save))
     except (FileNotFoundError, ValueError):
         return 0
 
 
-def _kill_after(recipe: Path, job: tuple[int, int, int], save: Path, steps: int, delay: float) -> None:
-    """Start a job, let it go `steps` iterations beyond the last checkpoint, and kill all of it at once."""
-    tracker = save / "latest_checkpointed_iteration.txt"
-    target = steps + (int(tracker.read_text()) if tracker.exists() else 0)
+def _start_and_kill(recipe: Path, job: Job, save: Path, draw: random.Random) -> None:
+    """Start a job, wait for its moment, and kill all its processes at once."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job[0]),
-        "-m", "megatron_vlm.train", "--config", str(recipe), *_flags(job, save, 1000),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.ranks),
+        "-m", "megatron_vlm.train", "--config", str(recipe), *job.flags(save, 1000),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    log = save.parent / "log"
+    log, target, saved = save.parent / "log", _tracked(save) + draw.randint(2, 5), _tracked(save)
+
+    def is_time() -> bool:
+        told = log.read_text()
+        if job.killed_while == "starting":
+            return "starting from" in told or "going on after" in told
+        if "data: " not in told:  # a run that goes on cuts its logs back first: what was reached before does not count
+            return False
+        if job.killed_while == "saving":
+            return _tracked(save) > saved and _saving(save)
+        return _reached(save) >= target
+
     with log.open("w") as stream:
         launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
     started = time.monotonic()
     try:
-        # a run that goes on cuts its logs back first: what an earlier one reached does not count
-        while "data: " not in log.read_text() or _reached(save) < target:
+        while not is_time():
             assert launcher.poll() is None and time.monotonic() - started < PATIENCE, log.read_text()[-3000:]
-            time.sleep(0.05)
-        time.sleep(delay)
+            time.sleep(0.005)
+        if job.killed_while != "saving":
+            time.sleep(draw.random() * 0.5)
     finally:
         processes = [*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)]
         for process in processes:
@@ -68,33 +165,44 @@ def _kill_after(recipe: Path, job: tuple[int, int, int], save: Path, steps: int,
         psutil.wait_procs(processes, timeout=10)
 
 
-def _expected(recipe: Path, rows: int) -> list[tuple[int, list[str]]]:
-    """The rows of a run that was never stopped."""
+def _uninterrupted(recipe: Path) -> RowLoader:
     read = load_recipe(recipe)
     read.training.global_batch_size = 1
-    loader = build_loader(read, dp_rank=0, dp_size=1, consumed_rows=0, need_tiles=False)
-    return [(number, next(loader).sample_ids) for number in range(rows)]
+    return build_loader(read, dp_rank=0, dp_size=1, consumed_rows=0, need_tiles=False)
 
 
-def _go_on_after_kills(folder: Path, kills: int, seed: int) -> None:
+def _go_on_after_kills(folder: Path, jobs: list[Job], seed: int) -> None:
     draw = random.Random(seed)
-    recipe, save = write_recipe(folder), folder / "run"
-    for number in range(kills):
-        _kill_after(recipe, JOBS[number % len(JOBS)], save, draw.randint(2, 6), draw.random() * 0.5)
-    last = JOBS[kills % len(JOBS)]
-    iterations = int((save / "latest_checkpointed_iteration.txt").read_text()) + 6
-    run(recipe, None, *_flags(last, save, iterations), ranks=last[0])
+    recipe, save = _write_recipe(folder), folder / "run"
+    unfinished = 0
+    *killed, last = jobs
+    for job in killed:
+        _start_and_kill(recipe, job, save, draw)
+        unfinished += job.killed_while == "saving" and _saving(save)
+    assert unfinished or not any(job.killed_while == "saving" for job in killed)
+    run(recipe, None, *last.flags(save, _tracked(save) + 6), ranks=last.ranks)
     done = read_samples(save)
-    assert all(b[0] == a[0] + 1 for a, b in pairwise(done)) and len(done) >= 6 * last[1]
-    assert done == _expected(recipe, len(done))
+    assert [number for number, _ in done] == list(range(len(done))) and len(done) >= 6 * last.rows_per_step
+    loader = _uninterrupted(recipe)
+    assert done == [(number, next(loader).sample_ids) for number in range(len(done))]
+    epochs: dict[int, list[str]] = {}
+    for number, ids in done:
+        epochs.setdefault(loader.plan.row(number).epoch, []).extend(ids)
+    drawn = [_check_shares(ids) for ids in list(epochs.values())[:-1]]
+    assert drawn and all(a != b for a, b in pairwise(drawn))
+    samples = sum(len(ids) for _, ids in done)
+    print(
+        f"{len(killed)} kills ({dict(Counter(job.killed_while for job in killed))}, {unfinished} left a checkpoint "
+        f"unfinished): {len(done)} rows, {samples} samples, {len(drawn)} whole epochs"
+    )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_two_kills(tmp_path: Path) -> None:
-    _go_on_after_kills(tmp_path, kills=2, seed=0)
+    _go_on_after_kills(tmp_path, TWO, seed=0)
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(2400)
 def test_ten_kills(tmp_path: Path) -> None:
-    _go_on_after_kills(tmp_path, kills=10, seed=1)
+    _go_on_after_kills(tmp_path, TEN, seed=1)
