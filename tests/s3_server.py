@@ -38,6 +38,8 @@ class Proxy:
     faults: list[Fault] = field(default_factory=list)
     requests: list[tuple[str, str]] = field(default_factory=list)
     """(method, path) of all so far"""
+    keys: set[str] = field(default_factory=set)
+    """Access keys that requests were signed with."""
 
     def matching(self, method: str, path: str) -> str | None:
         self.requests.append((method, path))
@@ -69,6 +71,8 @@ def proxy(server_port: int) -> Iterator[Proxy]:
         def _forward(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             fault = state.matching(self.command, self.path)
+            signed = self.headers.get("Authorization") or ""
+            state.keys.add(signed.partition("Credential=")[2].partition("/")[0])
             if fault == "error":
                 self.send_response(500)
                 self.send_header("Content-Length", "0")

@@ -85,8 +85,11 @@ def _client_of(process: int, timeout: float) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    session = boto3.session.Session()
-    return session.client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"), config=config)
+    endpoint = os.environ.get("S3_ENDPOINT_URL")
+    try:
+        return boto3.session.Session().client("s3", endpoint_url=endpoint, config=config)
+    except ValueError as error:
+        raise DataError(f"S3_ENDPOINT_URL is {endpoint!r}: expected an address like https://host:port") from error
 
 
 def _client() -> Any:

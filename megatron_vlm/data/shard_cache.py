@@ -56,9 +56,17 @@ class ShardCache:
             except FileNotFoundError:
                 self._fetch(url, path, size, sha1)
                 continue  # another process may have removed it since
+            if os.fstat(file.fileno()).st_size != size:  # the machine went down before all of it was on the disk
+                file.close()
+                self.remove(place)
+                continue
             with suppress(OSError):
                 os.utime(path)
             return file
+
+    def remove(self, place: str) -> None:
+        """Let go of a shard that is not what it should be: it is fetched again when it is next opened."""
+        (self.folder / place).unlink(missing_ok=True)
 
     def _fetch(self, url: str, path: Path, size: int, sha1: str | None) -> None:
         try:

@@ -19,6 +19,9 @@ from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.shard_cache import ShardCache
 from megatron_vlm.data.shards import INDEX, ShardSample
 
+_DAMAGED = (ValueError, KeyError, TypeError, IndexError)
+"""What reading a sample of a damaged shard ends in."""
+
 
 @dataclass(frozen=True)
 class _File:
@@ -124,18 +127,27 @@ class ShardFolder:
             DataError: the shard cannot be fetched or is damaged; the message names it.
         """
         place = int(np.searchsorted(self.starts, index, side="right")) - 1
-        shard = self._shards[place]
+        shard, inside = self._shards[place], index - int(self.starts[place])
         try:
-            with self._open(shard) as file:
-                columns = dict(_read_columns(file, index - int(self.starts[place]), shard.encodings))
-            return _our_sample(columns) if "annotation" in columns else _published_sample(columns, shard.encodings)
+            try:
+                return self._read(shard, inside)
+            except _DAMAGED:
+                if self._cache is None or not self._remote:
+                    raise
+                self._cache.remove(self._cached_name(shard))  # perhaps the disk's fault
+                return self._read(shard, inside)
         except FileNotFoundError as error:
             raise DataError(f"shard {s3.join(self.folder, shard.name)} is not there any more") from error
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except _DAMAGED as error:
             raise DataError(
-                f"shard {s3.join(self.folder, shard.name)} is damaged at its sample {index - self.starts[place]}: "
-                f"{error}. Copy or write it again."
+                f"shard {s3.join(self.folder, shard.name)} is damaged at its sample {inside}: {error}. "
+                "Copy or write it again."
             ) from error
+
+    def _read(self, shard: _File, inside: int) -> ShardSample:
+        with self._open(shard) as file:
+            columns = dict(_read_columns(file, inside, shard.encodings))
+        return _our_sample(columns) if "annotation" in columns else _published_sample(columns, shard.encodings)
 
     def outline(self, index: int) -> ShardSample:
         """A sample without its images, from the file that lists them; with them where there is no such file.
@@ -154,9 +166,11 @@ class ShardFolder:
     def _open(self, file: _File) -> BinaryIO:
         if self._remote:
             assert self._cache is not None
-            name = f"{self.folder.rstrip('/').rpartition('/')[2]}-{self.content_hash[:16]}"
-            return self._cache.open(s3.join(self.folder, file.name), f"{name}/{file.name}", file.size, file.sha1)
+            return self._cache.open(s3.join(self.folder, file.name), self._cached_name(file), file.size, file.sha1)
         return open(Path(self.folder, file.name), "rb", buffering=0)
+
+    def _cached_name(self, file: _File) -> str:
+        return f"{self.folder.rstrip('/').rpartition('/')[2]}-{self.content_hash[:16]}/{file.name}"
 
 
 def _shard(entry: dict[str, Any], folder: str) -> _File:

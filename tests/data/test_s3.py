@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import shutil
+import signal
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +20,7 @@ from megatron_vlm.data.shard_cache import ShardCache
 from megatron_vlm.data.shard_reader import ShardFolder
 from megatron_vlm.data.shards import ShardSample
 from tests.data.helpers import mixed_folder
-from tests.s3_server import BUCKET, Fault, Proxy, put_folder, store
+from tests.s3_server import BUCKET, Fault, Proxy, put_folder, store, wait_for
 
 URL = f"s3://{BUCKET}/train"
 
@@ -31,6 +36,7 @@ def proxy(one_store: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """The store without objects and faults, and little patience."""
     monkeypatch.setattr(s3, "patience", s3.Patience(attempts=4, first_delay=0.02, timeout=1.0))
     yield one_store
+    monkeypatch.undo()
     one_store.faults.clear()
     one_store.requests.clear()
     for name in s3.list_names(f"s3://{BUCKET}/"):
@@ -101,7 +107,12 @@ def test_what_fails_for_a_while_is_tried_again(tmp_path: Path, proxy: Proxy, sha
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("error", "tried 4 times"), ("cut", "tried 4 times"), ("short", "bytes came where .* were expected")],
+    [
+        ("error", "tried 4 times"),
+        ("cut", "tried 4 times"),
+        ("short", "bytes came where .* were expected"),
+        ("stall", "tried 4 times, last ReadTimeoutError"),
+    ],
 )
 def test_what_stays_wrong_is_named(tmp_path: Path, proxy: Proxy, shards: Path, kind: str, message: str) -> None:
     put_folder(shards, URL)
@@ -144,6 +155,67 @@ def test_the_cache_is_bounded(tmp_path: Path, proxy: Proxy, shards: Path) -> Non
         ShardFolder(URL, ShardCache(tmp_path / "tiny", limit=100))[0]
 
 
+def test_what_is_wrong_in_the_cache_is_fetched_again(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    put_folder(shards, URL)
+    remote, expected = ShardFolder(URL, ShardCache(tmp_path / "cache")), everything(ShardFolder(shards))
+    assert everything(remote) == expected
+    truncated, overwritten = sorted((tmp_path / "cache").rglob("shard.*.mds"))[:2]
+    truncated.write_bytes(truncated.read_bytes()[:100])
+    overwritten.write_bytes(bytes(overwritten.stat().st_size))
+    assert everything(remote) == expected
+
+
+def test_shards_that_were_written_wrong_are_named(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    """Without a hash in the index, as the published system wrote it, damage shows when the sample is read."""
+    wrong = shutil.copytree(shards, tmp_path / "wrong")
+    index = json.loads((wrong / "index.json").read_text())
+    for shard in index["shards"]:
+        shard["raw_data"]["hashes"] = {}
+    (wrong / "index.json").write_text(json.dumps(index))
+    victim = wrong / "00000" / "shard.00000.mds"
+    victim.write_bytes(bytes(victim.stat().st_size))
+    put_folder(wrong, URL)
+    for folder in (ShardFolder(wrong), ShardFolder(URL, ShardCache(tmp_path / "cache"))):
+        with pytest.raises(DataError, match=r"00000/shard.00000.mds is damaged at its sample 0: "):
+            folder[0]
+
+
+@contextmanager
+def environment(**variables: str | None) -> Iterator[None]:
+    """Other variables for a while; None: without it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.delenv(name, raising=False) if value is None else patch.setenv(name, value)
+        s3._client_of.cache_clear()
+        yield
+    s3._client_of.cache_clear()
+
+
+def test_who_may_not_read_is_told(tmp_path: Path, proxy: Proxy) -> None:
+    with (
+        environment(S3_ENDPOINT_URL="localhost:9000"),
+        pytest.raises(DataError, match="S3_ENDPOINT_URL is 'localhost:9000': expected an address like"),
+    ):
+        ShardFolder(URL, ShardCache(tmp_path / "cache"))
+    with (
+        environment(AWS_ACCESS_KEY_ID=None, AWS_SECRET_ACCESS_KEY=None, AWS_EC2_METADATA_DISABLED="true"),
+        pytest.raises(DataError, match=f"cannot read {URL}/index.json: no credentials. Set AWS_ACCESS_KEY_ID"),
+    ):
+        ShardFolder(URL, ShardCache(tmp_path / "cache"))
+
+
+def test_credentials_come_from_the_usual_files(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    put_folder(shards, URL)
+    file = tmp_path / "credentials"
+    file.write_text("[mine]\naws_access_key_id = of-a-file\naws_secret_access_key = secret\n")
+    with environment(
+        AWS_ACCESS_KEY_ID=None, AWS_SECRET_ACCESS_KEY=None, AWS_SHARED_CREDENTIALS_FILE=str(file), AWS_PROFILE="mine"
+    ):
+        proxy.keys.clear()
+        assert len(ShardFolder(URL, ShardCache(tmp_path / "cache"))) == 30
+        assert proxy.keys == {"of-a-file"}
+
+
 def _read_all(shards: Path, cache_folder: Path, limit: int, seed: int) -> None:
     import numpy as np
 
@@ -154,20 +226,32 @@ def _read_all(shards: Path, cache_folder: Path, limit: int, seed: int) -> None:
         assert cache.used <= limit
 
 
-def test_processes_share_a_cache_even_if_one_is_killed(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+def test_processes_share_a_cache_though_some_are_killed(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    """Three read on while three more, one after the other, are killed in the middle of a download."""
     put_folder(shards, URL)
-    limit = 5 * max(path.stat().st_size for path in shards.rglob("*.mds"))
+    limit = 6 * max(path.stat().st_size for path in shards.rglob("*.mds"))
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=_read_all, args=(shards, tmp_path / "cache", limit, seed)) for seed in range(4)]
-    for process in processes:
+
+    def start(seed: int) -> multiprocessing.process.BaseProcess:
+        process = fork.Process(target=_read_all, args=(shards, tmp_path / "cache", limit, seed))
         process.start()
-    processes[0].join(0.5)
-    processes[0].kill()
-    for process in processes[1:]:
-        process.join(60)
+        return process
+
+    others: list[multiprocessing.process.BaseProcess] = []
+    for victim in range(3):
+        proxy.faults.append(Fault("stall", ".mds", 1))
+        killed = start(100 + victim)
+        wait_for(lambda: not proxy.faults[-1].times and list((tmp_path / "cache").rglob("*.partial")), 60)
+        others.append(start(victim))
+        time.sleep(0.1)  # the others come to the same shard, or want its place
+        killed.kill()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
+    for process in others:
+        process.join(120)
         assert process.exitcode == 0
     _read_all(shards, tmp_path / "cache", limit, 9)
-    assert ShardCache(tmp_path / "cache").used <= limit
+    assert ShardCache(tmp_path / "cache").used <= limit and not list((tmp_path / "cache").rglob("*.partial"))
 
 
 def test_a_shard_is_fetched_once_by_many_processes(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
