@@ -1,16 +1,18 @@
 """How long a conversion takes beside copying the same files, and how much memory it needs.
 
-    python -m benchmarks.convert [--dtype float32] [--work DIR]
+    python -m benchmarks.convert [--dtype float32 bfloat16] [--work DIR]
 
-The model is Instella-VL-1B in size, 1,486,569,472 random parameters. Each conversion runs in a process of its own,
-which samples its anonymous memory (RssAnon of /proc/self/status; mapped files are not counted, the kernel drops them
-at will).
+The model is Instella-VL-1B in size, 1,486,569,472 random parameters. Each run is in a process of its own. It starts
+with no file waiting to be written and just after what it reads was read, and ends when all that it wrote is on the
+disk: the file cache serves all of them alike. Memory is sampled as anonymous memory (RssAnon of /proc/self/status;
+mapped files are not counted, the kernel drops them at will).
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import shutil
 import tempfile
 import threading
@@ -38,7 +40,21 @@ def anonymous_bytes() -> int:
     raise RuntimeError("/proc/self/status has no RssAnon: this needs Linux")
 
 
-def _measured(command: Callable[..., int], arguments: list[str], answer: Connection) -> None:
+def copy(arguments: list[str]) -> int:
+    """`cp -r FOLDER TARGET`; the kernel copies, as it does for cp."""
+    shutil.copytree(*arguments)
+    return 0
+
+
+def _read(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb", buffering=0) as opened:
+                while opened.read(2**24):
+                    pass
+
+
+def _measured(command: Callable[[list[str]], int], reads: Path, arguments: list[str], answer: Connection) -> None:
     peak, done = 0, threading.Event()
 
     def sample() -> None:
@@ -47,21 +63,25 @@ def _measured(command: Callable[..., int], arguments: list[str], answer: Connect
             peak = max(peak, anonymous_bytes())
 
     sampler = threading.Thread(target=sample, daemon=True)
-    before = anonymous_bytes()
+    os.sync()
+    _read(reads)
+    at_start = anonymous_bytes()
     sampler.start()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     code = command(arguments)
-    seconds = time.perf_counter() - start
+    os.sync()
+    found = {"exit": code, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
     done.set()
     sampler.join()
-    answer.send({"exit": code, "seconds": seconds, "peak_anonymous_bytes": peak, "at_start_bytes": before})
+    answer.send(found | {"peak_anonymous_bytes": max(peak, at_start), "at_start_bytes": at_start})
 
 
-def measure(command: Callable[..., int], arguments: list[str]) -> dict[str, Any]:
-    """Run a command's `main` in a process of its own: exit code, seconds, memory at its peak and at its start."""
+def measure(command: Callable[[list[str]], int], reads: Path, arguments: list[str]) -> dict[str, Any]:
+    """Run a command's `main`, which `reads` a folder, in a process of its own: exit code, seconds, CPU seconds, memory
+    at its peak and at its start."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_measured, args=(command, arguments, theirs))
+    process = context.Process(target=_measured, args=(command, reads, arguments, theirs))
     process.start()
     theirs.close()
     try:
@@ -74,43 +94,47 @@ def measure(command: Callable[..., int], arguments: list[str]) -> dict[str, Any]
     return found
 
 
-def _copy(source: Path, target: Path) -> dict[str, Any]:
-    start = time.perf_counter()
-    shutil.copytree(source, target)
-    return {"seconds": time.perf_counter() - start}
-
-
 def compare(work: Path, model: ModelConfig, dtype: str) -> dict[str, Any]:
     """Write a random folder into `work`, copy it, convert it there and back."""
     model.image_token_index = write_tokenizer(work / "words")
     folder, megatron, back = work / "folder", work / "megatron", work / "back"
     parameters = write_random_folder(folder, work / "words", model, DTYPES[dtype])
-    runs = {"cp": _copy(folder, work / "copy")}
+    runs = {"cp": measure(copy, folder, [str(folder), str(work / "copy")])}
     shutil.rmtree(work / "copy")
-    runs["hf_to_megatron"] = measure(hf_to_megatron.main, ["--model", str(folder), "--save", str(megatron)])
+    runs["hf_to_megatron"] = measure(hf_to_megatron.main, folder, ["--model", str(folder), "--save", str(megatron)])
     to_hf = ["--load", str(megatron), "--save", str(back), "--format", "llava_next"]
-    runs["megatron_to_hf"] = measure(megatron_to_hf.main, to_hf)
-    return {"parameters": parameters, "dtype": dtype, "runs": runs}
+    runs["megatron_to_hf"] = measure(megatron_to_hf.main, megatron, to_hf)
+    return {"parameters": parameters, "runs": runs}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
-    parser.add_argument("--work", type=Path, help="folder for some 20 GB; default: a temporary one")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.work) as work:
-        found = compare(Path(work), ModelConfig(), args.dtype)
+def table_of(runs: dict[str, dict[str, Any]]) -> str:
+    """What `compare` found, one run a line."""
+    header = ["", "seconds", "of cp's", "CPU seconds", "GiB at start", "GiB at peak"]
     rows = [
         [
             name,
             f"{run['seconds']:.1f}",
-            *(f"{run.get(key, 0) / 2**30:.2f}" for key in ("at_start_bytes", "peak_anonymous_bytes")),
+            f"{run['seconds'] / runs['cp']['seconds']:.2f} x",
+            f"{run['cpu_seconds']:.1f}",
+            *(f"{run[key] / 2**30:.2f}" for key in ("at_start_bytes", "peak_anonymous_bytes")),
         ]
-        for name, run in found["runs"].items()
+        for name, run in runs.items()
     ]
-    print(f"{found['parameters']:,} parameters, {found['dtype']}\n")
-    print(report.table(["", "seconds", "GiB at start", "GiB at peak"], rows))
-    print(f"\nwrote {report.save(report.RESULTS, 'convert', found)}")
+    return report.table(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32", "bfloat16"], help="of the weights")
+    parser.add_argument("--work", type=Path, help="folder for some 20 GB; default: a temporary one")
+    parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for the JSON")
+    args = parser.parse_args()
+    found = {}
+    for dtype in args.dtype:
+        with tempfile.TemporaryDirectory(dir=args.work) as work:
+            found[dtype] = compare(Path(work), ModelConfig(), dtype)
+        print(f"\n{found[dtype]['parameters']:,} parameters, {dtype}\n\n{table_of(found[dtype]['runs'])}")
+    print(f"\nwrote {report.save(args.output, 'convert', found)}")
 
 
 if __name__ == "__main__":

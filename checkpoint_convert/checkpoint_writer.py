@@ -8,6 +8,7 @@ its turn comes. What is written is megatron-core's own format, that of `dist_che
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,11 +58,17 @@ class StreamingSave(TorchDistSaveShardedStrategy):
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """torch wraps what goes wrong on any rank; with one rank it is told as it is."""
+    """torch wraps what goes wrong on any rank, and what a full disk says in a complaint about positions in a file."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
     except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
+        told = next(iter(error.failures.values()))[0]
+        cause: BaseException | None = told
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or told from None
 
 
 class _SavePlanner(SavePlanner):

@@ -23,6 +23,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConversionError(f"{file} is not there: {folder} is no Hugging Face model folder") from None
     except json.JSONDecodeError as error:
         raise ConversionError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConversionError(f"{file} holds no settings: it must be one JSON object")
     return config
 
 

@@ -24,7 +24,7 @@ from checkpoint_convert.errors import ConversionError
 from checkpoint_convert.folder import check_space
 from checkpoint_convert.name_map import Entry, MegatronTensors
 from checkpoint_convert.stored import StoredTensors
-from megatron_vlm.config import ModelConfig, ParallelConfig, Recipe, recipe_to_dict
+from megatron_vlm.config import ConfigError, ModelConfig, ParallelConfig, Recipe, recipe_to_dict
 from megatron_vlm.config.check_model import check_language, check_vision
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import first_value
@@ -111,6 +111,7 @@ def write_model(
         ConversionError: sizes that no layout can compute, or tensors that are missing, left over or misshapen.
     """
     recipe = Recipe(model=model)
+    recipe.data.seq_length = model.language.max_position_embeddings
     recipe.data.image_aspect_ratio = aspect_ratio
     recipe.data.tokenizer_model = str(save.absolute() / "tokenizer")
     # bf16 is kept as it is; half precision and mixtures become fp32, which holds them exactly.
@@ -122,13 +123,36 @@ def write_model(
 
 
 def checkpoint_recipe(folder: Path) -> Recipe:
-    """The recipe of a checkpoint, laid out for one process. Raises ConversionError where there is no checkpoint."""
-    try:
-        recipe = read_recipe(folder)
-    except CheckpointError as error:
-        raise ConversionError(str(error)) from error
+    """The recipe of a checkpoint, laid out for one process, its model's context the length of the rows it was trained
+    on. Raises ConversionError where there is no checkpoint."""
+    recipe = trained_recipe(folder)
+    recipe.model.language.max_position_embeddings = recipe.data.seq_length
     recipe.parallel = ParallelConfig()
     return recipe
+
+
+def trained_recipe(folder: Path) -> Recipe:
+    """The recipe of a checkpoint, as it was trained. Errors as in checkpoint_recipe."""
+    try:
+        return read_recipe(folder)
+    except (CheckpointError, ConfigError) as error:
+        raise ConversionError(str(error)) from error
+    except (ValueError, KeyError) as error:
+        raise ConversionError(
+            f"{folder}: its {TRACKER} or the {RECIPE} of the checkpoint that it names cannot be read ({error}): "
+            "copy the checkpoint again"
+        ) from error
+
+
+def checkpoint_progress(folder: Path) -> Progress:
+    """Where the run stood at the newest checkpoint. Raises ConversionError where that cannot be read."""
+    checkpoint = require_checkpoint(folder)
+    try:
+        return Progress(**dist_checkpointing.load_common_state_dict(str(checkpoint))["progress"])
+    except Exception as error:  # pickle raises whatever the bytes happen to mean
+        raise ConversionError(
+            f"{checkpoint / 'common.pt'} cannot be read ({error}): copy the checkpoint again"
+        ) from error
 
 
 def checkpoint_tensors(folder: Path) -> CheckpointTensors:

@@ -14,7 +14,13 @@ import torch
 from checkpoint_convert import instellavl, llava_next
 from checkpoint_convert.errors import ConversionError, run_command
 from checkpoint_convert.folder import new_folder
-from checkpoint_convert.megatron_files import checkpoint_recipe, checkpoint_tensors
+from checkpoint_convert.megatron_files import (
+    checkpoint_progress,
+    checkpoint_recipe,
+    checkpoint_tensors,
+    trained_recipe,
+)
+from checkpoint_convert.model_card import write_model_card
 from checkpoint_convert.name_map import HuggingFaceTensors, name_map
 from checkpoint_convert.names import instellavl_name
 from checkpoint_convert.projector import write_projector
@@ -71,7 +77,9 @@ def convert(
         else:
             llava_next.write_companions(making, recipe.model, words, dtype)
             named = ((name, tensor) for name, tensor in weights.items())
-        write_weights(named, making, shard_bytes, [Planned(name, shape, dtype) for name, shape in shapes.items()])
+        plan = [Planned(name, shape, dtype) for name, shape in shapes.items()]
+        write_model_card(making, save.name, load, trained_recipe(load), checkpoint_progress(load), format, plan)
+        write_weights(named, making, shard_bytes, plan)
 
 
 def _tokenizer(path: Path) -> Tokenizer:

@@ -21,7 +21,7 @@ from checkpoint_convert.name_map import name_map
 from checkpoint_convert.source import PARTS, Source, open_source
 from checkpoint_convert.stored import ChosenTensors, JoinedTensors
 from checkpoint_convert.tokenizer_files import check_image_token, import_tokenizer
-from megatron_vlm.config import LanguageConfig, ModelConfig, VisionConfig
+from megatron_vlm.config import DataConfig, LanguageConfig, ModelConfig, VisionConfig
 
 DESCRIPTION = "The tower, the projector and the decoder of different checkpoints as one Megatron checkpoint."
 NEWLINE = "image_newline"
@@ -60,13 +60,21 @@ def merge(vision: Path, language: Path, projector: Path | None, save: Path, toke
         _check_projector(parts["projector"], between, tower.vision, decoder.language)
     with new_folder(save) as making:
         words = import_tokenizer(tokenizer or decoder.tokenizer, making / "tokenizer")
-        model, aspect_ratio = _model(tower.vision, decoder.language, (between, decoder, tower), len(words))
+        model, aspect_ratio = _model(tower.vision, _decoder(decoder), (between, decoder, tower), len(words))
         check_image_token(words, model, str(language))
         source = " with ".join(str(source.path) for source in chosen.values())
         tensors = JoinedTensors(*parts.values())
         optional = (NEWLINE,) if between else PARTS["projector"]  # LLaVA's first stage has no newline
         entries = [e for e in name_map(model) if e.hf[0] in tensors or not e.hf[0].startswith(optional)]
         return write_model(making, save, model, entries, tensors, source, words.fingerprint, aspect_ratio)
+
+
+def _decoder(source: Source) -> LanguageConfig:
+    """A decoder alone is to be trained on rows, and knows as long a context as they have then."""
+    assert source.language is not None
+    if source.model:
+        return source.language
+    return replace(source.language, max_position_embeddings=DataConfig().seq_length)
 
 
 def _model(

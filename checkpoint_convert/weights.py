@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,12 @@ def _weight_files(folder: Path) -> list[Path]:
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
     ):
         if (folder / index).exists():
-            names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+            try:
+                names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ConversionError(
+                    f"{folder / index} cannot be read ({error}): download or copy it again"
+                ) from error
             absent = [name for name in names if not (folder / name).exists()]
             if absent:
                 raise ConversionError(f"{folder / index} names files that are not there: {', '.join(absent)}")
@@ -163,5 +169,17 @@ def _write_file(path: Path, plan: list[Planned], coming: Iterator[tuple[str, tor
         for planned in plan:
             name, value = next(coming)
             assert (name, tuple(value.shape)) == (planned.name, planned.shape)
+            _check_range(name, value, planned.dtype)
             file.write(value.to(planned.dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
             bar.update(planned.nbytes)
+        file.flush()
+        os.fsync(file.fileno())  # the folder is renamed when all is written: then it shall also be there
+
+
+def _check_range(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+    """Half precision ends at 65,504; what is beyond would become infinite without a word."""
+    if dtype != torch.float16 or value.dtype == dtype:
+        return
+    largest, limit = float(value.abs().max()), torch.finfo(dtype).max
+    if largest > limit:
+        raise ConversionError(f"{name} holds {largest:g}, and float16 ends at {limit:g}: export as bfloat16 or float32")

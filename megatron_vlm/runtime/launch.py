@@ -38,7 +38,7 @@ def process_group(timeout_minutes: int = 10) -> Iterator[None]:
     """torch.distributed for the time of the block; a process started without torchrun is a world of one.
 
     A rank that leaves through an exception does not wait for the others: its connections close, so that their next
-    collective fails at once, and torchrun ends them.
+    collective fails at once, and torchrun ends them. Alone, it leaves nothing behind.
     """
     if on_gpu():
         torch.cuda.set_device(local_rank())
@@ -49,7 +49,16 @@ def process_group(timeout_minutes: int = 10) -> Iterator[None]:
         dist.init_process_group(
             collective_backend(), init_method=f"tcp://127.0.0.1:{_free_port()}", rank=0, world_size=1, timeout=timeout
         )
-    yield
+    try:
+        yield
+    except BaseException:
+        if dist.get_world_size() == 1:
+            _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

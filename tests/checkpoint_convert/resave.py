@@ -1,0 +1,60 @@
+"""Load a checkpoint's weights in layouts, compare each rank's with the checkpoint, and save them: a rank's script.
+
+    torchrun --nproc-per-node 4 tests/checkpoint_convert/resave.py LOAD SAVE TENSOR,PIPELINE [TENSOR,PIPELINE ...]
+
+The last layout saves; what is left of the world beside it is data parallelism.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import apply_factories
+
+from checkpoint_convert.checkpoint_reader import CheckpointTensors
+from checkpoint_convert.checkpoint_writer import layer_name, part_of
+from megatron_vlm.config import ParallelConfig
+from megatron_vlm.model.build import build_model
+from megatron_vlm.model.initialize import all_sharded_tensors
+from megatron_vlm.model.sharding import model_sharded_state_dict
+from megatron_vlm.model.vlm import VisionLanguageModel
+from megatron_vlm.runtime.groups import initialize_groups
+from megatron_vlm.runtime.launch import process_group
+from megatron_vlm.training.checkpoint import load_checkpoint, read_recipe, require_checkpoint, save_checkpoint
+
+
+def compare(chunk: VisionLanguageModel, checkpoint: Path) -> int:
+    """Each of this rank's tensors is its box of the checkpoint's, bit for bit. Returns how many there are."""
+    stored, state = CheckpointTensors(checkpoint), model_sharded_state_dict(chunk)
+    apply_factories(state)
+    shards = all_sharded_tensors(state)
+    for shard in shards:
+        name = layer_name(shard)
+        assert torch.equal(shard.data.view(shard.local_shape), part_of(stored[name], shard)), name
+    return len(shards)
+
+
+def main(load: str, save: str, *layouts: str) -> None:
+    checkpoint = require_checkpoint(load)
+    with process_group():
+        for layout in layouts:
+            tensor, pipeline = map(int, layout.split(","))
+            recipe = read_recipe(load)
+            recipe.parallel = ParallelConfig(tensor, pipeline)
+            initialize_groups(recipe.parallel)
+            tensor_parallel.model_parallel_cuda_manual_seed(1)
+            chunks = build_model(recipe)
+            progress = load_checkpoint(checkpoint, chunks, recipe)
+            count = compare(chunks[0], checkpoint)
+            if layout == layouts[-1]:
+                save_checkpoint(save, chunks, recipe, progress)
+            print(f"tensor {tensor} x pipeline {pipeline}: {count} tensors on this rank are as they were", flush=True)
+            del chunks
+            parallel_state.destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
