@@ -1,19 +1,24 @@
-"""Our tiles and token counts against transformers' LlavaNext processor, at the published sizes."""
+"""Our tiles and token counts against transformers' LlavaNext processor on its PIL backend, at the published sizes.
+
+test_stock_versions.py compares the same table under two versions of transformers.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor
+from PIL import Image
 
 from checkpoint_convert.llava_next import write_companions
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.data.merge import num_image_tokens
 from megatron_vlm.data.tiling import image_to_tiles
 from megatron_vlm.data.tokenizer import load_tokenizer
+from tests.checkpoint_convert.stock import pil_processor, tiles_and_positions
 from tests.checkpoint_convert.whole_model import picture
 from tests.random_models import write_tokenizer
 
@@ -36,40 +41,64 @@ PUBLISHED = {
     (1920, 1080): 1948,
     (2480, 3508): 2256,
     (5000, 336): 1544,
-    (1, 1): None,
+    (640, 481): None,
+    (333, 1000): None,
+    (501, 7): None,
     (7, 501): None,
 }
 
 
+def write_processor(folder: Path, pinpoints: list[list[int]] | None = None) -> ModelConfig:
+    """An exported processor in `folder`, by default with the published resolutions; returns the model it is for."""
+    words = write_tokenizer(folder / "words")
+    model = ModelConfig(image_token_index=words)
+    model.image_grid_pinpoints = pinpoints or model.image_grid_pinpoints
+    write_companions(folder, model, load_tokenizer(folder / "words"), torch.float32)
+    return model
+
+
+def assert_same(image: Image.Image, model: ModelConfig, tiles: np.ndarray, positions: int) -> None:
+    """That transformers' tiles and number of positions are ours."""
+    ours = image_to_tiles(image, model, "anyres")
+    assert ours.shape == tiles.shape
+    assert np.abs(ours - tiles).max() < 1e-3
+    assert num_image_tokens(image.size, model, "anyres") == positions
+    assert PUBLISHED.get(image.size) in (None, positions)
+
+
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder, words = tmp_path_factory.mktemp("exported"), tmp_path_factory.mktemp("words")
-    model = ModelConfig(image_token_index=write_tokenizer(words))
-    write_companions(folder, model, load_tokenizer(words), torch.float32)
-    return AutoProcessor.from_pretrained(folder)
+    folder = tmp_path_factory.mktemp("exported")
+    write_processor(folder)
+    return pil_processor(folder)
 
 
-@pytest.mark.parametrize(("size", "published"), PUBLISHED.items(), ids=str)
-def test_number_of_positions(processor: Any, size: tuple[int, int], published: int | None) -> None:
-    ours = num_image_tokens(size, ModelConfig(), "anyres")
-    width, height = size
-    (theirs,) = processor._get_num_multimodal_tokens(image_sizes=[(height, width)]).num_image_tokens
-    assert ours == theirs
-    assert published in (None, ours)
-
-
-@pytest.mark.parametrize("size", [(336, 336), (200, 150), (640, 481), (333, 1000), (1920, 1080), (501, 7)], ids=str)
-def test_tiles(processor: Any, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", PUBLISHED, ids=str)
+def test_tiles_and_positions(processor: Any, size: tuple[int, int]) -> None:
     image = picture(size)
-    (theirs,) = processor.image_processor(image, return_tensors="np")["pixel_values"]
-    ours = image_to_tiles(image, ModelConfig(), "anyres")
-    assert theirs.shape == ours.shape
-    assert np.abs(theirs - ours).max() < 1e-3
+    assert_same(image, ModelConfig(), *tiles_and_positions(processor, image))
 
 
-def test_order_of_equal_resolutions_is_kept(processor: Any) -> None:
-    """Whichever of two equally good resolutions comes first is taken, on both sides."""
+def test_a_single_pixel(processor: Any) -> None:
+    """transformers 4.57 cannot tell its rows from its colours; 5 can."""
+    image = picture((1, 1))
+    assert_same(image, ModelConfig(), *tiles_and_positions(processor, image))
+
+
+def test_random_sizes(processor: Any) -> None:
     generator = np.random.default_rng(0)
     for size in generator.integers(1, 2000, (300, 2)).tolist():
         (theirs,) = processor._get_num_multimodal_tokens(image_sizes=[(size[1], size[0])]).num_image_tokens
         assert num_image_tokens(tuple(size), ModelConfig(), "anyres") == theirs, size
+
+
+@pytest.mark.parametrize("pinpoints", [[[672, 336], [336, 672]], [[336, 672], [672, 336]]], ids=["wide", "tall"])
+def test_first_of_equal_resolutions_is_taken(tmp_path: Path, pinpoints: list[list[int]]) -> None:
+    """A square image fits a wide and a tall resolution equally well; none of the published ones tie so."""
+    image, model = picture((500, 500)), write_processor(tmp_path, pinpoints)
+    tiles, positions = tiles_and_positions(pil_processor(tmp_path), image)
+    assert_same(image, model, tiles, positions)
+    assert positions == 576 + 24 * (24 + 1), "the black beside it is left out"
+    black = (0 - model.vision.image_mean[0]) / model.vision.image_std[0]
+    has_black_columns = bool(np.isclose(tiles[1, 0, :, 0], black).all())
+    assert has_black_columns == (pinpoints[0] == [672, 336])

@@ -41,9 +41,14 @@ def write_exports(root: Path, dtype: torch.dtype = torch.float32, **settings: An
     write_weights(((instellavl_name(name), tensor) for name, tensor in tensors.items()), root / "instellavl")
     llava_next.write_companions(root / "llava_next", model, tokenizer, dtype)
     write_weights(tensors.items(), root / "llava_next")
+    make_answers_end(root)
+    return model
+
+
+def make_answers_end(root: Path) -> None:
+    """Both exports, under whatever they are asked with."""
     for file in root.glob("*/generation_config.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | ENDING))
-    return model
 
 
 def pictures() -> dict[str, Image.Image]:

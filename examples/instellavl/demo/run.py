@@ -58,7 +58,8 @@ class Demo:
 def main() -> None:
     demo = Demo()
     shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)
-    data, tokenizer, hf = OUTPUT / "data", OUTPUT / "tokenizer", OUTPUT / "hf"
+    data, tokenizer = OUTPUT / "data", OUTPUT / "tokenizer"
+    hf, published = OUTPUT / "hf", OUTPUT / "instellavl"
     captions, questions, test = (data / f"{name}.json" for name in ("captions", "questions", "test"))
 
     demo.heading("easy-VQA: images, captions and questions")
@@ -75,7 +76,8 @@ def main() -> None:
         demo.torchrun("-m", "megatron_vlm.train", "--config", HERE / f"{stage}.yaml")
     demo.heading("export to Hugging Face")
     last = OUTPUT / "checkpoints" / "instruct"
-    demo.run("-m", "checkpoint_convert.megatron_to_hf", "--load", last, "--save", hf, "--format", "llava_next")
+    for folder, dialect in ((hf, "llava_next"), (published, "instellavl")):
+        demo.run("-m", "checkpoint_convert.megatron_to_hf", "--load", last, "--save", folder, "--format", dialect)
     demo.heading("pictures of the training")
     demo.run(HERE / "pictures.py", "losses", "--checkpoints", OUTPUT / "checkpoints", "--output", OUTPUT / "loss.png")
     demo.heading("answers to the 9,673 test questions, with stock transformers from the exported folder alone")
@@ -90,7 +92,7 @@ def main() -> None:
         f"  answers         {OUTPUT / 'answers.png'} (a sheet), {answers} (all)\n"
         f"  TensorBoard     tensorboard --logdir {OUTPUT / 'checkpoints'}\n"
         f"  checkpoints     {OUTPUT / 'checkpoints'}\n"
-        f"  Hugging Face    {hf}\n"
+        f"  Hugging Face    {hf} (llava_next), {published} (for the published snippets: docs/inference.md)\n"
     )
     print((ROOT / report).read_text().rstrip())
 

@@ -1,0 +1,96 @@
+"""The demo's model, trained for some steps, exported in both dialects: the published snippets run on it."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import easy_vqa
+import pytest
+import yaml
+from PIL import Image
+
+from checkpoint_convert.megatron_to_hf import convert
+from megatron_vlm.config import load_recipe, recipe_to_dict
+from tests.examples.conftest import EXAMPLES
+from tests.instellavl.exports import make_answers_end
+from tests.instellavl.test_snippets import ask, compare
+from tests.launch import ROOT, launch
+
+STEPS = 40
+TRAINED_ON = 200
+"""Conversations: as many as the steps can use, so that no more images are measured than are needed."""
+SHAPES = {"as it is": (64, 64), "tall": (50, 130), "wide": (150, 40)}
+"""(width, height) that test images are stretched to."""
+ANSWERS = {"yes", "no", *easy_vqa.SHAPES, *easy_vqa.COLOURS}
+
+
+def image_of(wheel: Path, name: str) -> Image.Image:
+    """An image of the published data set."""
+    split, file = name.split("/")
+    with zipfile.ZipFile(wheel) as archive:
+        return Image.open(io.BytesIO(archive.read(f"easy_vqa/data/{split}/images/{file}"))).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, wheel: Path, trained_tokenizer: Path) -> Path:
+    """The last stage's recipe but for its length, its layout and what it starts from; its checkpoint, exported."""
+    folder = tmp_path_factory.mktemp("demo")
+    entries = json.loads((trained_tokenizer.parent / "questions.json").read_text())[:TRAINED_ON]
+    (folder / "questions.json").write_text(json.dumps(entries))
+    for entry in entries:
+        picture = folder / "pictures" / entry["image"]
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        image_of(wheel, entry["image"]).save(picture)
+    recipe: dict[str, Any] = recipe_to_dict(load_recipe(EXAMPLES / "demo" / "instruct.yaml"))
+    recipe["data"] |= {
+        "data_path": [str(folder / "questions.json")],
+        "image_folder": str(folder / "pictures"),
+        "tokenizer_model": str(trained_tokenizer),
+        "seq_length": 512,
+    }
+    recipe["training"] |= {
+        "train_iters": STEPS,
+        "global_batch_size": 1,
+        "pretrained_checkpoint": None,
+        "save": str(folder / "checkpoint"),
+    }
+    recipe["parallel"]["pipeline_model_parallel_size"] = 1
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    launch("-m", "megatron_vlm.train", "--config", folder / "recipe.yaml", ranks=1, timeout=240)
+    for dialect in ("llava_next", "instellavl"):
+        convert(folder / "checkpoint", folder / dialect, format=dialect)
+    make_answers_end(folder)  # that of a question without an image does not, after training with images only
+    (folder / "images").mkdir()
+    for number, (name, size) in enumerate(SHAPES.items()):
+        image = image_of(wheel, easy_vqa.image_name("test", number))
+        image.resize(size).save(folder / "images" / f"{name}.png")
+    return folder
+
+
+def test_snippets_say_what_stock_transformers_says(exported: Path) -> None:
+    compare(ask(exported))
+
+
+@pytest.mark.full
+def test_examples_of_the_docs_run(exported: Path) -> None:
+    """All Python of docs/inference.md as one script; four ways to the same answer."""
+    text = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
+    script = 'questions, images = ["what color is the shape?"], [Image.open("shape.png")]\n'
+    script = "from PIL import Image\n" + script + "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    for published, here in {
+        "runs/demo/hf": exported / "llava_next",
+        "runs/demo/instellavl": exported / "instellavl",
+        "runs/demo/checkpoints/instruct": exported / "checkpoint",
+        "shape.png": exported / "images" / "as it is.png",
+    }.items():
+        assert published in script
+        script = script.replace(published, str(here))
+    (exported / "docs.py").write_text(f"{script}\nprint(*answers)\n")
+    lines = launch(exported / "docs.py", ranks=1, timeout=280).stdout.splitlines()
+    said = [line for line in lines if line in ANSWERS]
+    assert len(said) == 4 and len(set(said)) == 1, lines
