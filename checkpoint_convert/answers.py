@@ -22,6 +22,7 @@ from instellavl.constants import IMAGE_TOKEN_INDEX
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.data.conversation import Turn
+from megatron_vlm.data.tiling import image_to_tiles
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.inference.engine import GenerationEngine, Prompt, read_prompts
 from megatron_vlm.model.build import build_model
@@ -109,7 +110,8 @@ def _ask_transformers(source: Source, tokenizer: Tokenizer, prompts: dict[str, P
     found = {}
     for name, prompt in prompts.items():
         batch = read_prompts([prompt], source.model, source.aspect_ratio, tokenizer)
-        inputs = inputs_of(batch, prompt)
+        tiles = [torch.from_numpy(image_to_tiles(image, source.model, source.aspect_ratio)) for image in prompt.images]
+        inputs = inputs_of(batch, prompt, tiles)
         where = _chosen_positions(batch, source.model.image_token_index)
         logits = model(**inputs, logits_to_keep=where).logits[0]
         made = model.generate(**inputs, generation_config=greedy)[0].tolist()
@@ -119,7 +121,8 @@ def _ask_transformers(source: Source, tokenizer: Tokenizer, prompts: dict[str, P
     return found
 
 
-Inputs = Callable[[PackedBatch, Prompt], dict[str, Any]]
+Inputs = Callable[[PackedBatch, Prompt, list[torch.Tensor]], dict[str, Any]]
+"""From a row, its prompt and each image's tiles, normalised."""
 
 
 def _load_in_transformers(source: Source) -> tuple[Any, Inputs]:
@@ -146,22 +149,22 @@ def _load_in_transformers(source: Source) -> tuple[Any, Inputs]:
     return model.eval(), _inputs_of_llava
 
 
-def _inputs_of_llava(batch: PackedBatch, prompt: Prompt) -> dict[str, Any]:
+def _inputs_of_llava(batch: PackedBatch, prompt: Prompt, tiles: list[torch.Tensor]) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": batch.tokens[None], "attention_mask": torch.ones_like(batch.tokens)[None]}
-    if batch.tiles is not None:
+    if tiles:
         sizes = [(image.height, image.width) for image in prompt.images]
-        inputs |= {"pixel_values": batch.tiles[None], "image_sizes": torch.tensor(sizes)}
+        inputs |= {"pixel_values": torch.stack(tiles), "image_sizes": torch.tensor(sizes)}
     return inputs
 
 
 def _inputs_of_instellavl(image_token_index: int) -> Inputs:
-    def inputs_of(batch: PackedBatch, prompt: Prompt) -> dict[str, Any]:
+    def inputs_of(batch: PackedBatch, prompt: Prompt, tiles: list[torch.Tensor]) -> dict[str, Any]:
         is_image = batch.tokens == image_token_index
         first = is_image & ~torch.cat([torch.tensor([False]), is_image[:-1]])
         ids = torch.where(first, IMAGE_TOKEN_INDEX, batch.tokens)[first | ~is_image]
         inputs: dict[str, Any] = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
-        if batch.tiles is not None:
-            inputs |= {"images": [batch.tiles], "image_sizes": [image.size for image in prompt.images]}
+        if tiles:
+            inputs |= {"images": tiles, "image_sizes": [image.size for image in prompt.images]}
         return inputs
 
     return inputs_of
