@@ -129,7 +129,11 @@ def test_the_limit_is_on_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    folder = Folder(tmp_path)
+    return fill(Folder(tmp_path))
+
+
+def fill(folder: Folder) -> Folder:
+    """With an entry of each kind, good and bad."""
     for name, (data, _) in {**GOOD, **BAD}.items():
         (folder.images / name).write_bytes(data)
         folder.add(name, "<image>\nWhat?", "It.", image=name)
