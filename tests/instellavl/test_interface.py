@@ -178,6 +178,19 @@ def test_logits_of_a_prompt_do_not_depend_on_the_batch(
         assert (right[number, -len(alone) :] - alone).abs().max() < 1e-5
 
 
+def test_items_of_a_batch_are_questions_alone(
+    loaded: tuple[Any, Any, Any, int], processor: InstellaVLProcessor
+) -> None:
+    """As published: a list, each item for a `generate` of its own."""
+    questions, images = ["A dog?", "Is it red?", "Describe this image."], [picture((25, 80)), None, picture((90, 31))]
+    encoded = processor.batch_encode(questions, images)
+    for one, question, image in zip(encoded, questions, images, strict=True):
+        alone = processor.encode(question, image)
+        assert torch.equal(one["input_ids"], alone["input_ids"])
+        assert torch.equal(one["image_tensor"], alone["image_tensor"])
+        assert one["image_sizes"] == alone["image_sizes"] == ([] if image is None else [image.size])
+
+
 def test_wrong_inputs_are_named(loaded: tuple[Any, Any, Any, int], processor: InstellaVLProcessor) -> None:
     _, model, image_processor, _ = loaded
     tiles = image_processor.preprocess(picture((25, 80)))["pixel_values"]
