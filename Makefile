@@ -17,7 +17,7 @@ READY     := $(if $(filter .venv/bin/python,$(PY)),$(INSTALLED))
 # One thread per process: the tests start many processes.
 TEST_ENV  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-BENCHMARKS := train_step packing
+BENCHMARKS := train_step packing loader
 
 .DEFAULT_GOAL := help
 .PHONY: help .venv demo test test-full lint gpu-check bench clean

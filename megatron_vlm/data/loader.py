@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.data.errors import DataError, RowError
+from megatron_vlm.data.handover import HandedOver
 from megatron_vlm.data.opened import open_data, open_plan
 from megatron_vlm.data.plan_inputs import plan_inputs
 from megatron_vlm.data.row_plan import PlannedRow, RowPlan
@@ -50,9 +51,10 @@ class _Rows(Dataset[PackedBatch]):
     def __init__(self, builder: RowBuilder) -> None:
         self._builder = builder
 
-    def __getitem__(self, row: PlannedRow) -> PackedBatch | _Failure:  # type: ignore[override]
+    def __getitem__(self, row: PlannedRow) -> PackedBatch | HandedOver | _Failure:  # type: ignore[override]
         try:
-            return self._builder.build(row)
+            batch = self._builder.build(row)
+            return batch if get_worker_info() is None else HandedOver(batch)
         except RowError as error:
             return _Failure(str(error))
         except Exception as error:
@@ -134,8 +136,8 @@ class RowLoader(Iterator[PackedBatch]):
             waiting = self._order.outstanding[0]
             raise RowError(
                 f"row {waiting.counter} did not come: {type(error).__name__} {error}. It holds {self._name(waiting)}. "
-                "A worker that was killed usually wanted memory: give fewer num_workers, or more shared memory to "
-                "the container."
+                "A worker that was killed usually wanted memory: give fewer num_workers, or more memory to the machine "
+                "or container."
             ) from error
         finally:
             self.data_wait_seconds += time.perf_counter() - started
