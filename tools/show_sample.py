@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(view.as_dict(), ensure_ascii=False) if options.json else describe(view))
+    told = json.dumps(view.as_dict(), ensure_ascii=False) if options.json else describe(view)
+    print(told.encode("utf-8", "backslashreplace").decode())  # file names may be no text
     return 0
 
 

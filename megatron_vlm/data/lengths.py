@@ -101,10 +101,10 @@ class _Measurer:
             sizes = sample.measure_images()
         except SampleError as error:
             return _Measure(REFUSED, 0, [], Refusal(index, error.sample_id, error.reason, str(error)))
-        positions = [count_positions(size, self.geometry) for size in sizes]
-        # Any image token does: only the number of ids is of interest.
-        encoded = encode_conversation(sample.turns, self.tokenizer, positions, 0)
-        return _Measure(len(encoded.ids), sum(count_tiles(size, self.geometry) for size in sizes), sizes)
+        positions = sum(count_positions(size, self.geometry) for size in sizes)
+        # The text alone, and any image token does: only the number of ids is of interest.
+        encoded = encode_conversation(sample.turns, self.tokenizer, [0] * len(sizes), 0)
+        return _Measure(len(encoded.ids) + positions, sum(count_tiles(size, self.geometry) for size in sizes), sizes)
 
 
 def load_or_build(
