@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import megatron_vlm.runtime  # noqa: F401  (prepares the process before megatron.core is imported)
 from checkpoint_convert.errors import ConversionError, some_of
@@ -89,7 +90,7 @@ def _ask_megatron(source: Source, tokenizer: Tokenizer, prompts: dict[str, Promp
             tensor.copy_(stored[name])
         engine = GenerationEngine(model, tokenizer)
         found = {}
-        for name, prompt in prompts.items():
+        for name, prompt in tqdm(prompts.items(), desc="asking megatron_vlm", disable=None):
             batch = read_prompts([prompt], recipe.model, source.aspect_ratio, tokenizer)
             hidden = model.language_model.decode(model.embed(batch), model.row_layout(batch))
             logits = model.language_model.logits(hidden, _chosen_positions(batch, recipe.model.image_token_index))
@@ -108,7 +109,7 @@ def _ask_transformers(source: Source, tokenizer: Tokenizer, prompts: dict[str, P
         max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id
     )
     found = {}
-    for name, prompt in prompts.items():
+    for name, prompt in tqdm(prompts.items(), desc="asking transformers", disable=None):
         batch = read_prompts([prompt], source.model, source.aspect_ratio, tokenizer)
         tiles = [torch.from_numpy(image_to_tiles(image, source.model, source.aspect_ratio)) for image in prompt.images]
         inputs = inputs_of(batch, prompt, tiles)

@@ -71,7 +71,7 @@ def verify(
     if weights_only or len(parts) < len(PARTS):
         return same
     with TemporaryDirectory() as folder:
-        words = [import_tokenizer(source.tokenizer, Path(folder) / str(n)) for n, source in enumerate((a, b))]
+        words = [_tokenizer(source, Path(folder) / letter) for letter, source in (("A", a), ("B", b))]
         told = _tokenizers(*words)
         print(f"tokenizer  {told or 'the same ids'}")
         if told or not comparable:
@@ -82,6 +82,16 @@ def verify(
         of_a = answers(a, words[0], prompts)
         of_b = answers(b, words[1], prompts)
         return _print_answers(of_a, of_b, logits_tolerance) and same
+
+
+def _tokenizer(source: Source, folder: Path) -> Tokenizer:
+    try:
+        return import_tokenizer(source.tokenizer, folder)
+    except ConversionError as error:
+        raise ConversionError(
+            f"{source.path} has no tokenizer that can be read, so that it cannot be asked anything: compare with "
+            "--weights-only"
+        ) from error
 
 
 def _print_sources(a: Source, b: Source, parts: list[str]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
 
-from checkpoint_convert.compare import compare_pair, part_of
+from checkpoint_convert.compare import compare_pair, compare_tensors, part_of
+from checkpoint_convert.stored import StoredTensors
 
 
 def _drawn(*shape: int) -> torch.Tensor:
@@ -61,3 +63,32 @@ def test_parts() -> None:
         "lora_A.weight": "other",
     }
     assert {name: part_of(name) for name in parts} == parts
+
+
+class _Watched(StoredTensors):
+    """Forty tensors, and how many there ever were at once, of all that share the list `made`."""
+
+    most = 0
+
+    def __init__(self, made: list[weakref.ref[torch.Tensor]]) -> None:
+        self._places, self.made = {f"vision_tower.{number}": None for number in range(40)}, made
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = torch.ones(3)
+        self.made.append(weakref.ref(tensor))
+        self.most = max(self.most, sum(other() is not None for other in self.made))
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return (3,)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+
+def test_one_pair_is_in_memory_at_a_time() -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    first, second = _Watched(made), _Watched(made)
+    found = compare_tensors(first, second, list(first))
+    assert found.parts["vision"].equal == len(first) == 40
+    assert (first.most, second.most) == (1, 2)

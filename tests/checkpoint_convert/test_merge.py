@@ -163,3 +163,10 @@ def test_parts_that_do_not_fit(made: dict[str, Path], tmp_path: Path, capsys: py
         assert message in told
         assert told.count("error: ") == 1
         assert not (tmp_path / "merged").exists()
+
+
+def test_a_projector_goes_between_parts_not_into_a_whole_model(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        hf_to_megatron.main(["--model", "a", "--projector", "b", "--save", "c"])
+    assert stopped.value.code == 2
+    assert "use checkpoint_convert.merge" in capsys.readouterr().err

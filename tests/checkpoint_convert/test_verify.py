@@ -177,8 +177,11 @@ def test_a_part_with_what_it_became(made: Path, tmp_path: Path, capsys: pytest.C
 def test_what_cannot_be_compared(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clip_vision_model().save_pretrained(tmp_path / "clip")
     (tmp_path / "empty").mkdir()
+    shutil.copytree(made / "source", tmp_path / "speechless")
+    (tmp_path / "speechless" / "tokenizer.json").unlink()
     for first, second, message in (
         (made / "source", tmp_path / "empty", f"{tmp_path / 'empty'} is no model: it has neither config.json"),
+        (made / "source", tmp_path / "speechless", "speechless has no tokenizer that can be read"),
         (tmp_path / "nowhere", made / "source", "nowhere is no model"),
         (tmp_path / "clip", made / "projector", "(projector) projector: no common part"),
     ):
