@@ -7,6 +7,7 @@ import multiprocessing
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,12 @@ import pytest
 
 from megatron_vlm.data import s3
 from megatron_vlm.data.errors import DataError
+from megatron_vlm.data.loader import build_loader
 from megatron_vlm.data.prepare import merge_parts, prepare_shards
 from megatron_vlm.data.shard_cache import ShardCache
 from megatron_vlm.data.shard_reader import ShardFolder
 from megatron_vlm.data.shards import ShardSample
-from tests.data.helpers import mixed_folder
+from tests.data.helpers import make_recipe, mixed_folder, tiny_tokenizer_folder
 from tests.s3_server import BUCKET, Fault, Proxy, put_folder, store, wait_for
 
 URL = f"s3://{BUCKET}/train"
@@ -95,6 +97,31 @@ def test_no_sidecar_is_needed_for_lengths_but_no_shard_is_fetched_with_one(
         full, outline = local[index], remote.outline(index)
         assert (outline.annotation, outline.image_sizes) == (full.annotation, full.image_sizes)
     assert not [path for _, path in proxy.requests if path.endswith(".mds") and "GET" in _]
+
+
+def test_a_mixture_of_files_shards_and_a_store(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    put_folder(shards, URL)
+    folder = mixed_folder(tmp_path, 8)
+    for entry in folder.entries:
+        entry["id"] = f"local {entry['id']}"
+    prepare_shards([folder.write()], folder.images, tmp_path / "local", 1)
+    for entry in folder.entries:
+        entry["id"] = entry["id"].replace("local", "file")
+    file = folder.write("file.jsonl")
+    (tmp_path / "mix.yaml").write_text(
+        f"datasets: [{{shard_path: train, choose: 5}}, {{json_path: {file}, sampling_strategy: 'repeat:2'}},"
+        f" {{shard_path: {tmp_path / 'local'}, repeat: 3}}]"
+    )
+    recipe = make_recipe(
+        [str(tmp_path / "mix.yaml")], folder.images, tiny_tokenizer_folder(tmp_path / "t"), global_batch_size=1,
+        data_root=f"s3://{BUCKET}", cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    loader = build_loader(recipe, dp_rank=0, dp_size=1, consumed_rows=0, need_tiles=True)
+    counts = Counter(name for _ in range(loader.plan.rows) for name in next(loader).sample_ids)
+    assert {name: count for name, count in counts.items() if name.startswith(("file", "local"))} == {
+        **{f"file s{n}": 2 for n in range(8)}, **{f"local s{n}": 3 for n in range(8)},
+    }  # fmt: skip
+    assert counts.total() == 5 + 16 + 24 and max(count for name, count in counts.items() if name[0] == "s") == 1
 
 
 @pytest.mark.parametrize("kind", ["error", "cut", "stall", "short"])
