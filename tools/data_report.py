@@ -203,7 +203,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=12, metavar="N", help="samples shown in full; default: 12")
     options, rest = parser.parse_known_args(argv)
     named = rest[:1] if rest and not rest[0].startswith("-") else []
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("megatron_vlm").setLevel(logging.INFO)
     try:
         if importlib.util.find_spec("matplotlib") is None:
             raise DataError("plots are drawn with matplotlib, which is not installed: pip install matplotlib")

@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.merge == bool(options.annotations):
         parser.error("give either --annotations or --merge")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("megatron_vlm").setLevel(logging.INFO)
     try:
         if options.merge:
             summary = merge_parts(options.output)

@@ -84,6 +84,16 @@ def test_base64_images_and_rows_that_are_wrong(tmp_path: Path, capsys: pytest.Ca
         assert reason in printed.err
 
 
+def test_base64_in_a_table_that_excel_saved(tmp_path: Path) -> None:
+    data = image_bytes(300, 300)
+    text = f"\ufeffimage\tquestion\tanswer\n{base64.b64encode(data).decode()}\tWhat?\tThis.\n"
+    (tmp_path / "in.tsv").write_text(text)
+    (entry,) = convert(tmp_path, "qa", tmp_path / "in.tsv")
+    assert len(text) > 1 << 17 and (tmp_path / "images" / entry["image"]).read_bytes() == data
+    (tmp_path / "in.csv").write_bytes(b"image,question\n\xff,\x00\n")
+    assert convert(tmp_path, "qa", tmp_path / "in.csv", code=2) == [entry]  # what was there stays
+
+
 def test_words_to_reading_order(tmp_path: Path, images: Path) -> None:
     words = [
         {"text": "right", "box": [60, 11, 90, 21]},

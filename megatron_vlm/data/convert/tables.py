@@ -20,6 +20,8 @@ from megatron_vlm.data.images import ImageUnreadable, verify_image
 
 _BASE64_AT_LEAST = 60
 _LONGEST_PATH = 250
+_LONGEST_CELL = 1 << 30
+"""Images as Base64 are far longer than the csv module allows by default."""
 
 
 class RowError(Exception):
@@ -40,7 +42,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield from _READERS[path.suffix](path)
     except KeyError:
         raise DataError(f"{path}: expected a file ending in {', '.join(_READERS)}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
@@ -62,7 +64,8 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _csv(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    csv.field_size_limit(_LONGEST_CELL)
+    with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a mark before the first column's name
         yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
 
 
