@@ -53,13 +53,16 @@ def _decreasing(
     rows: Rows = []
     open_rows, count = np.empty(len(tokens), np.int64), 0  # numbers of the rows that still have room for something
     room, room_tiles = np.empty(len(tokens), np.int64), np.empty(len(tokens), np.int64)
+    most_room = 0  # that any of them may have: where a sample exceeds it, none need be looked at
     for place, sample in enumerate(np.argsort(-tokens, kind="stable").tolist()):
         if place % _SWEEP == 0:
             still = np.flatnonzero(room[:count] >= shortest)
             for values in (open_rows, room, room_tiles):
                 values[: len(still)] = values[still]
             count = len(still)
-        fits = (room[:count] >= tokens[sample]) & (room_tiles[:count] >= tiles[sample])
+            most_room = int(room[:count].max(initial=0))
+        looked_at = count if tokens[sample] <= most_room else 0
+        fits = (room[:looked_at] >= tokens[sample]) & (room_tiles[:looked_at] >= tiles[sample])
         if fits.any():
             row = choose(fits, room[:count])
         else:
@@ -69,7 +72,19 @@ def _decreasing(
         rows[open_rows[row]].append(sample)
         room[row] -= tokens[sample]
         room_tiles[row] -= tiles[sample]
+        most_room = max(most_room, int(room[row]))
     return [rows[number] for number in rng.permutation(len(rows))]
+
+
+def first_fit_decreasing_in_windows(
+    tokens: np.ndarray, tiles: np.ndarray, budget: Budget, rng: np.random.Generator
+) -> Rows:
+    """The same in windows of the stream as ours: a sample is not taken from anywhere in the epoch."""
+    rows: Rows = []
+    for window in np.array_split(np.arange(len(tokens)), max(-(-len(tokens) // budget.window), 1)):
+        packed = first_fit_decreasing(tokens[window], tiles[window], budget, rng)
+        rows += [window[row].tolist() for row in packed]
+    return rows
 
 
 def greedy_knapsack(tokens: np.ndarray, tiles: np.ndarray, budget: Budget, rng: np.random.Generator) -> Rows:
@@ -121,6 +136,7 @@ def first_fit_open_bins(tokens: np.ndarray, tiles: np.ndarray, budget: Budget, r
 
 PEERS: dict[str, Peer] = {
     "first-fit decreasing": first_fit_decreasing,
+    "the same in our windows": first_fit_decreasing_in_windows,
     "best-fit decreasing": best_fit_decreasing,
     f"greedy knapsack, buffer of {KNAPSACK_BUFFER:,}": greedy_knapsack,
     f"first-fit, {OPEN_BINS} open rows": first_fit_open_bins,

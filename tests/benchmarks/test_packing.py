@@ -40,7 +40,7 @@ def test_a_wrong_packing_is_found() -> None:
 
 
 def test_what_each_does_with_a_few() -> None:
-    """Rows of ten: decreasing order finds the three full rows, the others what comes first."""
+    """Rows of ten: whoever sorts first finds the three full rows, who does not takes what comes."""
     samples = Samples("few", np.array([4, 8, 5, 2, 6, 5]), np.zeros(6, np.int64))
     rows = {}
     for name, pack in PACKINGS.items():
