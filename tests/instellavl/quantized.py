@@ -19,6 +19,7 @@ from PIL import Image
 from instellavl.model.builder import load_pretrained_model
 from instellavl.processing_instellavl import InstellaVLProcessor
 
+NEW_IDS = 16
 ASKED = "model_name, False, False"
 QUANTIZED = {"load_8bit": "model_name, True, False", "load_4bit": "model_name, False, True"}
 
@@ -36,6 +37,11 @@ def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return float((ours - reference).norm() / reference.norm())
 
 
+def new_ids(model: Any, inputs: tuple[Any, ...]) -> list[int]:
+    ids = model.generate(*inputs, do_sample=False, min_new_tokens=NEW_IDS, max_new_tokens=NEW_IDS)
+    return ids[0, -NEW_IDS:].tolist()
+
+
 def report(folder: Path, how: str, inputs: tuple[Any, ...]) -> dict[str, Any]:
     """Which layers are quantized, whether the others are as they were, and how far logits are from two references."""
     full = load_pretrained_model(str(folder / "instellavl"))[1]
@@ -47,7 +53,7 @@ def report(folder: Path, how: str, inputs: tuple[Any, ...]) -> dict[str, Any]:
         for name, parameter in model.named_parameters()
         if name.removesuffix(".weight") not in weights and not torch.equal(parameter, before[name])
     ]
-    logits = model(*inputs).logits
+    logits, answer = model(*inputs).logits, new_ids(model, inputs)
     for name, weight in weights.items():
         before[f"{name}.weight"].copy_(weight.reshape(before[f"{name}.weight"].shape))
     return {
@@ -55,7 +61,9 @@ def report(folder: Path, how: str, inputs: tuple[Any, ...]) -> dict[str, Any]:
         "others changed": changed,
         "from the model": distance(logits, reference),
         "from its own weights": distance(logits, full(*inputs).logits),
-        "answer": local_checkpoint(folder, folder / "image.png", (ASKED, QUANTIZED[how])),
+        "ids": answer,
+        "ids of its own weights": new_ids(full, inputs),
+        "snippet": local_checkpoint(folder, folder / "image.png", (ASKED, QUANTIZED[how])),
     }
 
 

@@ -36,9 +36,10 @@ def test_decoder_is_quantized_and_nothing_else(tmp_path: Path, quantizing: Envir
     for report in reports.values():
         assert report["quantized"] == sorted(decoder)
         assert report["others changed"] == []
-        assert report["answer"]
+        assert report["snippet"]
     # 4 bits are those of the weights alone, 8 bits those of the activations too.
     assert reports["load_4bit"]["from its own weights"] < 1e-5
+    assert reports["load_4bit"]["ids"] == reports["load_4bit"]["ids of its own weights"]
     assert reports["load_4bit"]["from the model"] < 0.3
     assert reports["load_8bit"]["from its own weights"] < 0.03
     assert reports["load_8bit"]["from the model"] < 0.04
