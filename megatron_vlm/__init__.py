@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _NEEDED = {"megatron": "megatron-core", "psutil": "psutil", "yaml": "pyyaml"}
 """Module -> package, of those in the extra `train` that nothing here works without."""
