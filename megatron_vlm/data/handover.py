@@ -24,24 +24,21 @@ class HandedOver:
     """Put into the queue of a worker once; what comes out of it is the PackedBatch, writable, with the same values."""
 
     def __init__(self, batch: PackedBatch) -> None:
-        """Writes the tiles: an error can be caught here, in the queue's thread it would leave the trainer waiting.
+        """Writes the tiles and offers their file. What fails can be caught here; in the queue's thread, which pickles,
+        it would leave the trainer waiting.
 
         Raises:
-            OSError: there is no memory for them.
+            OSError: there is no memory for them, or multiprocessing's folder for sockets is gone.
         """
         self._values = {part.name: getattr(batch, part.name) for part in fields(batch)}
         tiles: torch.Tensor | None = self._values.pop("tiles")
         self._shape = None if tiles is None else tuple(tiles.shape)
-        self._file = _write(tiles) if tiles is not None and tiles.numel() else None
+        self._offered = _offer(_write(tiles)) if tiles is not None and tiles.numel() else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         arrays = {name: value.numpy() for name, value in self._values.items() if isinstance(value, torch.Tensor)}
         others = {name: value for name, value in self._values.items() if name not in arrays}
-        if self._file is None:
-            return _receive, (others, arrays, self._shape, None)
-        handed = reduction.DupFd(self._file)
-        os.close(self._file)
-        return _receive, (others, arrays, self._shape, handed)
+        return _receive, (others, arrays, self._shape, self._offered)
 
 
 def _write(tiles: torch.Tensor) -> int:
@@ -57,14 +54,22 @@ def _write(tiles: torch.Tensor) -> int:
     return file
 
 
+def _offer(file: int) -> Any:
+    """Closes the file here; another process can fetch it once from this one, with what is returned."""
+    try:
+        return reduction.DupFd(file)
+    finally:
+        os.close(file)
+
+
 def _receive(
-    others: dict[str, Any], arrays: dict[str, np.ndarray], shape: tuple[int, ...] | None, written: Any
+    others: dict[str, Any], arrays: dict[str, np.ndarray], shape: tuple[int, ...] | None, offered: Any
 ) -> PackedBatch:
     tiles = None
-    if shape is not None and written is None:
+    if shape is not None and offered is None:
         tiles = torch.empty(shape, dtype=torch.uint8)
     elif shape is not None:
-        file = written.detach()
+        file = offered.detach()
         try:
             pixels = np.frombuffer(mmap.mmap(file, 0), np.uint8)  # mapping and file live as long as the tensor
         finally:

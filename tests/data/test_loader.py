@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 from collections import Counter
@@ -265,6 +266,16 @@ def test_a_killed_worker_ends_the_run(folder: Folder, tokenizer: Path) -> None:
     os.kill(rows.worker_pids[0], signal.SIGKILL)
     with pytest.raises(RowError, match=r"row \d+ did not come: .* It holds sample \d+ of .*train\.json"):
         take(rows, 40)
+
+
+def test_tiles_that_cannot_be_handed_over_end_the_run(
+    folder: Folder, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As when something cleans the folder of temporary files, where multiprocessing keeps its sockets."""
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(tmp_path / "gone"))  # type: ignore[attr-defined]
+    rows = loader(recipe_for(folder, tokenizer, num_workers=1))
+    with pytest.raises(RowError, match=r"row \d+ cannot be built: FileNotFoundError"):
+        take(rows, 10)
 
 
 def test_an_error_in_a_worker_names_the_sample(tmp_path: Path, tokenizer: Path) -> None:
