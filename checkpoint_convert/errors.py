@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _SHOWN = 8
 
@@ -27,10 +28,9 @@ def run_command(command: Callable[[], None]) -> int:
 
     An end by Ctrl-C or SIGTERM goes through the body's own cleaning up and is exit code 130 or 143.
     """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _end)
     try:
-        command()
+        with _sigterm_unwinds():
+            command()
     except ConversionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -41,6 +41,19 @@ def run_command(command: Callable[[], None]) -> int:
         print("error: interrupted; nothing was made", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """For the time of the block, SIGTERM ends the process by way of its `finally`s; in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _end(number: int, _: object) -> None:
