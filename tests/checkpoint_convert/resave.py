@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
 from checkpoint_convert.checkpoint_reader import CheckpointTensors
@@ -21,7 +21,7 @@ from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import all_sharded_tensors
 from megatron_vlm.model.sharding import model_sharded_state_dict
 from megatron_vlm.model.vlm import VisionLanguageModel
-from megatron_vlm.runtime.groups import initialize_groups
+from megatron_vlm.runtime.groups import destroy_groups, initialize_groups
 from megatron_vlm.runtime.launch import process_group
 from megatron_vlm.training.checkpoint import load_checkpoint, read_recipe, require_checkpoint, save_checkpoint
 
@@ -53,7 +53,7 @@ def main(load: str, save: str, *layouts: str) -> None:
                 save_checkpoint(save, chunks, recipe, progress)
             print(f"tensor {tensor} x pipeline {pipeline}: {count} tensors on this rank are as they were", flush=True)
             del chunks
-            parallel_state.destroy_model_parallel()
+            destroy_groups()
 
 
 if __name__ == "__main__":

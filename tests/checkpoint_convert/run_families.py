@@ -23,7 +23,7 @@ from megatron_vlm.config import ParallelConfig, Recipe, check_recipe
 from megatron_vlm.data.batch import PackedBatch, tile_range
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.vlm import VisionLanguageModel
-from megatron_vlm.runtime.groups import encoding_place, initialize_groups
+from megatron_vlm.runtime.groups import destroy_groups, encoding_place, initialize_groups
 from megatron_vlm.runtime.launch import process_group
 from megatron_vlm.training.checkpoint import load_checkpoint, read_recipe, require_checkpoint, save_checkpoint
 
@@ -56,7 +56,7 @@ def run(folder: Path, layout: dict[str, Any]) -> float:
     asked = torch.load(folder / "asked.pt")
     apart = (whole_logits(chunks[0].eval(), PackedBatch(**asked["batch"]), recipe) - asked["logits"]).abs().max()
     save_checkpoint(folder / "saved" / name_of(layout), chunks, recipe, progress)
-    parallel_state.destroy_model_parallel()
+    destroy_groups()
     return float(apart)
 
 

@@ -18,12 +18,12 @@ import torch.distributed as dist
 import megatron_vlm.runtime  # noqa: F401
 
 # isort: split
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 
 from megatron_vlm.config import check_recipe
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import initialize_weights
-from megatron_vlm.runtime.groups import encoding_place, initialize_groups, place
+from megatron_vlm.runtime.groups import destroy_groups, encoding_place, initialize_groups, place
 from megatron_vlm.runtime.launch import process_group
 from megatron_vlm.training.optimizer import build_optimizer, wrap_for_data_parallel
 from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks, update
@@ -67,7 +67,7 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
         gradients = assemble([s for rank in everyone for s in rank]) if dist.get_rank() == 0 else {}
         steps.append({"loss": loss, "loss_tokens": loss_tokens, "grad_norm": norm, "gradients": gradients})
     steps[-1]["frozen_changed"] = sum(not torch.equal(p, before) for p, before in frozen)
-    parallel_state.destroy_model_parallel()
+    destroy_groups()
     return steps
 
 
