@@ -149,8 +149,12 @@ def _check_head_split(recipe: Recipe) -> Iterator[Problem]:
             f"tensor_model_parallel_size * context_parallel_size = {ranks}",
             f"Use degrees that divide {key_value_heads} or are multiples of it",
         )
-    # ... and tensor ranks hold equal parts of its weights, wherever they cut them
-    elif divides(heads, language.hidden_size) and not divides(tensor, 2 * key_value_heads * language.head_width):
+    # ... and tensor ranks hold equal parts of its weights, wherever they cut them (no heads at all: told elsewhere)
+    elif (
+        heads > 0
+        and divides(heads, language.hidden_size)
+        and not divides(tensor, 2 * key_value_heads * language.head_width)
+    ):
         yield Problem(
             "model.language.num_key_value_heads",
             key_value_heads,
