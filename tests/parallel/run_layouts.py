@@ -6,6 +6,7 @@ python run_layouts.py FOLDER                                 one process: the re
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -104,6 +105,7 @@ def main(folder: Path) -> None:
         for layout in LAYOUTS[world]:
             started = time.monotonic()
             steps = run(layout)
+            gc.collect()  # models hold their groups, and each other in circles; gloo's threads end with the last holder
             if dist.get_rank() == 0:
                 reference = torch.load(folder / reference_name(layout))
                 results[layout.name] = compare(steps, reference)
