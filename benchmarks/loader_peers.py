@@ -8,6 +8,7 @@ mosaicml-streaming      its StreamingDataset and StreamingDataLoader around our 
 from __future__ import annotations
 
 import io
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from math import ceil
@@ -57,6 +58,25 @@ class PureLimit:
                         np.take(table, pixels[:, :, channel], out=self.tiles[count, channel], mode="clip")
                     count += 1
             yield self.tiles[:count]
+
+    def passes_through(self, rows: Sequence[Row], processes: int) -> Iterator[np.ndarray | range]:
+        """The same; or, by several processes at once, each with its share of the rows, as many things as tiles."""
+        if processes == 1:
+            yield from self.pass_through(rows)
+            return
+        context = multiprocessing.get_context("fork")
+        counts = context.SimpleQueue()
+        started = [
+            context.Process(
+                target=lambda share: counts.put(sum(map(len, self.pass_through(share)))), args=(rows[n::processes],)
+            )
+            for n in range(processes)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            yield range(counts.get())
+            process.join()
 
     def views(self, image: Image.Image) -> Iterator[Image.Image]:
         """LLaVA-NeXT's anyres."""

@@ -40,7 +40,9 @@ class Sample:
 
     document: Document
     tiles: torch.Tensor
-    """[n, 3, image_size, image_size] uint8"""
+    """[n, 3, image_size, image_size] uint8, of all its images"""
+    tile_counts: list[int]
+    """Tiles of each image."""
 
     def __len__(self) -> int:
         return len(self.document.encoded.ids)
@@ -103,7 +105,9 @@ class SampleMaker:
         encoded = EncodedConversation(whole, labels, image_starts)
         side = self.model.vision.image_size
         tiles = self.rng.integers(0, 256, (self.tiles * len(image_starts), 3, side, side), np.uint8)
-        return Sample(Document(name, encoded, [IMAGE_SIZE] * len(image_starts)), torch.from_numpy(tiles))
+        images = len(image_starts)
+        document = Document(name, encoded, [IMAGE_SIZE] * images)
+        return Sample(document, torch.from_numpy(tiles), [self.tiles] * images)
 
     def _words(self, count: int) -> np.ndarray:
         return self.rng.integers(PAD + 1, self.model.image_token_index, count)

@@ -1,7 +1,7 @@
 """A plain transformers training loop: LlavaNext with a CLIP tower and an OLMo decoder, batches padded on the right.
 
 It is given what helps it without changing what it is: SDPA, the fused AdamW, no key/value cache, batches made before
-the clock starts.
+the clock starts; under bf16, autocast with fp32 weights, as transformers' own trainer does it.
 """
 
 from __future__ import annotations
@@ -64,14 +64,16 @@ def collate(samples: list[Sample], device: torch.device) -> Batch:
     ids = [torch.from_numpy(sample.document.encoded.ids) for sample in samples]
     labels = [torch.from_numpy(sample.document.encoded.labels) for sample in samples]
     sizes = [size for sample in samples for size in sample.document.image_sizes]
-    tiles = normalise_tiles(torch.cat([sample.tiles for sample in samples]), CLIP_MEAN, CLIP_STD)
+    images = [image for sample in samples for image in sample.tiles.split(sample.tile_counts)]
     batch = {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=PAD),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
-        "pixel_values": tiles.view(len(sizes), -1, *tiles.shape[1:]),
-        "image_sizes": torch.tensor([[height, width] for width, height in sizes]),
     }
+    if images:
+        tiles = [normalise_tiles(image, CLIP_MEAN, CLIP_STD) for image in images]
+        batch["pixel_values"] = pad_sequence(tiles, batch_first=True)  # to the most tiles of an image
+        batch["image_sizes"] = torch.tensor([[height, width] for width, height in sizes])
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -91,6 +93,9 @@ class Loop:
     def __init__(self, model: LlavaNextForConditionalGeneration, recipe: Recipe) -> None:
         training = recipe.training
         self.model, self.clip = model, training.clip_grad
+        self.autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=training.bf16)
+        if training.recompute_granularity == "full":
+            model.gradient_checkpointing_enable()
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=training.lr,
@@ -103,12 +108,13 @@ class Loop:
     def forward_backward(self, batches: list[Batch]) -> float:
         """Gradients of the mean over the step's loss tokens; returns that mean."""
         count = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)
-        total = 0.0
+        total = torch.zeros((), device=self.model.device)
         for batch in batches:
-            outputs: Any = self.model(**batch, use_cache=False, num_items_in_batch=count)
+            with self.autocast:
+                outputs: Any = self.model(**batch, use_cache=False, num_items_in_batch=count)
             outputs.loss.backward()
-            total += float(outputs.loss.detach())
-        return total
+            total += outputs.loss.detach()
+        return float(total)
 
     def step(self, batches: list[Batch]) -> float:
         """One optimizer step."""

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.model.attention_kernels import attend
 from megatron_vlm.model.row_layout import RowLayout
+from megatron_vlm.runtime.device import fused
 
 
 class _SwapSequenceAndHeads(torch.autograd.Function):
@@ -36,6 +37,7 @@ class _SwapSequenceAndHeads(torch.autograd.Function):
         return _SwapSequenceAndHeads.apply(grad, not ctx.to_heads, ctx.group), None, None
 
 
+@fused
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the halves of each head: x [s, h, d], tables [s, 1, d / 2]; in fp32, as transformers' OLMo does."""
     first, second = x.chunk(2, dim=-1)

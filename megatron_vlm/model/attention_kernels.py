@@ -1,10 +1,15 @@
 """The kernels that attention may run on; all take a row and its layout and give the same numbers.
 
 `sdpa` is torch's scaled_dot_product_attention over groups of documents and runs anywhere. `varlen` is torch's
-variable-length attention and needs a GPU and half precision. The fastest that can run is taken.
+variable-length attention and needs a GPU, half precision, torch 2.11 and heads whose width is a multiple of 8. The
+fastest that can run is taken.
 """
 
 from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +21,14 @@ def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout, scale: float | None = None
 ) -> torch.Tensor:
     """query [s, h, d], key and value [s, kv, d] over the whole row -> [s, h, d]; each document sees itself alone."""
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return varlen(query, key, value, layout, scale)
-    return sdpa(query, key, value, layout, scale)
+    return (varlen if _takes_varlen(query) else sdpa)(query, key, value, layout, scale)
+
+
+def _takes_varlen(query: torch.Tensor) -> bool:
+    """Whether torch's kernel serves these heads on this device."""
+    width = query.shape[-1]
+    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    return half and width % 8 == 0 and width <= 256 and "window_size" in _varlen_parameters()
 
 
 def _repeat_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,12 +64,27 @@ def _attend_group(
     return out if group.real is None else out[group.real]
 
 
+@functools.cache
+def _varlen_parameters() -> frozenset[str]:
+    """What torch's variable-length attention can be told: none where it is missing, since 2.13 more than in 2.11."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
 def varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout, scale: float | None = None
 ) -> torch.Tensor:
     """torch's variable-length attention (a flash kernel): one call for the row, no padding."""
     from torch.nn.attention.varlen import varlen_attn
 
+    grouped: dict[str, Any] = {}
+    if "enable_gqa" in _varlen_parameters():
+        grouped["enable_gqa"] = query.shape[1] != key.shape[1]
+    else:
+        key, value = _repeat_heads(query, key, value)
     out = varlen_attn(
         query,
         key,
@@ -70,7 +95,7 @@ def varlen(
         layout.max_seqlen_kv,
         scale=scale,
         window_size=(-1, 0) if layout.causal else (-1, -1),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(out, torch.Tensor)
     return out

@@ -6,16 +6,23 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_vlm.runtime.device import fused
+
 
 class LayerNormWithoutAffine(torch.nn.Module):
     """OLMo-1's norm: no weight, no bias, computed in fp32 (as transformers' OlmoLayerNorm)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
-        self.shape, self.eps = (hidden_size,), eps
+        self.eps = eps
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(hidden.float(), self.shape, eps=self.eps).to(hidden.dtype)
+        return _layer_norm(hidden, self.eps)
+
+
+@fused
+def _layer_norm(hidden: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.layer_norm(hidden.float(), hidden.shape[-1:], eps=eps).to(hidden.dtype)
 
 
 class LayerNorm(torch.nn.Module):
@@ -50,8 +57,13 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        wide = hidden.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(hidden.dtype)
+        return _rms_norm(hidden, self.weight, self.eps)
+
+
+@fused
+def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = hidden.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(hidden.dtype)
 
 
 LANGUAGE_NORMS: dict[str, type[torch.nn.Module]] = {"LayerNorm": LayerNormWithoutAffine, "RMSNorm": RMSNorm}

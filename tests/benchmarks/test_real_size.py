@@ -1,0 +1,64 @@
+"""The benchmark of the step at the real size runs, at another size, and its loops do the same work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.instruct_samples import InstructRows
+from benchmarks.real_size import operations_of
+from megatron_vlm.config.recipe import load_recipe
+from megatron_vlm.data.batch import IGNORE_INDEX
+from tests.launch import launch
+
+SIZES = {
+    "model": {
+        "vision": {
+            "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1,
+            "image_size": 28, "patch_size": 14,
+        },
+        "language": {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 16384,
+        },
+        "image_token_index": 500,
+        "image_grid_pinpoints": [[28 * w, 28 * h] for w, h in [(1, 1), (2, 2), *[(n, 1) for n in range(2, 6)]]],
+    },
+    "data": {"seq_length": 16384, "max_tiles_per_row": 80},
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(SIZES))
+    return path
+
+
+@pytest.mark.timeout(180)
+def test_the_benchmark_runs(recipe: Path, tmp_path: Path) -> None:
+    """All loops must have the same loss before anything is trained, or it stops."""
+    small = ["--config", str(recipe), "--rows", "1", "--rounds", "1", "--micro-batches", "4"]
+    launch("-m", "benchmarks.real_size", *small, "--output", str(tmp_path), ranks=1, timeout=170)
+    result = json.loads((tmp_path / "real_size-cpu.json").read_text())
+    loops = {loop["name"]: loop for loop in result["loops"]}
+    assert list(loops) == [
+        "megatron-vlm, packed", "megatron-vlm, packed, recomputing",
+        "transformers, 4 at a time", "transformers, 4 at a time, recomputing",
+    ]  # fmt: skip
+    losses = [loop["loss"] for loop in loops.values()]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-4)
+
+
+def test_rows_hold_their_samples(recipe: Path) -> None:
+    settings = load_recipe(recipe)
+    source = InstructRows(settings.model, settings.data.seq_length, settings.data.max_tiles_per_row)
+    samples = source.samples(0)
+    row = source.pack(samples)
+    assert row.num_tokens == sum(map(len, samples)) > 0.99 * settings.data.seq_length
+    assert row.tiles is not None and len(row.tiles) == row.num_tiles == sum(sum(s.tile_counts) for s in samples)
+    assert 0.2 < float((row.labels != IGNORE_INDEX).float().mean()) < 0.5
+    assert operations_of(settings, samples) > operations_of(settings, samples[1:]) > 0

@@ -1,0 +1,62 @@
+"""What only a GPU runs gives what the CPU's kernels give: attention at real lengths, and pixels bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.gpu
+
+BF16 = 1e-2
+"""Of a tensor's norm: bf16 has 8 bits, and so do the probabilities that the kernel multiplies with."""
+
+
+def _bounds(lengths: list[int]) -> list[int]:
+    return [0, *torch.tensor(lengths).cumsum(0).tolist()]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(16, 16, 128), (16, 16, 64), (12, 4, 64)])
+@pytest.mark.parametrize("lengths", [[577] * 8, [1, 3000, 257, 2, 4933, 64], [8193]], ids=["tiles", "mixed", "one"])
+def test_variable_length_attention(lengths: list[int], heads: int, kv_heads: int, width: int, causal: bool) -> None:
+    """Against SDPA of each document in fp32; outputs and all three gradients."""
+    import megatron_vlm.runtime  # noqa: F401
+    from megatron_vlm.model.attention_kernels import attend, sdpa, varlen
+    from megatron_vlm.model.row_layout import row_layout
+
+    bounds = _bounds(lengths)
+    layout = row_layout(bounds, causal=causal, device=torch.device("cuda"))
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, upstream = (
+        torch.randn(bounds[-1], count, width, device="cuda", generator=generator)
+        for count in (heads, kv_heads, kv_heads, heads)
+    )
+    half = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    full = [x.detach().float().requires_grad_() for x in half]
+    out, expected = varlen(*half, layout), sdpa(*full, layout)
+    assert torch.equal(out, attend(*half, layout)), "attention does not take the variable-length kernel"
+    ours = [out, *torch.autograd.grad(out, half, upstream.bfloat16())]
+    theirs = [expected, *torch.autograd.grad(expected, full, upstream.bfloat16().float())]
+    for name, mine, other in zip(("output", "dq", "dk", "dv"), ours, theirs, strict=True):
+        difference = float((mine.detach().float() - other.detach()).norm() / other.detach().norm())
+        assert difference < BF16, (name, difference)
+
+
+def test_pixels_are_normalised_to_the_same_bits() -> None:
+    from megatron_vlm.data.tiling import CLIP_MEAN, CLIP_STD, normalise_tiles
+
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3 * 4).view(4, 3, 16, 16)
+    there = normalise_tiles(pixels.cuda(), CLIP_MEAN, CLIP_STD)
+    assert torch.equal(there.cpu(), normalise_tiles(pixels, CLIP_MEAN, CLIP_STD))
+
+
+def test_heads_of_any_width_are_attended_in_bf16() -> None:
+    """The variable-length kernel wants multiples of 8: others go another way."""
+    import megatron_vlm.runtime  # noqa: F401
+    from megatron_vlm.model.attention_kernels import attend, sdpa
+    from megatron_vlm.model.row_layout import row_layout
+
+    layout = row_layout(_bounds([3, 40, 7]), causal=True, device=torch.device("cuda"))
+    q, k, v = (torch.randn(50, heads, 6, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    expected = sdpa(q.float(), k.float(), v.float(), layout)
+    assert float((attend(q, k, v, layout).float() - expected).norm() / expected.norm()) < BF16
