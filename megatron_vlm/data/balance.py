@@ -24,8 +24,10 @@ _BLOCKS = 8
 """Parts of the rows that are dealt to at a time: the emptiest eighth."""
 _SHARE_A_ROW = 64
 """As many samples share a row at most, or their number does not matter when rows are counted."""
-_SWAPS = 48
-"""Rounds of swaps at most."""
+_SWAPS, _IDLE = 48, 3
+"""Rounds of swaps at most, and so many in a row that bring little."""
+_LAST_SWAPS, _LAST_IDLE = 384, 24
+"""The same when only rows beyond a budget are left, which are few: one more row would cost more than to look on."""
 _CANDIDATES = 16
 """Places of a row that a round looks at."""
 _SPARE = 2
@@ -35,7 +37,7 @@ _EVEN = 0.003
 _GAIN = 0.7
 """A swap that leaves less than this part of a pair's distance from even is a gain."""
 _GAINS_AT_LEAST = 0.03
-"""When three rounds in a row brought gains to less than this part of the rows, only rows beyond a budget go on."""
+"""When rounds bring gains to less than this part of the rows, only rows beyond a budget go on."""
 _AT_ONCE = 512
 """Pairs of rows that are looked at together: what is worked out for them stays in a core's cache."""
 
@@ -185,17 +187,19 @@ class _Exchange:
 
     def run(self) -> None:
         """Swap until rows are even, or swaps help no more; then until none exceeds a budget, or swaps help no more."""
-        even = len(self.rows) < 2 or self._rounds(_GAINS_AT_LEAST, lambda bad: bad > _EVEN**2)
+        even = len(self.rows) < 2 or self._rounds(_SWAPS, _IDLE, _GAINS_AT_LEAST, lambda bad: bad > _EVEN**2)
         if not even:
-            self._rounds(0, lambda bad: self.excess(self.tokens, self.tiles) > 0)
+            self._rounds(_LAST_SWAPS, _LAST_IDLE, 0, lambda bad: self.excess(self.tokens, self.tiles) > 0)
 
-    def _rounds(self, gains_at_least: float, want: Callable[[np.ndarray], np.ndarray]) -> bool:
+    def _rounds(
+        self, swaps: int, patience: int, gains_at_least: float, want: Callable[[np.ndarray], np.ndarray]
+    ) -> bool:
         """Rounds of swaps in pairs of which one row is wanted, given how bad rows are.
 
         Returns whether none is wanted any more.
         """
         idle = 0
-        for number in range(_SWAPS):
+        for number in range(swaps):
             bad = self.badness(self.tokens, self.tiles, self.cost)
             wanted = want(bad)
             if not wanted.any():
@@ -204,7 +208,7 @@ class _Exchange:
             worth = wanted[ours] | wanted[theirs]
             gains = self._swap(ours[worth], theirs[worth], bad)
             idle = 0 if gains > gains_at_least * len(self.rows) else idle + 1
-            if idle == 3:
+            if idle == patience:
                 break
         return False
 

@@ -19,7 +19,7 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.balance import Lengths, even_rows
 from megatron_vlm.data.cost import RowCost, cost_of_model
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 """Of the rule by which rows are found: a run that goes on under another would see other rows."""
 
 
