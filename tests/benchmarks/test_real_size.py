@@ -38,6 +38,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.full
 @pytest.mark.timeout(180)
 def test_the_benchmark_runs(recipe: Path, tmp_path: Path) -> None:
     """All loops must have the same loss before anything is trained, or it stops."""
