@@ -50,11 +50,12 @@ test: lint  ## style, types, and all tests that take seconds
 test-full: lint  ## the same and the tests that take minutes
 	$(TEST_ENV) $(PY) -m pytest -q -m "not gpu" --timeout 1800
 
-gpu-check: $(READY)  ## on a machine with a GPU: the tests that need one, then the step at the real size
+gpu-check: $(READY)  ## on a machine with a GPU: the tests that need one, then the step and its loader at the real size
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 	    echo "make gpu-check: torch finds no GPU here. Nothing was checked."; exit 1; }
 	$(PY) -m pytest -q -m gpu tests/gpu
 	$(PY) -W ignore -m benchmarks.real_size
+	$(PY) -W ignore -m benchmarks.feeding
 
 bench: $(READY)  ## the benchmarks; tables here, JSON in benchmarks/results
 	for benchmark in $(BENCHMARKS); do $(PY) -W ignore -m benchmarks.$$benchmark || exit 1; done

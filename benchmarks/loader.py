@@ -26,16 +26,14 @@ import numpy as np
 import torch
 
 from benchmarks import loader_peers
-from benchmarks.pictures import write_pictures
+from benchmarks.pictures import shards_of_pictures
 from benchmarks.report import RESULTS, machine, save, table
 from megatron_vlm.config import DataConfig, ModelConfig, ParallelConfig, Recipe, TrainingConfig
 from megatron_vlm.data.loader import RowLoader
 from megatron_vlm.data.opened import OpenedData, open_data, open_plan
 from megatron_vlm.data.plan_inputs import plan_inputs
-from megatron_vlm.data.prepare import prepare_shards
 from megatron_vlm.data.row_plan import RowPlan
 from megatron_vlm.data.rows import RowBuilder
-from tests.random_models import write_tokenizer
 
 OURS, LIMIT, STREAMING, TRANSFORMERS = (
     "megatron-vlm", "pure limit", "mosaicml-streaming, same transform", "transformers processor",
@@ -140,9 +138,8 @@ def _cpu_seconds(who: int) -> float:
 
 def _recipe(folder: Path, samples: int) -> Recipe:
     """Shards of drawn images below `folder`, at the real tile size, grids and row length."""
-    words = write_tokenizer(folder / "words")
-    prepare_shards([write_pictures(folder, samples)], folder / "images", folder / "shards")
-    data = DataConfig(data_path=[str(folder / "shards")], tokenizer_model=str(folder / "words"))
+    shards, tokenizer, words = shards_of_pictures(folder, samples)
+    data = DataConfig(data_path=[str(shards)], tokenizer_model=str(tokenizer))
     return Recipe(ModelConfig(image_token_index=words), data, TrainingConfig(), ParallelConfig())
 
 

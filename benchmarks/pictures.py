@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from megatron_vlm.data.prepare import prepare_shards
+from tests.random_models import write_tokenizer
+
 Size = tuple[int, int]
 
 _LETTERS = "etaoinshrdlu"
@@ -104,3 +107,9 @@ def write_pictures(folder: Path, samples: int, seed: int = 0) -> Path:
     path = folder / "train.json"
     path.write_text(json.dumps(entries))
     return path
+
+
+def shards_of_pictures(folder: Path, samples: int) -> tuple[Path, Path, int]:
+    """The same as MDS shards, and a tokenizer; returns both folders and the tokenizer's number of words."""
+    prepare_shards([write_pictures(folder, samples)], folder / "images", folder / "shards")
+    return folder / "shards", folder / "words", write_tokenizer(folder / "words")
