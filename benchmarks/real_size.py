@@ -33,6 +33,7 @@ from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
 from megatron_vlm.data.cost import cost_of_model
 from megatron_vlm.runtime.device import current_device, on_gpu
 from megatron_vlm.runtime.launch import distributed
+from megatron_vlm.runtime.memory import ran_out_of_memory
 
 CONFIG = Path(__file__).parent.parent / "examples/instellavl/instruct.yaml"
 SAME_LOSS = {True: 2e-2, False: 1e-4}
@@ -98,7 +99,9 @@ def measure(name: str, build: Callable[[], tuple[Any, list[Any]]], rounds: int) 
         times = [[seconds(lambda step=step: loop.step(step)) for step in steps] for _ in range(rounds)]
         medians = [statistics.median(row) for row in zip(*times, strict=True)]
         result = Measured(name, medians, torch.cuda.max_memory_allocated() if on_gpu() else 0, losses[0])
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
         result = Measured(name, [], 0, float("nan"), OUT_OF_MEMORY)
     loop = steps = None
     gc.collect()

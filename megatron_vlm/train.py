@@ -13,6 +13,7 @@ from megatron_vlm.plan import describe_run
 from megatron_vlm.runtime.groups import place
 from megatron_vlm.runtime.launch import distributed, world_size
 from megatron_vlm.runtime.log import configure_logging
+from megatron_vlm.runtime.memory import describe_shortage, ran_out_of_memory
 from megatron_vlm.training.checkpoint import CheckpointError
 from megatron_vlm.training.trainer import train
 
@@ -42,9 +43,13 @@ def main(arguments: list[str]) -> int:
 def _fail(error: Exception) -> None:
     """Say what is wrong and leave at once: the other ranks' next collective fails, and torchrun ends them."""
     rank = os.environ.get("RANK", "0")
-    if not isinstance(error, DataError | CheckpointError):
-        traceback.print_exc()
-    print(f"[rank {rank}] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    if ran_out_of_memory(error):
+        message = describe_shortage(error)
+    else:
+        message = f"{type(error).__name__}: {error}"
+        if not isinstance(error, DataError | CheckpointError):
+            traceback.print_exc()
+    print(f"[rank {rank}] {message}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
