@@ -17,8 +17,8 @@ TORCH = torch.OutOfMemoryError(
 )
 NCCL = dist.DistBackendError(  # as NCCL 2.28 said it on an H100 whose memory torch held
     "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:93, unhandled cuda error (run with "
-    "NCCL_DEBUG=INFO for details), NCCL version 2.28.9\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
-    "Failed to CUDA calloc async 4 bytes"
+    "NCCL_DEBUG=INFO for details), NCCL version 2.28.9\nncclUnhandledCudaError: Call to CUDA function failed.\n"
+    "Last error:\nFailed to CUDA calloc async 4 bytes"
 )
 CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 DRIVER = RuntimeError(
