@@ -17,6 +17,7 @@ import megatron_vlm.runtime  # noqa: F401  (prepares the process before megatron
 # isort: split
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoint_convert.checkpoint_reader import CheckpointTensors
 from checkpoint_convert.checkpoint_writer import StreamingSave, layer_name, part_of
@@ -149,9 +150,15 @@ def checkpoint_progress(folder: Path) -> Progress:
     checkpoint = require_checkpoint(folder)
     try:
         return Progress(**dist_checkpointing.load_common_state_dict(str(checkpoint))["progress"])
-    except Exception as error:  # pickle raises whatever the bytes happen to mean
+    except (Exception, CheckpointException) as error:  # pickle raises whatever the bytes mean; torch's is no Exception
+        common = checkpoint / "common.pt"
+        if common.is_file():
+            raise ConversionError(f"{common} cannot be read ({error}): copy the checkpoint again") from error
+        # megatron-core 0.19 keeps it with the tensors
+        last_words = str(error).strip().splitlines()[-1]
         raise ConversionError(
-            f"{checkpoint / 'common.pt'} cannot be read ({error}): copy the checkpoint again"
+            f"where the run stood cannot be read from the .distcp files of {checkpoint} ({last_words}). "
+            "Copy the checkpoint again"
         ) from error
 
 

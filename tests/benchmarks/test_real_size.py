@@ -6,36 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from benchmarks.instruct_samples import InstructRows
 from benchmarks.real_size import operations_of
 from megatron_vlm.config.recipe import load_recipe
 from megatron_vlm.data.batch import IGNORE_INDEX
+from tests.benchmarks.small_recipe import write_small_recipe
 from tests.launch import launch
-
-SIZES = {
-    "model": {
-        "vision": {
-            "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1,
-            "image_size": 28, "patch_size": 14,
-        },
-        "language": {
-            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 16384,
-        },
-        "image_token_index": 500,
-        "image_grid_pinpoints": [[28 * w, 28 * h] for w, h in [(1, 1), (2, 2), *[(n, 1) for n in range(2, 6)]]],
-    },
-    "data": {"seq_length": 16384, "max_tiles_per_row": 80},
-}  # fmt: skip
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(SIZES))
-    return path
+    grids = [[28 * w, 28 * h] for w, h in [(1, 1), (2, 2), *[(n, 1) for n in range(2, 6)]]]
+    return write_small_recipe(tmp_path / "recipe.yaml", seq_length=16384, max_tiles=80, grids=grids)
 
 
 @pytest.mark.full

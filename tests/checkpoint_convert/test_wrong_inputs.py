@@ -87,6 +87,14 @@ def _files(folder: Path, pattern: str) -> list[Path]:
     return found
 
 
+def _cut_common_state(megatron: Path) -> None:
+    """megatron-core 0.19 still reads what 0.16 wrote to this file, and puts it elsewhere itself."""
+    file = megatron / "iter_0000000" / "common.pt"
+    if not file.is_file():
+        torch.save({"progress": {"iteration": 0}}, file)
+    _cut(file, 0.5)
+
+
 WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing shard": (
         lambda hf: _files(hf, "*.safetensors")[1].unlink(),
@@ -142,7 +150,7 @@ WRONG_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "cut metadata": (lambda m: _cut(_files(m, ".metadata")[0], 0.5), [".metadata cannot be read"]),
     "cut recipe": (lambda m: _cut(_files(m, "recipe.json")[0], 0.5), ["recipe.json", "cannot be read"]),
-    "cut common state": (lambda m: _cut(_files(m, "common.pt")[0], 0.5), ["common.pt cannot be read"]),
+    "cut common state": (_cut_common_state, ["common.pt cannot be read"]),
     "no iteration": (lambda m: (m / "latest_checkpointed_iteration.txt").write_text("?"), ["cannot be read ("]),
     "iteration that is gone": (
         lambda m: (m / "latest_checkpointed_iteration.txt").write_text("7"),

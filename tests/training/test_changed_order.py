@@ -48,6 +48,23 @@ def test_what_does_not_matter_may_change(stopped: Path, tmp_path: Path, go_on: C
     assert trainer.progress.consumed_rows == 8
     trainer.run()
     assert (trainer.progress.iteration, trainer.progress.consumed_rows) == (3, 10)
+    assert {group["max_lr"] for group in trainer.optimizer.param_groups} == {5e-4}
+
+
+def test_rates_are_those_of_the_recipe(tmp_path: Path, go_on: Callable[..., Trainer]) -> None:
+    """Also where parts get rates of their own, or keep them: megatron-core 0.16 gives all the rate of one."""
+
+    def rates(trainer: Trainer) -> list[float]:
+        return sorted({group["max_lr"] for group in trainer.optimizer.param_groups})
+
+    own = {"lr": 5e-4, "vision_lr": 1e-4, "projector_lr": 2e-4}
+    trainer = go_on(training=own)
+    assert rates(trainer) == [1e-4, 2e-4, 5e-4]
+    trainer.run()
+    trainer = go_on(training={**own, "train_iters": 4})
+    assert trainer.progress.iteration == 3 and rates(trainer) == [1e-4, 2e-4, 5e-4]
+    trainer.run()
+    assert rates(go_on(training={"lr": 5e-4, "train_iters": 4})) == [5e-4]
 
 
 def test_another_order_is_refused_or_accepted(go_on: Callable[..., Trainer]) -> None:
