@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-import megatron_vlm.runtime  # noqa: F401  (prepares the process before megatron.core is imported)
+import megatron_vlm.runtime.megatron_patches  # noqa: F401  (prepares the process before megatron.core is imported)
 from benchmarks import transformers_loop
 from benchmarks.pictures import shards_of_pictures
 from benchmarks.report import RESULTS, machine, save, table

@@ -9,11 +9,11 @@ from benchmarks.packing_lengths import draw_mix
 from benchmarks.samples import PAD, Sample
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Document, PackedBatch, assemble_row
-from megatron_vlm.data.conversation import EncodedConversation
-from megatron_vlm.data.cost import cost_of_model
-from megatron_vlm.data.merge import count_positions
-from megatron_vlm.data.packing import Budget, plan_epoch
-from megatron_vlm.data.tiling import ImageGeometry, Size, count_tiles
+from megatron_vlm.data.packing.epoch_plan import Budget, plan_epoch
+from megatron_vlm.data.packing.row_cost import cost_of_model
+from megatron_vlm.data.processing.conversation import EncodedConversation
+from megatron_vlm.data.processing.image_tokens import num_image_tokens
+from megatron_vlm.data.processing.tiling import ImageGeometry, Size, count_tiles
 
 POOL = 4000
 """Samples that rows are packed from."""
@@ -31,7 +31,7 @@ class InstructRows:
         self._size_of_tiles = self._sizes()
         mix = draw_mix(POOL, self.rng)
         self._images = [self._split(int(tiles)) for tiles in mix.tiles]
-        shown = np.array([sum(count_positions(size, self.geometry) for size in sizes) for sizes in self._images])
+        shown = np.array([sum(num_image_tokens(size, self.geometry) for size in sizes) for sizes in self._images])
         self._words = np.minimum(np.maximum(mix.tokens - shown, FEWEST_WORDS), seq_length - shown)
         tokens = shown + self._words
         tiles = np.array([sum(count_tiles(size, self.geometry) for size in sizes) for sizes in self._images])
@@ -68,7 +68,7 @@ class InstructRows:
         starts = []
         for size in sizes:
             starts.append(sum(map(len, ids)))
-            ids.append(np.full(count_positions(size, self.geometry), self.model.image_token_index))
+            ids.append(np.full(num_image_tokens(size, self.geometry), self.model.image_token_index))
         ids.append(self.rng.integers(PAD + 1, self.model.image_token_index, words))
         whole = np.concatenate(ids)
         labels = np.full(len(whole), IGNORE_INDEX)

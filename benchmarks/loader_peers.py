@@ -21,13 +21,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from megatron_vlm.data.annotations import parse_annotation
-from megatron_vlm.data.conversation import encode_conversation
-from megatron_vlm.data.images import decode_image
-from megatron_vlm.data.merge import count_positions
-from megatron_vlm.data.streaming_shim import import_streaming
-from megatron_vlm.data.tiling import ImageGeometry, cut_tiles, normalise_tiles, select_grid
-from megatron_vlm.data.tokenizer import Tokenizer
+from megatron_vlm.data.processing.conversation import encode_conversation
+from megatron_vlm.data.processing.image_io import decode_image
+from megatron_vlm.data.processing.image_tokens import num_image_tokens
+from megatron_vlm.data.processing.tiling import ImageGeometry, cut_tiles, normalise_tiles, select_grid
+from megatron_vlm.data.processing.tokenizer import Tokenizer
+from megatron_vlm.data.shards.streaming_shim import import_streaming
+from megatron_vlm.data.sources.annotations import parse_annotation
 
 NORMALISED_AT_A_TIME = 8
 
@@ -158,7 +158,7 @@ def streamed_samples(folder: Path, tokenizer: Tokenizer, geometry: ImageGeometry
             bounds = pairwise([0, *accumulate(stored["image_lengths"])])
             images = [decode_image(stored["images"][start:stop]) for start, stop in bounds]
             turns = parse_annotation(stored["annotation"], index, str(folder)).turns
-            positions = [count_positions(image.size, geometry) for image in images]
+            positions = [num_image_tokens(image.size, geometry) for image in images]
             encoded = encode_conversation(turns, tokenizer, positions, image_token)
             side = geometry.tile_size
             tiles = [np.empty((0, 3, side, side), np.uint8), *(cut_tiles(image, geometry) for image in images)]

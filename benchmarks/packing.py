@@ -26,8 +26,8 @@ from benchmarks.packing_lengths import Samples, draw_mix, hostile, read_lengths
 from benchmarks.packing_peers import PEERS
 from benchmarks.packing_plan import measure_plan
 from benchmarks.report import RESULTS, save, table
-from megatron_vlm.data.balance import least_rows
-from megatron_vlm.data.packing import Budget, plan_epoch
+from megatron_vlm.data.packing.epoch_plan import Budget, plan_epoch
+from megatron_vlm.data.packing.exchange import least_rows
 
 RANKS, ROWS_PER_RANK = 256, (1, 4, 16)
 OURS = "megatron-vlm"

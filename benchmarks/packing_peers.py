@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_vlm.data.packing import Budget
+from megatron_vlm.data.packing.epoch_plan import Budget
 
 Rows = list[list[int]]
 """Positions in the arrays of lengths, row by row."""

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.packing_lengths import draw_mix
-from megatron_vlm.data.mixture import Mixture
-from megatron_vlm.data.mixture_file import SamplingRule
-from megatron_vlm.data.packing import Budget, EpochPlan, plan_epoch
-from megatron_vlm.data.plan_store import PlanStore
-from megatron_vlm.data.row_plan import RowPlan
-from megatron_vlm.data.sources import Sample, SampleSource, SourceList
+from megatron_vlm.data.packing.epoch_plan import Budget, EpochPlan, plan_epoch
+from megatron_vlm.data.packing.plan_cache import PlanStore
+from megatron_vlm.data.packing.row_plan import RowPlan
+from megatron_vlm.data.sources.mixture import Mixture
+from megatron_vlm.data.sources.mixture_file import SamplingRule
+from megatron_vlm.data.sources.sample_source import Sample, SampleSource, SourceList
 
 DATA_SETS, SHARDS = 100, 40
 _DRAWN_AT_ONCE = 500_000

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_vlm.data.prepare import prepare_shards
+from megatron_vlm.data.prepare.shard_writer import prepare_shards
 from tests.random_models import write_tokenizer
 
 Size = tuple[int, int]

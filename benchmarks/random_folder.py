@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from checkpoint_convert.llava_next import write_companions
-from checkpoint_convert.name_map import name_map
-from checkpoint_convert.weights import Planned, write_weights
+from checkpoint_convert.huggingface.llava_next import write_companions
+from checkpoint_convert.huggingface.safetensors import Planned, write_weights
+from checkpoint_convert.mapping.param_map import name_map
 from megatron_vlm.config import ModelConfig
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.processing.tokenizer import load_tokenizer
 
 
 def write_random_folder(folder: Path, tokenizer: Path, model: ModelConfig, dtype: torch.dtype) -> int:

@@ -4,8 +4,8 @@
     python -m benchmarks.real_size --config RECIPE.yaml --rows 2 --micro-batches 1
 
 Every row is one optimizer step of the samples that a row of the instruction mix holds; transformers takes the same
-samples a few at a time, padded. What a step computes is counted in the model's operations (`megatron_vlm.data.cost`,
-and the loss head), without padding and without what is computed twice to save memory, and is held against a large
+samples a few at a time, padded. What a step computes is counted in the model's operations
+(`megatron_vlm.data.packing.row_cost`, and the loss head), without padding and without what is computed twice to save memory, and is held against a large
 matrix product measured in the same run.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-import megatron_vlm.runtime  # noqa: F401  (prepares the process before megatron.core is imported)
+import megatron_vlm.runtime.megatron_patches  # noqa: F401  (prepares the process before megatron.core is imported)
 from benchmarks import transformers_loop
 from benchmarks.instruct_samples import InstructRows
 from benchmarks.report import RESULTS, machine, save, table
@@ -30,10 +30,10 @@ from benchmarks.train_step import PackedLoop, seconds
 from megatron_vlm.config import ParallelConfig, Recipe
 from megatron_vlm.config.recipe import load_recipe
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
-from megatron_vlm.data.cost import cost_of_model
+from megatron_vlm.data.packing.row_cost import cost_of_model
 from megatron_vlm.runtime.device import current_device, on_gpu
 from megatron_vlm.runtime.launch import distributed
-from megatron_vlm.runtime.memory import ran_out_of_memory
+from megatron_vlm.runtime.out_of_memory import ran_out_of_memory
 
 CONFIG = Path(__file__).parent.parent / "examples/instellavl/instruct.yaml"
 SAME_LOSS = {True: 2e-2, False: 1e-4}

@@ -14,10 +14,10 @@ import torch
 
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Document, PackedBatch, assemble_row
-from megatron_vlm.data.conversation import EncodedConversation
-from megatron_vlm.data.merge import count_positions
-from megatron_vlm.data.packing import Budget, plan_epoch
-from megatron_vlm.data.tiling import ImageGeometry, count_tiles
+from megatron_vlm.data.packing.epoch_plan import Budget, plan_epoch
+from megatron_vlm.data.processing.conversation import EncodedConversation
+from megatron_vlm.data.processing.image_tokens import num_image_tokens
+from megatron_vlm.data.processing.tiling import ImageGeometry, count_tiles
 
 IMAGES_BY_QUESTIONS = {
     2: 9, 3: 31, 4: 72, 5: 180, 6: 251, 7: 380, 8: 518, 9: 531, 10: 538, 11: 490, 12: 382, 13: 240, 14: 159, 15: 111,
@@ -54,7 +54,7 @@ class SampleMaker:
     def __init__(self, model: ModelConfig, seed: int) -> None:
         self.model, self.rng = model, np.random.default_rng(seed)
         self.geometry = ImageGeometry.of(model, "anyres")
-        self.positions = count_positions(IMAGE_SIZE, self.geometry)
+        self.positions = num_image_tokens(IMAGE_SIZE, self.geometry)
         self.tiles = count_tiles(IMAGE_SIZE, self.geometry)
         self.questions = np.repeat(list(IMAGES_BY_QUESTIONS), list(IMAGES_BY_QUESTIONS.values()))
 

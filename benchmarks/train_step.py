@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-import megatron_vlm.runtime  # noqa: F401  (prepares the process before megatron.core is imported)
+import megatron_vlm.runtime.megatron_patches  # noqa: F401  (prepares the process before megatron.core is imported)
 from benchmarks import transformers_loop
 from benchmarks.report import RESULTS, machine, save, table
 from benchmarks.samples import SampleMaker, Work, draw_work
-from checkpoint_convert.megatron_files import tensors_of
-from checkpoint_convert.name_map import name_map, to_megatron
-from checkpoint_convert.names import canonical_name
+from checkpoint_convert.mapping.hf_names import canonical_name
+from checkpoint_convert.mapping.param_map import name_map, to_megatron
+from checkpoint_convert.megatron.files import tensors_of
 from megatron_vlm.config import (
     DataConfig,
     LanguageConfig,

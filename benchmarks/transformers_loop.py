@@ -21,7 +21,7 @@ from transformers import (
 from benchmarks.samples import PAD, Sample
 from megatron_vlm.config import Recipe
 from megatron_vlm.data.batch import IGNORE_INDEX
-from megatron_vlm.data.tiling import CLIP_MEAN, CLIP_STD, normalise_tiles
+from megatron_vlm.data.processing.tiling import CLIP_MEAN, CLIP_STD, normalise_tiles
 
 Batch = dict[str, torch.Tensor]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from checkpoint_convert.source import PARTS
-from checkpoint_convert.stored import StoredTensors
+from checkpoint_convert.mapping.lazy_tensors import StoredTensors
+from checkpoint_convert.model_source import PARTS
 
 OTHER = "other"
 _CHUNK = 2**22

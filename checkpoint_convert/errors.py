@@ -24,7 +24,7 @@ def some_of(names: list[str]) -> str:
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run a command's body; a refusal, or a disk that is full or cannot be read, becomes one message and exit code 1.
+    """Run a command's body; a rejection, or a disk that is full or cannot be read, becomes one message and exit code 1.
 
     An end by Ctrl-C or SIGTERM goes through the body's own cleaning up and is exit code 130 or 143.
     """

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from checkpoint_convert.errors import run_command
 from checkpoint_convert.folder import new_folder
-from checkpoint_convert.hf_config import read_config
-from checkpoint_convert.megatron_files import write_model
+from checkpoint_convert.huggingface.config import read_config
+from checkpoint_convert.huggingface.tokenizer import check_image_token, import_tokenizer
+from checkpoint_convert.mapping.param_map import name_map
+from checkpoint_convert.megatron.files import write_model
 from checkpoint_convert.merge import merge, tell_made
-from checkpoint_convert.name_map import name_map
-from checkpoint_convert.source import describe_whole, whole_tensors
-from checkpoint_convert.tokenizer_files import check_image_token, import_tokenizer
+from checkpoint_convert.model_source import describe_whole, whole_tensors
 
 DESCRIPTION = "Hugging Face -> Megatron: a whole VLM, or a vision tower and a language model, as a checkpoint."
 

@@ -11,22 +11,22 @@ from pathlib import Path
 
 import torch
 
-from checkpoint_convert import instellavl, llava_next
 from checkpoint_convert.errors import ConversionError, run_command
 from checkpoint_convert.folder import new_folder
-from checkpoint_convert.megatron_files import (
+from checkpoint_convert.huggingface import instellavl, llava_next
+from checkpoint_convert.huggingface.model_card import write_model_card
+from checkpoint_convert.huggingface.projector import write_projector
+from checkpoint_convert.huggingface.safetensors import SHARD_BYTES, Planned, write_weights
+from checkpoint_convert.mapping.hf_names import instellavl_name
+from checkpoint_convert.mapping.param_map import HuggingFaceTensors, name_map
+from checkpoint_convert.megatron.files import (
     checkpoint_progress,
     checkpoint_recipe,
     checkpoint_tensors,
     trained_recipe,
 )
-from checkpoint_convert.model_card import write_model_card
-from checkpoint_convert.name_map import HuggingFaceTensors, name_map
-from checkpoint_convert.names import instellavl_name
-from checkpoint_convert.projector import write_projector
-from checkpoint_convert.weights import SHARD_BYTES, Planned, write_weights
 from megatron_vlm.data.errors import DataError
-from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
 
 DESCRIPTION = "Megatron -> Hugging Face: a checkpoint as a folder that transformers loads."
 FORMATS = ("llava_next", "instellavl", "projector")

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from checkpoint_convert.errors import ConversionError, run_command
 from checkpoint_convert.folder import new_folder
-from checkpoint_convert.hf_config import model_from_parts
-from checkpoint_convert.megatron_files import write_model
-from checkpoint_convert.name_map import name_map
-from checkpoint_convert.source import PARTS, Source, open_source
-from checkpoint_convert.stored import ChosenTensors, JoinedTensors
-from checkpoint_convert.tokenizer_files import check_image_token, import_tokenizer
+from checkpoint_convert.huggingface.config import model_from_parts
+from checkpoint_convert.huggingface.tokenizer import check_image_token, import_tokenizer
+from checkpoint_convert.mapping.lazy_tensors import ChosenTensors, JoinedTensors
+from checkpoint_convert.mapping.param_map import name_map
+from checkpoint_convert.megatron.files import write_model
+from checkpoint_convert.model_source import PARTS, Source, open_source
 from megatron_vlm.config import DataConfig, LanguageConfig, ModelConfig, VisionConfig
 
 DESCRIPTION = "The tower, the projector and the decoder of different checkpoints as one Megatron checkpoint."

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from checkpoint_convert.answers import Answer, answers, built_in_prompts
 from checkpoint_convert.compare import Comparison, compare_tensors, part_of
 from checkpoint_convert.errors import ConversionError, run_command, some_of
-from checkpoint_convert.name_map import name_map
-from checkpoint_convert.source import PARTS, Source, open_source
-from checkpoint_convert.tokenizer_files import import_tokenizer
-from megatron_vlm.data.tokenizer import Tokenizer
+from checkpoint_convert.huggingface.tokenizer import import_tokenizer
+from checkpoint_convert.mapping.param_map import name_map
+from checkpoint_convert.model_source import PARTS, Source, open_source
+from checkpoint_convert.probe_outputs import Answer, answers, built_in_prompts
+from megatron_vlm.data.processing.tokenizer import Tokenizer
 
 DESCRIPTION = "Compare two checkpoints: weights, settings, tokenizer, logits and greedy tokens."
 SAME, DIFFERENT, INCOMPARABLE = 0, 1, 2

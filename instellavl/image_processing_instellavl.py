@@ -96,7 +96,7 @@ def _pad(image: Image.Image, side: int, colour: tuple[int, ...]) -> Image.Image:
 
 
 class InstellaVLImageProcessor(ImageProcessingMixin):
-    """Cuts images into normalised tiles, as the config of the model says."""
+    """Truncations images into normalised tiles, as the config of the model says."""
 
     model_input_names = ["pixel_values"]
 

@@ -6,36 +6,36 @@ import os
 import sys
 import traceback
 
-import megatron_vlm.runtime  # noqa: F401  (prepares the process before megatron.core is imported)
+import megatron_vlm.runtime.megatron_patches  # noqa: F401  (prepares the process before megatron.core is imported)
 from megatron_vlm.config import ConfigError, check_recipe, parse_command_line
 from megatron_vlm.data.errors import DataError
-from megatron_vlm.plan import describe_run
-from megatron_vlm.runtime.groups import place
 from megatron_vlm.runtime.launch import distributed, world_size
-from megatron_vlm.runtime.log import configure_logging
-from megatron_vlm.runtime.memory import describe_shortage, ran_out_of_memory
+from megatron_vlm.runtime.logging import configure_logging
+from megatron_vlm.runtime.out_of_memory import describe_shortage, ran_out_of_memory
+from megatron_vlm.runtime.process_groups import parallel_ranks
 from megatron_vlm.training.checkpoint import CheckpointError
+from megatron_vlm.training.dry_run import describe_run
 from megatron_vlm.training.trainer import train
 
 
 def main(arguments: list[str]) -> int:
     """Exit status: 0 trained, 1 something failed, 2 the recipe is wrong."""
-    speaks = os.environ.get("RANK", "0") == "0"
+    is_logging_rank = os.environ.get("RANK", "0") == "0"
     try:
         recipe, options = parse_command_line(arguments)
         check_recipe(recipe, world_size(), paths=True)
     except ConfigError as error:
-        if speaks:
+        if is_logging_rank:
             print(error, file=sys.stderr, flush=True)
         return 2
     if options.dry_run:
-        if speaks:
+        if is_logging_rank:
             configure_logging("dry run")
             print(describe_run(recipe, world_size()))
         return 0
     training = recipe.training
     with distributed(recipe.parallel, seed=training.seed, timeout_minutes=training.distributed_timeout_minutes):
-        configure_logging(str(place()))
+        configure_logging(str(parallel_ranks()))
         train(recipe)
     return 0
 

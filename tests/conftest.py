@@ -12,7 +12,7 @@ from tests.environments import OLDER, QUANTIZERS, Environment, for_inference, on
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[None]:
     """Process groups of a world of one, in the test's own process, until the end of the module."""
-    import megatron_vlm.runtime  # noqa: F401
+    import megatron_vlm.runtime.megatron_patches  # noqa: F401
     from megatron_vlm.config import ParallelConfig
     from megatron_vlm.runtime.launch import distributed
 

@@ -128,7 +128,7 @@ def store() -> Iterator[Proxy]:
             "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
         }.items():
             patch.setenv(name, value)
-        from megatron_vlm.data import s3
+        from megatron_vlm.data.shards import s3
 
         s3._client_of.cache_clear()
         s3._client().create_bucket(Bucket=BUCKET)
@@ -138,7 +138,7 @@ def store() -> Iterator[Proxy]:
 
 def put_folder(folder: Path, url: str) -> None:
     """Copy a folder as it is, unverified."""
-    from megatron_vlm.data import s3
+    from megatron_vlm.data.shards import s3
 
     for path in sorted(folder.rglob("*")):
         if path.is_file():

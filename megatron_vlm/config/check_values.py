@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from megatron_vlm.config.errors import nearest
 from megatron_vlm.config.problems import Problem
-from megatron_vlm.config.recipe import Leaf, Recipe, leaves
+from megatron_vlm.config.recipe import Recipe, Setting, leaves
 
 AT_LEAST_ONE = (
     "model.vision.hidden_size",
@@ -78,7 +78,7 @@ def _check_range(key: str, value: float) -> Iterator[Problem]:
         yield Problem(key, value, "out of range", "Give a number from 0 to below 1")
 
 
-def _check_choices(leaf: Leaf) -> Iterator[Problem]:
+def _check_choices(leaf: Setting) -> Iterator[Problem]:
     given = leaf.default if isinstance(leaf.default, list) else [leaf.default]
     for name in given:
         if name is None and not isinstance(leaf.default, list):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_vlm.config.errors import ConfigError, nearest_key
-from megatron_vlm.config.recipe import REPLACED, Leaf, Recipe, apply, leaves, read_yaml
+from megatron_vlm.config.recipe import REPLACED, Recipe, Setting, apply, leaves, read_yaml
 from megatron_vlm.config.values import without_none
 
 _INTRODUCTION = """\
@@ -75,7 +75,7 @@ def flag(key: str) -> str:
 class _Parser(argparse.ArgumentParser):
     """argparse with our help and our error."""
 
-    def __init__(self, settings: list[Leaf]) -> None:
+    def __init__(self, settings: list[Setting]) -> None:
         super().__init__(allow_abbrev=False)
         self.settings = settings
 
@@ -86,7 +86,7 @@ class _Parser(argparse.ArgumentParser):
         return help_text(self.settings)
 
 
-def _parser(settings: list[Leaf]) -> _Parser:
+def _parser(settings: list[Setting]) -> _Parser:
     parser = _Parser(settings)
     parser.add_argument("--config")
     parser.add_argument("--dry-run", action="store_true")
@@ -108,7 +108,7 @@ def _negative(key: str) -> str:
     return f"--{parents}{dot}no-{name}"
 
 
-def _as_yaml(text: Any, leaf: Leaf) -> Any:
+def _as_yaml(text: Any, leaf: Setting) -> Any:
     """What a YAML file would have given for the words behind a flag."""
     if leaf.kind == list[list[int]]:
         if text[0].startswith("("):
@@ -119,7 +119,7 @@ def _as_yaml(text: Any, leaf: Leaf) -> Any:
     return text
 
 
-def _unknown_arguments(arguments: list[str], settings: list[Leaf]) -> list[str]:
+def _unknown_arguments(arguments: list[str], settings: list[Setting]) -> list[str]:
     keys = ["config", "dry_run", *(leaf.key for leaf in settings)]
     problems = []
     for argument in arguments:
@@ -140,7 +140,7 @@ def _unknown_arguments(arguments: list[str], settings: list[Leaf]) -> list[str]:
     return problems
 
 
-def help_text(settings: list[Leaf]) -> str:
+def help_text(settings: list[Setting]) -> str:
     """One line for each setting, under its section."""
     columns = [_invocation(leaf) for leaf in settings]
     # a few flags with long choices do not push everything else to the right
@@ -154,7 +154,7 @@ def help_text(settings: list[Leaf]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _invocation(leaf: Leaf) -> str:
+def _invocation(leaf: Setting) -> str:
     if leaf.kind is bool:
         parents, dot, name = flag(leaf.key)[2:].rpartition(".")
         return f"--{parents}{dot}[no-]{name}"
@@ -165,7 +165,7 @@ def _invocation(leaf: Leaf) -> str:
     return f"{flag(leaf.key)} {_METAVARS[inner]}"
 
 
-def _default(leaf: Leaf) -> str:
+def _default(leaf: Setting) -> str:
     default = leaf.default
     if default is None:
         return "" if "default:" in leaf.help else " [none]"

@@ -37,7 +37,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Leaf:
+class Setting:
     """One setting: its key (`training.lr`), its type, its default and what the field says about itself."""
 
     key: str
@@ -47,7 +47,7 @@ class Leaf:
     choices: tuple[str, ...]
 
 
-def leaves(section: Any, prefix: str = "") -> Iterator[Leaf]:
+def leaves(section: Any, prefix: str = "") -> Iterator[Setting]:
     """All settings of a dataclass instance and of those inside it, in the order they are declared."""
     kinds = field_types(type(section))
     for item in dataclasses.fields(section):
@@ -57,7 +57,7 @@ def leaves(section: Any, prefix: str = "") -> Iterator[Leaf]:
         else:
             about = item.metadata
             key = prefix + item.name
-            yield Leaf(key, kinds[item.name], value, about.get("help", ""), tuple(about.get("choices", ())))
+            yield Setting(key, kinds[item.name], value, about.get("help", ""), tuple(about.get("choices", ())))
 
 
 def load_recipe(path: str | Path | None, overrides: dict[str, Any] | None = None) -> Recipe:

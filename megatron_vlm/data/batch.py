@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_vlm.data.conversation import IGNORE_INDEX as IGNORE_INDEX
-from megatron_vlm.data.conversation import EncodedConversation
-from megatron_vlm.data.merge import RowFeatures
-from megatron_vlm.data.tiling import ImageGeometry, Size
+from megatron_vlm.data.processing.conversation import IGNORE_INDEX as IGNORE_INDEX
+from megatron_vlm.data.processing.conversation import EncodedConversation
+from megatron_vlm.data.processing.image_tokens import RowFeatures
+from megatron_vlm.data.processing.tiling import ImageGeometry, Size
 
 
 @dataclass
@@ -30,7 +30,7 @@ class PackedBatch:
     """[S] int64, already shifted: labels[i] is the target of position i, or IGNORE_INDEX."""
     positions: torch.Tensor
     """[S] int64, from 0 in each document."""
-    bounds: list[int]
+    cu_seqlens: list[int]
     """Document boundaries, 0 first and S last. A padded tail is a document of its own, without labels."""
     feature_positions: torch.Tensor
     """[N] int64, ascending: the positions in the row that image features fill."""
@@ -45,11 +45,11 @@ class PackedBatch:
     sample_ids: list[str] = field(default_factory=list)
     num_tokens: int = 0
     """Tokens of real documents: S minus the padded tail."""
-    counter: int = -1
+    row_index: int = -1
     """Rows of all ranks that come before it since the start of training; -1: it is of no plan."""
-    blend_sources: torch.Tensor | None = None
-    """[B, 4] int64: the features that each blend is made of; None: the row has none. See merge.feature_blends."""
-    blend_weights: torch.Tensor | None = None
+    bilinear_sources: torch.Tensor | None = None
+    """[B, 4] int64: the features that each blend is made of; None: the row has none. See merge.bilinear_features."""
+    bilinear_weights: torch.Tensor | None = None
     """[B, 4] float32"""
 
     def pin_memory(self) -> PackedBatch:
@@ -97,12 +97,14 @@ def assemble_row(documents: Sequence[Document], seq_length: int, pad_id: int, ge
     num_tokens = int(ends[-1])
     if num_tokens > seq_length:
         raise ValueError(f"{num_tokens} tokens in a row of {seq_length}")
-    bounds = [0, *ends.tolist()] + ([seq_length] if num_tokens < seq_length else [])
+    cu_seqlens = [0, *ends.tolist()] + ([seq_length] if num_tokens < seq_length else [])
     tokens = np.full(seq_length, pad_id, dtype=np.int64)
     labels = np.full(seq_length, IGNORE_INDEX, dtype=np.int64)
-    positions = np.concatenate([np.arange(stop - start) for start, stop in zip(bounds, bounds[1:], strict=False)])
+    positions = np.concatenate(
+        [np.arange(stop - start) for start, stop in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+    )
     features = RowFeatures(geometry)
-    for start, document in zip(bounds, documents, strict=False):
+    for start, document in zip(cu_seqlens, documents, strict=False):
         stop = start + len(document.encoded.ids)
         tokens[start:stop] = document.encoded.ids
         labels[start : stop - 1] = document.encoded.labels[1:]
@@ -112,7 +114,7 @@ def assemble_row(documents: Sequence[Document], seq_length: int, pad_id: int, ge
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         positions=torch.from_numpy(positions.astype(np.int64)),
-        bounds=bounds,
+        cu_seqlens=cu_seqlens,
         num_tiles=features.num_tiles,
         **features.fields(),
         sample_ids=[document.sample_id for document in documents],

@@ -21,13 +21,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.data.dataset import open_data, open_plan
 from megatron_vlm.data.errors import DataError, RowError
-from megatron_vlm.data.handover import HandedOver
-from megatron_vlm.data.opened import open_data, open_plan
-from megatron_vlm.data.plan_inputs import plan_inputs
-from megatron_vlm.data.row_plan import PlannedRow, RowPlan
-from megatron_vlm.data.rows import RowBuilder
-from megatron_vlm.data.tokenizer import Tokenizer
+from megatron_vlm.data.packing.row_plan import PlannedRow, RowPlan
+from megatron_vlm.data.plan_fingerprint import plan_inputs
+from megatron_vlm.data.processing.tokenizer import Tokenizer
+from megatron_vlm.data.row_builder import RowBuilder
+from megatron_vlm.data.worker_transport import SharedBatch
 
 if TYPE_CHECKING:
     from megatron_vlm.config import Recipe
@@ -51,15 +51,15 @@ class _Rows(Dataset[PackedBatch]):
     def __init__(self, builder: RowBuilder) -> None:
         self._builder = builder
 
-    def __getitem__(self, row: PlannedRow) -> PackedBatch | HandedOver | _Failure:  # type: ignore[override]
+    def __getitem__(self, row: PlannedRow) -> PackedBatch | SharedBatch | _Failure:  # type: ignore[override]
         try:
             batch = self._builder.build(row)
-            return batch if get_worker_info() is None else HandedOver(batch)
+            return batch if get_worker_info() is None else SharedBatch(batch)
         except RowError as error:
             return _Failure(str(error))
         except Exception as error:
-            logger.exception("row %d cannot be built", row.counter)
-            return _Failure(f"row {row.counter} cannot be built: {type(error).__name__}: {error}")
+            logger.exception("row %d cannot be built", row.row_index)
+            return _Failure(f"row {row.row_index} cannot be built: {type(error).__name__}: {error}")
 
 
 class _Order(Sampler[PlannedRow]):
@@ -135,8 +135,8 @@ class RowLoader(Iterator[PackedBatch]):
             # RuntimeError is torch's word for a worker that died; the others mean that it died while handing a row over
             waiting = self._order.outstanding[0]
             raise RowError(
-                f"row {waiting.counter} did not come: {type(error).__name__} {error}. It holds {self._name(waiting)}. "
-                "A worker that was killed usually wanted memory: give fewer num_workers, or more memory to the machine "
+                f"row {waiting.row_index} did not come: {type(error).__name__} {error}. It holds "
+                f"{self._name(waiting)}. A worker that was killed usually wanted memory: give fewer num_workers, or more memory to the machine "
                 "or container."
             ) from error
         finally:
@@ -222,8 +222,8 @@ def build_loader(
     """
     if recipe.training.global_batch_size % dp_size:
         raise DataError(f"global_batch_size {recipe.training.global_batch_size} is no multiple of {dp_size} data ranks")
-    speaks = dp_rank == 0 and need_tiles and tile_rank == 0  # one process of the whole run
-    opened = open_data(recipe, speaks)
+    is_logging_rank = dp_rank == 0 and need_tiles and tile_rank == 0  # one process of the whole run
+    opened = open_data(recipe, is_logging_rank)
     inputs = plan_inputs(recipe, opened)
     store = open_plan(recipe, opened, inputs)
     if plan_ahead and recipe.data.num_workers:

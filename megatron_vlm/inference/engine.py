@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-import megatron_vlm.runtime  # noqa: F401  (prepares the process before megatron.core is imported)
+import megatron_vlm.runtime.megatron_patches  # noqa: F401  (prepares the process before megatron.core is imported)
 from megatron_vlm.config import ModelConfig, ParallelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
-from megatron_vlm.data.conversation import Turn, encode_prompt
-from megatron_vlm.data.merge import RowFeatures, num_image_tokens
-from megatron_vlm.data.tiling import ImageGeometry, cut_tiles
-from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_vlm.data.processing.conversation import Turn, encode_prompt
+from megatron_vlm.data.processing.image_tokens import RowFeatures, num_image_tokens
+from megatron_vlm.data.processing.tiling import ImageGeometry, cut_tiles
+from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.inference.sampling import greedy
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.kv_cache import KVCache
@@ -68,11 +68,11 @@ class GenerationEngine:
         if not prompts or max_new_tokens < 1:
             return [[] for _ in prompts]
         batch = read_prompts(prompts, self.recipe.model, self.recipe.data.image_aspect_ratio, self.tokenizer)
-        lengths = np.diff(batch.bounds).tolist()
+        lengths = np.diff(batch.cu_seqlens).tolist()
         cache, device = KVCache(lengths, max_new_tokens), current_device()
         language = self.model.language_model
         hidden = self.model(batch, cache)
-        last = torch.tensor(batch.bounds[1:], device=device) - 1
+        last = torch.tensor(batch.cu_seqlens[1:], device=device) - 1
         answers: list[list[int]] = [[] for _ in prompts]
         going = set(range(len(prompts)))
         while True:
@@ -89,38 +89,38 @@ class GenerationEngine:
             row = _row_of_single_tokens(chosen.cpu(), cache.lengths.cpu())
             # Straight to the language model: a row without images would send a tile of zeros through the tower.
             embedded = language.embed(row.tokens.to(device))
-            hidden = language.decode(embedded, self.model.row_layout(row, cache))
+            hidden = language.decode(embedded, self.model.packed_sequence(row, cache))
             last = torch.arange(len(prompts), device=device)
 
 
 def read_prompts(prompts: Sequence[Prompt], model: ModelConfig, aspect_ratio: str, tokenizer: Tokenizer) -> PackedBatch:
     """The prompts as one packed row, a document each. Raises ValueError as `encode_prompt` does, naming the prompt."""
-    ids, positions, bounds = [], [], [0]
+    ids, positions, cu_seqlens = [], [], [0]
     tiles = []
     geometry = ImageGeometry.of(model, aspect_ratio)
     features = RowFeatures(geometry)
     for number, prompt in enumerate(prompts):
-        lengths = [num_image_tokens(image.size, model, aspect_ratio) for image in prompt.images]
+        lengths = [num_image_tokens(image.size, geometry) for image in prompt.images]
         try:
             encoded = encode_prompt(prompt.turns, tokenizer, lengths, model.image_token_index)
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from error
         for image, start in zip(prompt.images, encoded.image_starts, strict=True):
             tiles.append(cut_tiles(image, geometry))
-            features.add(image.size, bounds[-1] + start)
+            features.add(image.size, cu_seqlens[-1] + start)
         ids.append(encoded.ids)
         positions.append(np.arange(len(encoded.ids)))
-        bounds.append(bounds[-1] + len(encoded.ids))
+        cu_seqlens.append(cu_seqlens[-1] + len(encoded.ids))
     tokens = torch.from_numpy(np.concatenate(ids))
     return PackedBatch(
         tokens=tokens,
         labels=torch.full_like(tokens, IGNORE_INDEX),
         positions=torch.from_numpy(np.concatenate(positions)),
-        bounds=bounds,
+        cu_seqlens=cu_seqlens,
         num_tiles=features.num_tiles,
         **features.fields(),
         tiles=torch.from_numpy(np.concatenate(tiles)) if tiles else None,
-        num_tokens=bounds[-1],
+        num_tokens=cu_seqlens[-1],
     )
 
 
@@ -130,7 +130,7 @@ def _row_of_single_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> Pack
         tokens=tokens,
         labels=torch.full_like(tokens, IGNORE_INDEX),
         positions=positions,
-        bounds=list(range(len(tokens) + 1)),
+        cu_seqlens=list(range(len(tokens) + 1)),
         feature_positions=nothing,
         feature_sources=nothing,
         num_tiles=0,

@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.model.attention_kernels import attend
-from megatron_vlm.model.row_layout import RowLayout
+from megatron_vlm.model.packed_sequence import PackedSequence
 from megatron_vlm.runtime.device import fused
 
 
@@ -45,7 +45,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class PackedAttention(MegatronModule):
-    """Core attention of a megatron-core layer, on rows described by a RowLayout."""
+    """Core attention of a megatron-core layer, on rows described by a PackedSequence."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class PackedAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: RowLayout | None = None,
+        packed_seq_params: PackedSequence | None = None,
     ) -> torch.Tensor:
         """query [s, heads, d], key and value [s, kv heads, d] of this rank's slice -> [s, heads * d]."""
         layout = packed_seq_params

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_vlm.model.row_layout import DocumentGroup, RowLayout
+from megatron_vlm.model.packed_sequence import DocumentGroup, PackedSequence
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout, scale: float | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedSequence, scale: float | None = None
 ) -> torch.Tensor:
     """query [s, h, d], key and value [s, kv, d] over the whole row -> [s, h, d]; each document sees itself alone."""
     return (varlen if _takes_varlen(query) else sdpa)(query, key, value, layout, scale)
@@ -39,7 +39,7 @@ def _repeat_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
 
 def sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout, scale: float | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedSequence, scale: float | None = None
 ) -> torch.Tensor:
     """torch's scaled_dot_product_attention, one call per group of documents."""
     key, value = _repeat_heads(query, key, value)
@@ -75,7 +75,7 @@ def _varlen_parameters() -> frozenset[str]:
 
 
 def varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout, scale: float | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedSequence, scale: float | None = None
 ) -> torch.Tensor:
     """torch's variable-length attention (a flash kernel): one call for the row, no padding."""
     from torch.nn.attention.varlen import varlen_attn

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vlm.config import Recipe
 from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.runtime.device import current_device, fused, on_gpu
-from megatron_vlm.runtime.groups import vision_groups
+from megatron_vlm.runtime.process_groups import vision_groups
 
 
 @fused

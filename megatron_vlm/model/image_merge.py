@@ -15,10 +15,10 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_vlm.config import ParallelConfig
 from megatron_vlm.data.batch import PackedBatch
-from megatron_vlm.data.tiling import normalise_tiles
+from megatron_vlm.data.processing.tiling import normalise_tiles
 from megatron_vlm.model.projector import Projector
 from megatron_vlm.model.vision import VisionTower
-from megatron_vlm.runtime.groups import encoding_place
+from megatron_vlm.runtime.process_groups import tile_shard_rank
 
 
 def encode_tiles(
@@ -30,7 +30,7 @@ def encode_tiles(
     with zero tiles. A row without images still encodes one zero tile per rank: a rank that skipped the tower would
     leave its data-parallel peers waiting for gradients.
     """
-    _, ranks = encoding_place(parallel)
+    _, ranks = tile_shard_rank(parallel)
     each = max(1, -(-batch.num_tiles // ranks))
     tiles = _normalised(batch.tiles, each, tower)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not tower_is_frozen):
@@ -72,9 +72,9 @@ def place_features(
     here = (positions >= 0) & (positions < len(hidden))
     rows, sources = positions[here].to(hidden.device), batch.feature_sources[here].to(hidden.device)
     newline_row = len(table) - 1
-    if batch.blend_sources is not None and batch.blend_weights is not None:
-        weights = batch.blend_weights.to(table)
-        table = torch.cat([table, (table[batch.blend_sources.to(table.device)] * weights[..., None]).sum(1)])
+    if batch.bilinear_sources is not None and batch.bilinear_weights is not None:
+        weights = batch.bilinear_weights.to(table)
+        table = torch.cat([table, (table[batch.bilinear_sources.to(table.device)] * weights[..., None]).sum(1)])
     sources = torch.where(sources < 0, newline_row - 1 - sources, sources)  # -1 is the newline, -2 the blend after it
     merged = hidden.index_put((rows, torch.zeros_like(rows)), table[sources])
     # Weight 0: no feature may be outside the graph, or a row without images would leave parameters without gradient.

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from megatron_vlm.model.attention_kernels import attend
-from megatron_vlm.model.row_layout import RowLayout
+from megatron_vlm.model.packed_sequence import PackedSequence
 
 
 class KVCache:
-    """One growing sequence per prompt, for every layer; RowLayout.cache is one of these while text is generated.
+    """One growing sequence per prompt, for every layer; PackedSequence.cache is one of these while text is generated.
 
     First a row of whole prompts is read, then rows of one token per prompt follow. After each row, `advance` says that
     every layer has seen it.
@@ -24,7 +24,7 @@ class KVCache:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedSequence
     ) -> torch.Tensor:
         """Keep key and value [s, kv, d] of a layer; answer query [s, h, d] with all that is kept: [s, h, d]."""
         if self.lengths is None:

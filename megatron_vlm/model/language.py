@@ -13,7 +13,7 @@ from megatron_vlm.config import LanguageConfig
 from megatron_vlm.model.layer_spec import block_spec
 from megatron_vlm.model.loss import LossHead
 from megatron_vlm.model.norm import LANGUAGE_NORMS
-from megatron_vlm.model.row_layout import RowLayout
+from megatron_vlm.model.packed_sequence import PackedSequence
 
 
 class LanguageModel(LanguageModule):
@@ -60,7 +60,7 @@ class LanguageModel(LanguageModule):
         """Token ids [s] of this context rank -> [s / tp, 1, H]; the embedding itself scatters over the tensor group."""
         return self.embedding(input_ids=tokens[None], position_ids=None)
 
-    def decode(self, hidden: torch.Tensor | None, layout: RowLayout) -> torch.Tensor:
+    def decode(self, hidden: torch.Tensor | None, layout: PackedSequence) -> torch.Tensor:
         """Run this stage's layers; `hidden` is None where the schedule has set the input tensor."""
         return self.decoder(hidden, attention_mask=None, packed_seq_params=layout)
 

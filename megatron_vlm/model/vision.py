@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vlm.config import VisionConfig
 from megatron_vlm.model.layer_spec import block_spec
 from megatron_vlm.model.norm import LayerNorm
-from megatron_vlm.model.row_layout import row_layout
+from megatron_vlm.model.packed_sequence import packed_sequence
 from megatron_vlm.model.sharding import count_tensor_replicas
 
 
@@ -96,11 +96,11 @@ class VisionTower(MegatronModule):
         each = tokens.shape[1]
         hidden = tokens.flatten(0, 1)[:, None]
         padding = -len(hidden) % self.tensor_group.size()
-        bounds = [each * tile for tile in range(len(tokens) + 1)]
+        cu_seqlens = [each * tile for tile in range(len(tokens) + 1)]
         if padding:
             hidden = torch.cat([hidden, hidden.new_zeros(padding, *hidden.shape[1:])])
-            bounds.append(bounds[-1] + padding)
-        layout = row_layout(bounds, causal=False, device=hidden.device)
+            cu_seqlens.append(cu_seqlens[-1] + padding)
+        layout = packed_sequence(cu_seqlens, causal=False, device=hidden.device)
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tensor_group)
         return self.decoder(hidden, attention_mask=None, packed_seq_params=layout)

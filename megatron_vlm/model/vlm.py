@@ -19,8 +19,8 @@ from megatron_vlm.config import PARTS, Recipe
 from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.model.image_merge import encode_tiles, place_features
 from megatron_vlm.model.language import LanguageModel
+from megatron_vlm.model.packed_sequence import PackedSequence, packed_sequence, rotary_tables
 from megatron_vlm.model.projector import Projector
-from megatron_vlm.model.row_layout import RowLayout, rotary_tables, row_layout
 from megatron_vlm.model.sharding import mark_split_weights
 from megatron_vlm.model.vision import VisionTower, mark_as_replicated
 from megatron_vlm.runtime.device import current_device
@@ -84,11 +84,11 @@ class VisionLanguageModel(MegatronModule):
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
         self.language_model.set_input_tensor(input_tensor)
 
-    def row_layout(self, batch: PackedBatch, cache: object = None) -> RowLayout:
+    def packed_sequence(self, batch: PackedBatch, cache: object = None) -> PackedSequence:
         """What every language layer must know of this row."""
         language, device = self.recipe.model.language, current_device()
         cos, sin = rotary_tables(batch.positions.to(device), language.head_width, language.rope_theta)
-        return row_layout(batch.bounds, causal=True, device=device, cos=cos, sin=sin, cache=cache)
+        return packed_sequence(batch.cu_seqlens, causal=True, device=device, cos=cos, sin=sin, cache=cache)
 
     def context_slice(self, row: torch.Tensor) -> torch.Tensor:
         """This context rank's contiguous part of a row-long tensor [S, ...]."""
@@ -114,7 +114,7 @@ class VisionLanguageModel(MegatronModule):
         context rank's labelled tokens (fp32 scalar), or the hidden states where a `cache` says that text is generated.
         """
         hidden = self.embed(batch) if self.pre_process else None
-        hidden = self.language_model.decode(hidden, self.row_layout(batch, cache))
+        hidden = self.language_model.decode(hidden, self.packed_sequence(batch, cache))
         if not self.post_process or cache is not None:
             return hidden
         return self.language_model.loss(hidden, self.context_slice(batch.labels).to(current_device()))

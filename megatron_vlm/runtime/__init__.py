@@ -1,13 +1,5 @@
-"""Devices, process groups, launch and logging. Import this before anything of `megatron.core`."""
+"""Devices, process groups, launch, logging and files: what a process of a run stands on.
 
-import warnings
-
-from megatron_vlm.runtime.megatron_cpu import install
-
-# megatron-core tells its own developers of its own deprecations, some from every layer of every rank.
-warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.core")
-warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-# torch renames collectives that megatron-core still calls by their old names.
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-
-install()
+Nothing here knows the model, the data or the training loop. Modules that use megatron-core import `megatron_patches`
+first; the others work without it.
+"""

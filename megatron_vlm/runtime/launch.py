@@ -10,11 +10,15 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+import megatron_vlm.runtime.megatron_patches  # noqa: F401  (before megatron.core is imported)
+
+# isort: split
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_vlm.config import ParallelConfig
 from megatron_vlm.runtime.device import collective_backend, on_gpu
-from megatron_vlm.runtime.groups import initialize_groups
+from megatron_vlm.runtime.process_groups import initialize_groups
 
 
 def world_size() -> int:

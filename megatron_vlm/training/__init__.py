@@ -1,3 +1,3 @@
 """The training loop and what it stands on."""
 
-import megatron_vlm.runtime  # noqa: F401  (prepares the process before megatron.core is imported)
+import megatron_vlm.runtime.megatron_patches  # noqa: F401  (prepares the process before megatron.core is imported)

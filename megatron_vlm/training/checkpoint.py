@@ -19,7 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vlm.config import Recipe, recipe_from_dict, recipe_to_dict
 from megatron_vlm.model.sharding import model_sharded_state_dict, sharding_metadata, unwrap
-from megatron_vlm.training.resumed_rates import make_known, put_back, rates_of_recipe
+from megatron_vlm.training.param_groups import match_param_groups, recipe_lrs, restore_lrs
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RECIPE = "recipe.json"
@@ -172,16 +172,16 @@ def load_checkpoint(
         if (dist_checkpointing.load_content_metadata(str(checkpoint)) or {}).get("weights_only"):
             raise CheckpointError(f"{checkpoint} holds weights alone: start from it with --pretrained-checkpoint")
         _check_same_parts(checkpoint, recipe)
-        rates = rates_of_recipe(optimizer.param_groups)
+        rates = recipe_lrs(optimizer.param_groups)
         state["optimizer"] = _optimizer_state(optimizer, state, loading=True)
     loaded = dist_checkpointing.load(state, str(checkpoint))
     for i, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(loaded[f"chunk{i}"])
     if optimizer is not None:
-        put_back(optimizer.param_groups, rates)
-        make_known(loaded["optimizer"], optimizer.param_groups)
+        restore_lrs(optimizer.param_groups, rates)
+        match_param_groups(loaded["optimizer"], optimizer.param_groups)
         optimizer.load_state_dict(loaded["optimizer"])
-        put_back(optimizer.param_groups, rates)
+        restore_lrs(optimizer.param_groups, rates)
     if schedule is not None:
         schedule.load_state_dict(loaded["schedule"])
     return Progress(**loaded["progress"])

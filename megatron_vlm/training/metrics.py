@@ -13,8 +13,8 @@ import torch.distributed as dist
 from megatron_vlm.config import Recipe
 from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.runtime.device import current_device
-from megatron_vlm.runtime.groups import Place
-from megatron_vlm.runtime.log import say
+from megatron_vlm.runtime.logging import log_rank0
+from megatron_vlm.runtime.process_groups import ParallelRanks
 from megatron_vlm.training.json_lines import keep_lines
 
 METRICS_FILE = "metrics.jsonl"
@@ -23,8 +23,8 @@ METRICS_FILE = "metrics.jsonl"
 class RowCounter:
     """Counts what passes through a rank's row iterator in a step; every data rank counts its own rows once."""
 
-    def __init__(self, rows: Any, place: Place) -> None:
-        self.rows, self.counts = rows, place.leads_row and place.first_stage
+    def __init__(self, rows: Any, ranks: ParallelRanks) -> None:
+        self.rows, self.counts = rows, ranks.is_row_leader and ranks.first_stage
         self.tokens = self.tiles = self.read = 0
         self.waited = 0.0
 
@@ -77,7 +77,7 @@ class MetricsLog:
                 self.tensorboard.add_scalar(name, value, iteration)
         total = self.recipe.training.train_iters
         if iteration % self.recipe.training.log_interval == 0 or iteration == total:
-            say(
+            log_rank0(
                 f"iteration {iteration:>{len(str(total))}}/{total} | lm loss {values['lm_loss']:.4f} | "
                 f"grad norm {values['grad_norm']:.3f} | lr {values['learning_rate']:.2e} | "
                 f"fill {100 * values['pack_fill']:.1f} % | {values['tokens_per_second']:,.0f} tokens/s | "

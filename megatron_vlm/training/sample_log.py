@@ -39,7 +39,7 @@ class SampleLog(Iterator[PackedBatch]):
 
     def __next__(self) -> PackedBatch:
         batch = next(self._rows)
-        self._file.write(json.dumps({"row": batch.counter, "samples": batch.sample_ids}) + "\n")
+        self._file.write(json.dumps({"row": batch.row_index, "samples": batch.sample_ids}) + "\n")
         return batch
 
 

@@ -12,14 +12,14 @@ import torch.distributed as dist
 from megatron_vlm.config import Recipe
 from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.data.loader import RowLoader, build_loader
-from megatron_vlm.data.plan_inputs import describe_changes
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.plan_fingerprint import describe_changes
+from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import initialize_weights
 from megatron_vlm.model.vlm import VisionLanguageModel
-from megatron_vlm.runtime.groups import encoding_place, place
 from megatron_vlm.runtime.launch import local_rank
-from megatron_vlm.runtime.log import say
+from megatron_vlm.runtime.logging import log_rank0
+from megatron_vlm.runtime.process_groups import parallel_ranks, tile_shard_rank
 from megatron_vlm.training.checkpoint import (
     CheckpointError,
     Progress,
@@ -38,7 +38,7 @@ class Trainer:
     """One rank's part of a run. Process groups must exist and the recipe must have passed its checks."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.place = recipe, place()
+        self.recipe, self.ranks = recipe, parallel_ranks()
         self.fingerprint = load_tokenizer(recipe.data.tokenizer_model).fingerprint
         chunks = build_model(recipe)
         self.progress = Progress(tokenizer_fingerprint=self.fingerprint)
@@ -51,32 +51,32 @@ class Trainer:
                 resume_from, self.chunks, recipe, tokenizer_fingerprint=self.fingerprint,
                 optimizer=self.optimizer, schedule=self.schedule,
             )  # fmt: skip
-            say(f"going on after iteration {self.progress.iteration} from {resume_from}")
+            log_rank0(f"going on after iteration {self.progress.iteration} from {resume_from}")
         self.loader = self._open_data()
         self._check_order()
-        self.counter = RowCounter(self._logged(self.loader), self.place)
+        self.row_counter = RowCounter(self._logged(self.loader), self.ranks)
 
     def _open_data(self) -> RowLoader:
         """The rows of this rank. One rank of each machine measures lengths first; the others find them in the cache."""
-        tile_rank, tile_ranks = encoding_place(self.recipe.parallel)
+        tile_rank, tile_ranks = tile_shard_rank(self.recipe.parallel)
 
         def build() -> RowLoader:
             return build_loader(
                 self.recipe,
-                dp_rank=self.place.data,
-                dp_size=self.place.data_size,
+                dp_rank=self.ranks.data,
+                dp_size=self.ranks.data_size,
                 consumed_rows=self.progress.consumed_rows,
-                need_tiles=self.place.first_stage,
+                need_tiles=self.ranks.first_stage,
                 tile_rank=tile_rank,
                 tile_ranks=tile_ranks,
-                plan_ahead=leads_machine,
+                plan_ahead=is_local_rank0,
             )
 
-        leads_machine = local_rank() == 0
-        loader = build() if leads_machine else None
+        is_local_rank0 = local_rank() == 0
+        loader = build() if is_local_rank0 else None
         dist.barrier()
         loader = loader or build()
-        say("data: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in loader.summary().items()))
+        log_rank0("data: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in loader.summary().items()))
         return loader
 
     def _check_order(self) -> None:
@@ -93,7 +93,7 @@ class Trainer:
                 "Put it back; or start a new stage with --pretrained-checkpoint and another --save; or accept it with "
                 "--allow-changed-order."
             )
-        say(f"{what}, which is allowed: {'; '.join(changes)}")
+        log_rank0(f"{what}, which is allowed: {'; '.join(changes)}")
 
     def _logged(self, rows: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
         """The same rows; one rank of those that share them lists their samples, if the recipe says so."""
@@ -105,7 +105,7 @@ class Trainer:
             folder.mkdir(parents=True, exist_ok=True)
             cut_back(folder, self.progress.consumed_rows)
         dist.barrier()
-        return SampleLog(rows, folder, dist.get_rank()) if self.place.leads_row and self.place.first_stage else rows
+        return SampleLog(rows, folder, dist.get_rank()) if self.ranks.is_row_leader and self.ranks.first_stage else rows
 
     def _set_first_weights(self, chunks: list[VisionLanguageModel]) -> Path | None:
         """Weights of a new run. Returns the checkpoint to resume from instead, if there is one."""
@@ -116,17 +116,17 @@ class Trainer:
         if resume_from is None and training.pretrained_checkpoint:
             source = require_checkpoint(training.pretrained_checkpoint)
             load_checkpoint(source, chunks, self.recipe, tokenizer_fingerprint=self.fingerprint)
-            say(f"starting from the weights of {source}")
+            log_rank0(f"starting from the weights of {source}")
         elif resume_from is None:
             initialize_weights(chunks, self.recipe)
-            say(f"starting from random weights, seed {training.seed}")
+            log_rank0(f"starting from random weights, seed {training.seed}")
         return resume_from
 
     def run(self) -> None:
         """Train to the last iteration; save as the recipe says, and at the end."""
         training = self.recipe.training
         log = MetricsLog(self.recipe, self.progress.iteration)
-        rows = rows_for_chunks(self.counter, len(self.chunks))
+        rows = rows_for_chunks(self.row_counter, len(self.chunks))
         while self.progress.iteration < training.train_iters:
             self._iteration(rows, log)
             last = self.progress.iteration == training.train_iters
@@ -144,7 +144,7 @@ class Trainer:
         self.schedule.step(increment=1)
         self.progress.iteration += 1
         self.progress.consumed_rows += self.recipe.training.global_batch_size
-        counts = self.counter.collect()
+        counts = self.row_counter.collect()
         capacity = counts["rows"] * self.recipe.data.seq_length
         log.write(
             self.progress.iteration,
@@ -166,7 +166,7 @@ class Trainer:
         folder = self.recipe.training.save
         assert folder is not None
         target = save_checkpoint(folder, self.chunks, self.recipe, self.progress, self.optimizer, self.schedule)
-        say(f"saved {target}")
+        log_rank0(f"saved {target}")
 
 
 def train(recipe: Recipe) -> None:
@@ -174,8 +174,8 @@ def train(recipe: Recipe) -> None:
     trainer = Trainer(recipe)
     size = dist.get_world_size()
     parallel = recipe.parallel
-    say(
-        f"{size} rank{'s' if size > 1 else ''}: data {trainer.place.data_size} x tensor "
+    log_rank0(
+        f"{size} rank{'s' if size > 1 else ''}: data {trainer.ranks.data_size} x tensor "
         f"{parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} (x "
         f"{parallel.virtual_pipeline_model_parallel_size} virtual) x context {parallel.context_parallel_size}, "
         f"tower {parallel.vision_parallel}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.convert import anonymous_bytes, compare, table_of
-from checkpoint_convert.weights import FolderTensors
+from checkpoint_convert.huggingface.safetensors import FolderTensors
 from megatron_vlm.config import recipe_from_dict
 from tests.training.tiny_run import MODEL
 

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import packing
 from benchmarks.packing import PACKINGS, describe, imbalance
 from benchmarks.packing_lengths import SHAPE_OF_THE_MIX, Samples, draw_mix, hostile, read_lengths
-from megatron_vlm.data.packing import Budget
+from megatron_vlm.data.packing.epoch_plan import Budget
 
 BUDGET = Budget(32768, 80, 1000)
 

@@ -14,15 +14,15 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
-from checkpoint_convert.checkpoint_reader import CheckpointTensors
-from checkpoint_convert.checkpoint_writer import layer_name, part_of
+from checkpoint_convert.megatron.reader import CheckpointTensors
+from checkpoint_convert.megatron.writer import layer_name, part_of
 from megatron_vlm.config import ParallelConfig
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import all_sharded_tensors
 from megatron_vlm.model.sharding import model_sharded_state_dict
 from megatron_vlm.model.vlm import VisionLanguageModel
-from megatron_vlm.runtime.groups import destroy_groups, initialize_groups
 from megatron_vlm.runtime.launch import process_group
+from megatron_vlm.runtime.process_groups import destroy_groups, initialize_groups
 from megatron_vlm.training.checkpoint import load_checkpoint, read_recipe, require_checkpoint, save_checkpoint
 
 

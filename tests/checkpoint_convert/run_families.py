@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import megatron_vlm.runtime  # noqa: F401
+import megatron_vlm.runtime.megatron_patches  # noqa: F401
 
 # isort: split
 from megatron.core import parallel_state, tensor_parallel
@@ -23,8 +23,8 @@ from megatron_vlm.config import ParallelConfig, Recipe, check_recipe
 from megatron_vlm.data.batch import PackedBatch, tile_range
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.vlm import VisionLanguageModel
-from megatron_vlm.runtime.groups import destroy_groups, encoding_place, initialize_groups
 from megatron_vlm.runtime.launch import process_group
+from megatron_vlm.runtime.process_groups import destroy_groups, initialize_groups, tile_shard_rank
 from megatron_vlm.training.checkpoint import load_checkpoint, read_recipe, require_checkpoint, save_checkpoint
 
 
@@ -32,9 +32,9 @@ from megatron_vlm.training.checkpoint import load_checkpoint, read_recipe, requi
 def whole_logits(model: VisionLanguageModel, batch: PackedBatch, recipe: Recipe) -> torch.Tensor:
     """[S, V] on every rank, put together from all context and tensor ranks."""
     assert batch.tiles is not None
-    start, stop = tile_range(batch.num_tiles, *encoding_place(recipe.parallel))
+    start, stop = tile_range(batch.num_tiles, *tile_shard_rank(recipe.parallel))
     row = replace(batch, tiles=batch.tiles[start:stop])
-    hidden = model.language_model.decode(model.embed(row), model.row_layout(row))
+    hidden = model.language_model.decode(model.embed(row), model.packed_sequence(row))
     group = parallel_state.get_context_parallel_group()
     mine = model.language_model.logits(hidden, torch.arange(len(batch.tokens) // group.size()))
     slices = [torch.empty_like(mine) for _ in range(group.size())]

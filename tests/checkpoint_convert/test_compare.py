@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from checkpoint_convert.compare import compare_pair, compare_tensors, part_of
-from checkpoint_convert.stored import StoredTensors
+from checkpoint_convert.mapping.lazy_tensors import StoredTensors
 
 
 def _drawn(*shape: int) -> torch.Tensor:

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
-from checkpoint_convert.weights import FolderTensors, write_weights
-from megatron_vlm.data.tokenizer import load_tokenizer
+from checkpoint_convert.huggingface.safetensors import FolderTensors, write_weights
+from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from megatron_vlm.training.checkpoint import read_recipe
 from tests.random_models import (
     GROUPED_QUERY_SIZES,

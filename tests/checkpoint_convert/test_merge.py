@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_convert import hf_to_megatron, megatron_to_hf, merge
-from checkpoint_convert.source import open_source
+from checkpoint_convert.model_source import open_source
 from megatron_vlm.training.checkpoint import read_recipe
 from tests.random_models import (
     GROUPED_QUERY_SIZES,

@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.random_folder import write_random_folder
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
-from checkpoint_convert.megatron_files import loaded_model
-from checkpoint_convert.weights import FolderTensors
+from checkpoint_convert.huggingface.safetensors import FolderTensors
+from checkpoint_convert.megatron.files import loaded_model
 from megatron_vlm.config import ModelConfig
 from tests.checkpoint_convert import resave
 from tests.checkpoint_convert.whole_model import our_logits, prompt

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoint_convert.hf_config import model_from_llava_next
-from checkpoint_convert.megatron_files import tensors_of
-from checkpoint_convert.name_map import name_map, to_megatron
-from checkpoint_convert.names import canonical_name
+from checkpoint_convert.huggingface.config import model_from_llava_next
+from checkpoint_convert.mapping.hf_names import canonical_name
+from checkpoint_convert.mapping.param_map import name_map, to_megatron
+from checkpoint_convert.megatron.files import tensors_of
 from megatron_vlm.config import ModelConfig, Recipe
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
-from megatron_vlm.data.merge import merge_sources
-from megatron_vlm.data.tiling import ImageGeometry, cut_tiles, image_to_tiles
+from megatron_vlm.data.processing.image_tokens import feature_order
+from megatron_vlm.data.processing.tiling import ImageGeometry, cut_tiles, image_to_tiles
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.image_merge import encode_tiles
 from megatron_vlm.model.vlm import VisionLanguageModel
@@ -75,7 +75,7 @@ def prompt(model: ModelConfig, sizes: list[tuple[int, int]], seed: int = 0) -> t
     ids = [generator.integers(2, model.image_token_index, 5)]
     positions, sources, tiles, pixels = [], [], [], []
     for image in images:
-        order = merge_sources(image.size, model, "anyres")
+        order = feature_order(image.size, ImageGeometry.of(model, "anyres"))
         positions.append(sum(map(len, ids)) + np.arange(len(order)))
         sources.append(np.where(order < 0, -1, order + per_tile * sum(map(len, tiles))))
         tiles.append(image_to_tiles(image, model, "anyres"))
@@ -87,7 +87,7 @@ def prompt(model: ModelConfig, sizes: list[tuple[int, int]], seed: int = 0) -> t
         tokens=tokens,
         labels=torch.full_like(tokens, IGNORE_INDEX),
         positions=torch.arange(len(tokens)),
-        bounds=[0, len(tokens)],
+        cu_seqlens=[0, len(tokens)],
         feature_positions=torch.from_numpy(np.concatenate([none, *positions])),
         feature_sources=torch.from_numpy(np.concatenate([none, *sources])),
         num_tiles=sum(map(len, tiles)),
@@ -116,5 +116,5 @@ def our_features(model: VisionLanguageModel, batch: PackedBatch) -> torch.Tensor
 @torch.no_grad()
 def our_logits(model: VisionLanguageModel, batch: PackedBatch) -> torch.Tensor:
     """[S, V]"""
-    hidden = model.language_model.decode(model.embed(batch), model.row_layout(batch))
+    hidden = model.language_model.decode(model.embed(batch), model.packed_sequence(batch))
     return model.language_model.logits(hidden, torch.arange(len(batch.tokens)))

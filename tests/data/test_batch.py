@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_vlm.data.batch import IGNORE_INDEX, Document, assemble_row, tile_range
-from megatron_vlm.data.conversation import EncodedConversation
-from megatron_vlm.data.merge import NEWLINE, feature_order
-from megatron_vlm.data.tiling import ImageGeometry
+from megatron_vlm.data.processing.conversation import EncodedConversation
+from megatron_vlm.data.processing.image_tokens import NEWLINE, feature_order
+from megatron_vlm.data.processing.tiling import ImageGeometry
 from tests.data.helpers import tiny_model
 
 GEOMETRY = ImageGeometry.of(tiny_model(), "anyres")
@@ -29,7 +29,7 @@ def test_labels_are_shifted_inside_each_document() -> None:
     # position 3 would be asked for 5, the first of the next document, were the row shifted as a whole
     assert batch.labels.tolist() == [X, 3, 4, X, 6, 7, X, X, X, X]
     assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2]
-    assert batch.bounds == [0, 4, 7, 10]
+    assert batch.cu_seqlens == [0, 4, 7, 10]
     assert (batch.num_tokens, batch.num_tiles, batch.sample_ids) == (7, 0, ["a", "b"])
     assert len(batch.feature_positions) == len(batch.feature_sources) == 0
     assert batch.tiles is None
@@ -37,12 +37,12 @@ def test_labels_are_shifted_inside_each_document() -> None:
 
 def test_a_full_row_has_no_tail() -> None:
     batch = assemble_row([document("a", 1, 2, answer=1), document("b", 3, 4, 5, answer=1)], 5, 99, GEOMETRY)
-    assert batch.bounds == [0, 2, 5] and batch.num_tokens == 5
+    assert batch.cu_seqlens == [0, 2, 5] and batch.num_tokens == 5
 
 
 def test_a_tail_of_one() -> None:
     batch = assemble_row([document("a", 1, 2, answer=1)], 3, 99, GEOMETRY)
-    assert batch.bounds == [0, 2, 3] and batch.tokens[2] == 99 and batch.labels[1:].tolist() == [X, X]
+    assert batch.cu_seqlens == [0, 2, 3] and batch.tokens[2] == 99 and batch.labels[1:].tolist() == [X, X]
 
 
 def test_too_long() -> None:

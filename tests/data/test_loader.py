@@ -15,14 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_vlm.data import images
-from megatron_vlm.data import rows as rows_module
+from megatron_vlm.data import row_builder
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch, tile_range
 from megatron_vlm.data.errors import DataError, RowError
 from megatron_vlm.data.loader import RowLoader, build_loader
-from megatron_vlm.data.prepare import prepare_shards
-from megatron_vlm.data.tiling import ImageGeometry, cut_tiles, tile_count
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.prepare.shard_writer import prepare_shards
+from megatron_vlm.data.processing import image_io as images
+from megatron_vlm.data.processing.tiling import ImageGeometry, cut_tiles, tile_count
+from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from tests.data.helpers import Folder, image_bytes, make_recipe, mixed_folder, tiny_sentencepiece, tiny_tokenizer_folder
 
 
@@ -57,7 +57,12 @@ def assert_same(a: PackedBatch, b: PackedBatch) -> None:
     for name in ("tokens", "labels", "positions", "feature_positions", "feature_sources", "tiles"):
         x, y = getattr(a, name), getattr(b, name)
         assert (x is None) == (y is None) and (x is None or torch.equal(x, y)), name
-    assert (a.bounds, a.num_tiles, a.sample_ids, a.num_tokens) == (b.bounds, b.num_tiles, b.sample_ids, b.num_tokens)
+    assert (a.cu_seqlens, a.num_tiles, a.sample_ids, a.num_tokens) == (
+        b.cu_seqlens,
+        b.num_tiles,
+        b.sample_ids,
+        b.num_tokens,
+    )
 
 
 def test_an_epoch_has_every_sample_once(folder: Folder, tokenizer: Path) -> None:
@@ -79,7 +84,7 @@ def test_batches_hold_what_the_samples_say(folder: Folder, tokenizer: Path) -> N
         assert torch.equal(batch.labels[supervised], batch.tokens.roll(-1)[supervised])
         assert not (batch.labels == recipe.model.image_token_index).any()
         expected_tiles = []
-        for name, start, stop in zip(batch.sample_ids, batch.bounds, batch.bounds[1:], strict=False):
+        for name, start, stop in zip(batch.sample_ids, batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
             entry = folder.entries[int(name[1:])]
             labels = batch.labels[start:stop]
             answers = [m["value"] for m in entry["conversations"] if m["from"] == "gpt"]
@@ -142,7 +147,7 @@ def test_an_image_is_decoded_once_and_by_those_who_need_it(
 ) -> None:
     """Where two ranks share an image's tiles both decode it, and nobody else does."""
     decoded: list[int] = []
-    monkeypatch.setattr(rows_module, "decode_image", lambda data: decoded.append(0) or images.decode_image(data))
+    monkeypatch.setattr(row_builder, "decode_image", lambda data: decoded.append(0) or images.decode_image(data))
     recipe = recipe_for(folder, tokenizer)
     whole = take(loader(recipe), 10)
     tiles_of = [[i for i, n in enumerate(_tiles_of_images(batch, folder, recipe)) for _ in range(n)] for batch in whole]
@@ -295,7 +300,7 @@ def test_refusals_are_told_by_one_process(tmp_path: Path, tokenizer: Path, monke
     folder.add("empty", "hi", "")
     folder.write()
     told: list[str] = []
-    monkeypatch.setattr(logging.getLogger("megatron_vlm.data.opened"), "warning", lambda *args: told.append(args[1]))
+    monkeypatch.setattr(logging.getLogger("megatron_vlm.data.dataset"), "warning", lambda *args: told.append(args[1]))
     recipe = recipe_for(folder, tokenizer)
     for rank, tile_rank, need_tiles in [(1, 0, True), (0, 1, True), (0, 0, False)]:
         loader(recipe, rank, 2, tile_rank=tile_rank, tile_ranks=2, need_tiles=need_tiles)

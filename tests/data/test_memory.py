@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from megatron_vlm.data.loader import RowLoader, build_loader
-from megatron_vlm.data.prepare import prepare_shards
+from megatron_vlm.data.prepare.shard_writer import prepare_shards
 from tests.data.helpers import make_recipe, mixed_folder, tiny_tokenizer_folder
 
 FIRST, LAST = 2_000, 10_000

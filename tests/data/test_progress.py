@@ -10,7 +10,7 @@ import time
 import pytest
 
 from megatron_vlm.data import progress
-from megatron_vlm.data.parallel import map_numbers, tell_progress
+from megatron_vlm.data.worker_pool import map_numbers, tell_progress
 
 
 def work(number: int) -> int:

@@ -15,12 +15,12 @@ import torch
 
 from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.data.loader import RowLoader
-from megatron_vlm.data.mixture import Mixture
-from megatron_vlm.data.mixture_file import SamplingRule
-from megatron_vlm.data.packing import Budget, EpochPlan, plan_epoch
-from megatron_vlm.data.plan_store import PlanStore
-from megatron_vlm.data.row_plan import PlannedRow, RowPlan
-from megatron_vlm.data.sources import Sample, SampleSource, SourceList
+from megatron_vlm.data.packing.epoch_plan import Budget, EpochPlan, plan_epoch
+from megatron_vlm.data.packing.plan_cache import PlanStore
+from megatron_vlm.data.packing.row_plan import PlannedRow, RowPlan
+from megatron_vlm.data.sources.mixture import Mixture
+from megatron_vlm.data.sources.mixture_file import SamplingRule
+from megatron_vlm.data.sources.sample_source import Sample, SampleSource, SourceList
 
 MIXES, A_FEW = 1000, 80
 WITH_WORKERS = 25
@@ -133,7 +133,7 @@ class _Echo:
     def build(self, row: PlannedRow) -> PackedBatch:
         nothing = torch.empty(0)
         ids = [str(number) for number in row.members.tolist()]
-        return PackedBatch(nothing, nothing, nothing, [0], nothing, nothing, 0, sample_ids=ids, counter=row.counter)
+        return PackedBatch(nothing, nothing, nothing, [0], nothing, nothing, 0, sample_ids=ids, row_index=row.row_index)
 
 
 def _through_loaders(mix: Mix, counter: int, ranks: int, steps: int, rows: int) -> Iterator[list[int]]:
@@ -145,7 +145,7 @@ def _through_loaders(mix: Mix, counter: int, ranks: int, steps: int, rows: int) 
         loaders.append(RowLoader(plan, _Echo(), {}, share, mix.draw.randint(0, 4)))  # type: ignore[arg-type]
     for _, row in itertools.product(range(steps), range(rows)):
         batch = next(loaders[row % ranks])
-        assert batch.counter == counter
+        assert batch.row_index == counter
         counter += 1
         yield [int(name) for name in batch.sample_ids]
     for loader in loaders:

@@ -8,13 +8,13 @@ from pathlib import Path
 import conversions
 import easy_vqa
 
-from megatron_vlm.data.annotations import parse_annotation
-from megatron_vlm.data.convert.kinds import KINDS
-from tests.tools_by_path import load_tool
+from megatron_vlm.commands import convert_dataset
+from megatron_vlm.data.prepare.converters import KINDS
+from megatron_vlm.data.sources.annotations import parse_annotation
 
 
 def test_each_kind(wheel: Path, tmp_path: Path) -> None:
-    examples, tool = conversions.Examples(tmp_path, wheel), load_tool("convert_dataset")
+    examples, tool = conversions.Examples(tmp_path, wheel), convert_dataset
     converted = {}
     for kind, source, flags in examples.inputs():
         output = tmp_path / f"{kind}.out.jsonl"

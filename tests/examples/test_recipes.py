@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config import Recipe, check_recipe, load_recipe, recipe_to_dict
-from megatron_vlm.data.merge import num_image_tokens
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.processing.image_tokens import num_image_tokens
+from megatron_vlm.data.processing.tiling import ImageGeometry
+from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from tests.examples.conftest import EXAMPLES
 
 STAGES = ("warmup", "pretrain", "instruct")
@@ -46,7 +47,11 @@ def test_demo_model_fits_its_tokenizer_and_its_images(trained_tokenizer: Path) -
     for recipe in recipes(EXAMPLES / "demo"):
         model = recipe.model
         assert model.image_token_index == len(load_tokenizer(trained_tokenizer)) < model.language.vocab_size
-        assert 0 < num_image_tokens((64, 64), model, recipe.data.image_aspect_ratio) < recipe.data.seq_length // 4
+        assert (
+            0
+            < num_image_tokens((64, 64), ImageGeometry.of(model, recipe.data.image_aspect_ratio))
+            < recipe.data.seq_length // 4
+        )
         assert model.vision.num_layers_used == model.vision.num_hidden_layers - 1
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import tokenizer as demo_tokenizer
 from transformers import AutoTokenizer
 
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.processing.tokenizer import load_tokenizer
 
 
 def test_special_tokens(trained_tokenizer: Path) -> None:

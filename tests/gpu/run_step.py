@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-import megatron_vlm.runtime  # noqa: F401
+import megatron_vlm.runtime.megatron_patches  # noqa: F401
 from megatron_vlm.runtime.device import device_kind
 from megatron_vlm.runtime.launch import process_group
 from tests.parallel.layouts import Layout

@@ -20,15 +20,15 @@ def _bounds(lengths: list[int]) -> list[int]:
 @pytest.mark.parametrize("lengths", [[577] * 8, [1, 3000, 257, 2, 4933, 64], [8193]], ids=["tiles", "mixed", "one"])
 def test_variable_length_attention(lengths: list[int], heads: int, kv_heads: int, width: int, causal: bool) -> None:
     """Against SDPA of each document in fp32; outputs and all three gradients."""
-    import megatron_vlm.runtime  # noqa: F401
+    import megatron_vlm.runtime.megatron_patches  # noqa: F401
     from megatron_vlm.model.attention_kernels import attend, sdpa, varlen
-    from megatron_vlm.model.row_layout import row_layout
+    from megatron_vlm.model.packed_sequence import packed_sequence
 
-    bounds = _bounds(lengths)
-    layout = row_layout(bounds, causal=causal, device=torch.device("cuda"))
+    cu_seqlens = _bounds(lengths)
+    layout = packed_sequence(cu_seqlens, causal=causal, device=torch.device("cuda"))
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v, upstream = (
-        torch.randn(bounds[-1], count, width, device="cuda", generator=generator)
+        torch.randn(cu_seqlens[-1], count, width, device="cuda", generator=generator)
         for count in (heads, kv_heads, kv_heads, heads)
     )
     half = [x.bfloat16().requires_grad_() for x in (q, k, v)]
@@ -43,7 +43,7 @@ def test_variable_length_attention(lengths: list[int], heads: int, kv_heads: int
 
 
 def test_pixels_are_normalised_to_the_same_bits() -> None:
-    from megatron_vlm.data.tiling import CLIP_MEAN, CLIP_STD, normalise_tiles
+    from megatron_vlm.data.processing.tiling import CLIP_MEAN, CLIP_STD, normalise_tiles
 
     pixels = torch.arange(256, dtype=torch.uint8).repeat(3 * 4).view(4, 3, 16, 16)
     there = normalise_tiles(pixels.cuda(), CLIP_MEAN, CLIP_STD)
@@ -52,11 +52,11 @@ def test_pixels_are_normalised_to_the_same_bits() -> None:
 
 def test_heads_of_any_width_are_attended_in_bf16() -> None:
     """The variable-length kernel wants multiples of 8: others go another way."""
-    import megatron_vlm.runtime  # noqa: F401
+    import megatron_vlm.runtime.megatron_patches  # noqa: F401
     from megatron_vlm.model.attention_kernels import attend, sdpa
-    from megatron_vlm.model.row_layout import row_layout
+    from megatron_vlm.model.packed_sequence import packed_sequence
 
-    layout = row_layout(_bounds([3, 40, 7]), causal=True, device=torch.device("cuda"))
+    layout = packed_sequence(_bounds([3, 40, 7]), causal=True, device=torch.device("cuda"))
     q, k, v = (torch.randn(50, heads, 6, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
     expected = sdpa(q.float(), k.float(), v.float(), layout)
     assert float((attend(q, k, v, layout).float() - expected).norm() / expected.norm()) < BF16

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_vlm.runtime.memory import describe_shortage, ran_out_of_memory
+from megatron_vlm.runtime.out_of_memory import describe_shortage, ran_out_of_memory
 
 pytestmark = pytest.mark.gpu
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
-from megatron_vlm.data.conversation import Turn
+from megatron_vlm.data.processing.conversation import Turn
 from megatron_vlm.inference.engine import GenerationEngine, Prompt, load_engine, read_prompts
 from tests.checkpoint_convert.whole_model import SINGLE, TALL, WIDE, picture
 from tests.random_models import GROUPED_QUERY_SIZES, write_llava_next
@@ -128,8 +128,8 @@ def _greedy_without_cache(engine: GenerationEngine, prompt: Prompt) -> list[int]
     made: list[int] = []
     while len(made) < NEW_TOKENS and end not in made:
         tokens = torch.cat([batch.tokens, torch.tensor(made, dtype=torch.int64)])
-        row = replace(batch, tokens=tokens, positions=torch.arange(len(tokens)), bounds=[0, len(tokens)])
-        hidden = model.language_model.decode(model.embed(row), model.row_layout(row))
+        row = replace(batch, tokens=tokens, positions=torch.arange(len(tokens)), cu_seqlens=[0, len(tokens)])
+        hidden = model.language_model.decode(model.embed(row), model.packed_sequence(row))
         made.append(int(model.language_model.logits(hidden, torch.tensor([len(tokens) - 1])).argmax()))
     return made
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from checkpoint_convert import instellavl, llava_next
-from checkpoint_convert.names import instellavl_name
-from checkpoint_convert.weights import write_weights
+from checkpoint_convert.huggingface import instellavl, llava_next
+from checkpoint_convert.huggingface.safetensors import write_weights
+from checkpoint_convert.mapping.hf_names import instellavl_name
 from megatron_vlm.config import ModelConfig
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from tests.checkpoint_convert.whole_model import canonical_tensors, model_config, picture
 from tests.random_models import GROUPED_QUERY_SIZES, llava_next_model, write_tokenizer
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from checkpoint_convert.errors import ConversionError
-from checkpoint_convert.instellavl import REMOTE_CODE, model_from_instellavl, write_companions
+from checkpoint_convert.huggingface.instellavl import REMOTE_CODE, model_from_instellavl, write_companions
 from instellavl.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from instellavl.conversation import conv_templates
 from instellavl.image_processing_instellavl import InstellaVLImageProcessor, feature_order
@@ -29,10 +29,10 @@ from instellavl.model.builder import LoadError, load_pretrained_model
 from instellavl.processing_instellavl import InstellaVLProcessor
 from instellavl.utils import disable_torch_init
 from megatron_vlm.config import ModelConfig, VisionConfig
-from megatron_vlm.data.conversation import Turn, encode_conversation, encode_prompt
-from megatron_vlm.data.merge import merge_sources
-from megatron_vlm.data.tiling import image_to_tiles
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.processing.conversation import Turn, encode_conversation, encode_prompt
+from megatron_vlm.data.processing.image_tokens import feature_order as training_feature_order
+from megatron_vlm.data.processing.tiling import ImageGeometry, image_to_tiles
+from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from tests.checkpoint_convert.whole_model import picture
 from tests.instellavl.exports import NEWLINE, SIZES, pictures, write_exports
 from tests.launch import ROOT
@@ -74,7 +74,9 @@ def test_images_are_cut_and_merged_as_in_training(folder: Path, aspect_ratio: st
         ours = image_processor.tiles(image).numpy()
         assert np.array_equal(ours, image_to_tiles(image, model, aspect_ratio)), size
     for size in np.random.default_rng(0).integers(1, 600, (300, 2)).tolist():
-        assert np.array_equal(feature_order(size, config), merge_sources(size, model, aspect_ratio)), size
+        assert np.array_equal(
+            feature_order(size, config), training_feature_order(size, ImageGeometry.of(model, aspect_ratio))
+        ), size
 
 
 def test_preprocess_gives_the_tiles_of_every_image(loaded: tuple[Any, Any, Any, int]) -> None:

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 
-def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int], causal: bool) -> torch.Tensor:
+def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: list[int], causal: bool) -> torch.Tensor:
     """softmax(q k / sqrt d) v over the whole row, with the mask written out."""
-    document = torch.bucketize(torch.arange(len(q)), torch.tensor(bounds[1:]), right=True)
+    document = torch.bucketize(torch.arange(len(q)), torch.tensor(cu_seqlens[1:]), right=True)
     mask = document[:, None] == document[None]
     if causal:
         mask &= torch.ones_like(mask).tril()
@@ -25,20 +25,20 @@ LENGTHS = [[30], [5, 5, 5], [9, 30, 8, 1, 10, 2], [7, 1, 7, 1, 7], [1300, 40, 11
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_grouped_documents_equal_a_masked_row(lengths: list[int], causal: bool, kv_heads: int) -> None:
-    import megatron_vlm.runtime  # noqa: F401
+    import megatron_vlm.runtime.megatron_patches  # noqa: F401
     from megatron_vlm.model.attention_kernels import sdpa
-    from megatron_vlm.model.row_layout import row_layout
+    from megatron_vlm.model.packed_sequence import packed_sequence
 
-    bounds = [0]
+    cu_seqlens = [0]
     for length in lengths:
-        bounds.append(bounds[-1] + length)
+        cu_seqlens.append(cu_seqlens[-1] + length)
     generator = torch.Generator().manual_seed(1)
-    q = torch.randn(bounds[-1], 4, 8, generator=generator, requires_grad=True)
-    k, v = (torch.randn(bounds[-1], kv_heads, 8, generator=generator, requires_grad=True) for _ in range(2))
-    layout = row_layout(bounds, causal=causal, device=q.device)
-    upstream = torch.randn(bounds[-1], 4, 8, generator=generator)
+    q = torch.randn(cu_seqlens[-1], 4, 8, generator=generator, requires_grad=True)
+    k, v = (torch.randn(cu_seqlens[-1], kv_heads, 8, generator=generator, requires_grad=True) for _ in range(2))
+    layout = packed_sequence(cu_seqlens, causal=causal, device=q.device)
+    upstream = torch.randn(cu_seqlens[-1], 4, 8, generator=generator)
     out = sdpa(q, k, v, layout)
-    expected = _dense(q, k, v, bounds, causal)
+    expected = _dense(q, k, v, cu_seqlens, causal)
     assert torch.allclose(out, expected, atol=1e-5)
     ours = torch.autograd.grad(out, (q, k, v), upstream)
     theirs = torch.autograd.grad(expected, (q, k, v), upstream)

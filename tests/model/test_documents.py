@@ -28,7 +28,7 @@ def model(one_process: None) -> Any:
 def _documents(row: PackedBatch, patches: int) -> list[PackedBatch]:
     """Each document of a row as a row of its own, with the tiles it uses."""
     alone = []
-    for start, end in zip(row.bounds, row.bounds[1:], strict=False):
+    for start, end in zip(row.cu_seqlens, row.cu_seqlens[1:], strict=False):
         here = (row.feature_positions >= start) & (row.feature_positions < end)
         sources = row.feature_sources[here]
         used = sorted({int(s) // patches for s in sources if s >= 0})
@@ -40,7 +40,7 @@ def _documents(row: PackedBatch, patches: int) -> list[PackedBatch]:
                 tokens=row.tokens[start:end],
                 labels=row.labels[start:end],
                 positions=row.positions[start:end],
-                bounds=[0, end - start],
+                cu_seqlens=[0, end - start],
                 feature_positions=row.feature_positions[here] - start,
                 feature_sources=torch.tensor(moved, dtype=torch.long),
                 num_tiles=len(used),
@@ -73,7 +73,7 @@ def test_a_packed_row_is_its_documents_one_by_one(model: Any, index: int) -> Non
 
 def _logits(model: Any, row: PackedBatch) -> torch.Tensor:
     with torch.no_grad():
-        hidden = model.language_model.decode(model.embed(row), model.row_layout(row))
+        hidden = model.language_model.decode(model.embed(row), model.packed_sequence(row))
         return model.language_model.logits(hidden, torch.arange(SEQ_LENGTH))
 
 
@@ -81,7 +81,7 @@ def _logits(model: Any, row: PackedBatch) -> torch.Tensor:
 def test_no_document_sees_another_bit_for_bit(model: Any, index: int) -> None:
     """Words and image features of document 1 are changed: not one bit of another document's logits moves."""
     row, changed = make_row(index), make_row(index)
-    start, end = row.bounds[1], row.bounds[2]
+    start, end = row.cu_seqlens[1], row.cu_seqlens[2]
     changed.tokens[start:end] = (changed.tokens[start:end] + 1) % 250
     here = (row.feature_positions >= start) & (row.feature_positions < end)
     changed.feature_sources[here] = -1
@@ -98,7 +98,7 @@ def test_positions_restart_in_every_document(model: Any) -> None:
     row = make_row(1)
     row.tokens[half:] = row.tokens[:half]
     row.positions = torch.arange(half).repeat(2)
-    row.bounds = [0, half, SEQ_LENGTH]
+    row.cu_seqlens = [0, half, SEQ_LENGTH]
     logits = _logits(model, row)
     assert torch.allclose(logits[:half], logits[half:], atol=1e-5)
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from megatron_vlm.data.batch import Document, assemble_row
-from megatron_vlm.data.conversation import EncodedConversation
-from megatron_vlm.data.merge import feature_blends, feature_order, num_image_tokens
-from megatron_vlm.data.tiling import ImageGeometry
+from megatron_vlm.data.processing.conversation import EncodedConversation
+from megatron_vlm.data.processing.image_tokens import bilinear_features, feature_order, num_image_tokens
+from megatron_vlm.data.processing.tiling import ImageGeometry
 from megatron_vlm.model.image_merge import place_features
 from tests.data.helpers import tiny_model
 
@@ -16,7 +16,7 @@ MODE = "anyres_max_1"
 
 
 def document(size: tuple[int, int]) -> Document:
-    length = num_image_tokens(size, tiny_model(), MODE)
+    length = num_image_tokens(size, ImageGeometry.of(tiny_model(), MODE))
     ids = np.array([5, *[500] * length, 6])
     return Document("d", EncodedConversation(ids, np.full(len(ids), -100), [1]), [size])
 
@@ -34,8 +34,8 @@ def test_blends_are_placed_and_lead_gradients_back_in_every_slice() -> None:
     torch.testing.assert_close(torch.cat(slices), whole)
 
     expected, table, first = torch.zeros(60, 3), features.flatten(0, 1), 0
-    for start, size in zip(batch.bounds, sizes, strict=False):
-        sources, weights = feature_blends(size, geometry)
+    for start, size in zip(batch.cu_seqlens, sizes, strict=False):
+        sources, weights = bilinear_features(size, geometry)
         for place, source in enumerate(feature_order(size, geometry).tolist()):
             if source >= 0:
                 value = table[4 * first + source]

@@ -82,10 +82,10 @@ def make_row(index: int) -> PackedBatch:
     tokens = torch.randint(0, IMAGE_TOKEN, (SEQ_LENGTH,), generator=generator)
     labels = torch.full((SEQ_LENGTH,), IGNORE_INDEX)
     positions = torch.zeros(SEQ_LENGTH, dtype=torch.long)
-    bounds, where, sources, tiles = [0], [], [], 0
+    cu_seqlens, where, sources, tiles = [0], [], [], 0
     with_images, with_labels = index % 4 != 1, index % 5 != 3
     for length in _documents(generator):
-        start, end = bounds[-1], bounds[-1] + length
+        start, end = cu_seqlens[-1], cu_seqlens[-1] + length
         positions[start:end] = torch.arange(length)
         answers = torch.rand(length - 1, generator=generator) < 0.4  # several answered stretches: turns
         if with_labels:
@@ -101,23 +101,23 @@ def make_row(index: int) -> PackedBatch:
             sources.append(chosen)
             tokens[places] = IMAGE_TOKEN
             tiles += 2
-        bounds.append(end)
-    if bounds[-1] < SEQ_LENGTH:
-        positions[bounds[-1] :] = torch.arange(SEQ_LENGTH - bounds[-1])
-        bounds.append(SEQ_LENGTH)
+        cu_seqlens.append(end)
+    if cu_seqlens[-1] < SEQ_LENGTH:
+        positions[cu_seqlens[-1] :] = torch.arange(SEQ_LENGTH - cu_seqlens[-1])
+        cu_seqlens.append(SEQ_LENGTH)
     none = torch.zeros(0, dtype=torch.long)
     return PackedBatch(
         tokens=tokens,
         labels=labels,
         positions=positions,
-        bounds=bounds,
+        cu_seqlens=cu_seqlens,
         feature_positions=torch.cat(where) if where else none,
         feature_sources=torch.cat(sources) if sources else none,
         num_tiles=tiles,
         tiles=torch.randint(
             256, (tiles, 3, vision.image_size, vision.image_size), dtype=torch.uint8, generator=generator
         ),
-        num_tokens=bounds[-2] if bounds[-1] == SEQ_LENGTH else SEQ_LENGTH,
+        num_tokens=cu_seqlens[-2] if cu_seqlens[-1] == SEQ_LENGTH else SEQ_LENGTH,
     )
 
 

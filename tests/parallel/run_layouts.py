@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import megatron_vlm.runtime  # noqa: F401
+import megatron_vlm.runtime.megatron_patches  # noqa: F401
 
 # isort: split
 from megatron.core import tensor_parallel
@@ -24,8 +24,8 @@ from megatron.core import tensor_parallel
 from megatron_vlm.config import check_recipe
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import initialize_weights
-from megatron_vlm.runtime.groups import destroy_groups, encoding_place, initialize_groups, place
 from megatron_vlm.runtime.launch import process_group
+from megatron_vlm.runtime.process_groups import destroy_groups, initialize_groups, parallel_ranks, tile_shard_rank
 from megatron_vlm.training.optimizer import build_optimizer, wrap_for_data_parallel
 from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks, update
 from tests.parallel.gradients import assemble, local_gradients, relative_differences
@@ -53,8 +53,8 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
     frozen = [(p, p.detach().clone()) for chunk in chunks for p in chunk.parameters() if not p.requires_grad]
     wrapped = wrap_for_data_parallel(chunks, recipe)
     optimizer = build_optimizer(wrapped, recipe)
-    here = place()
-    encoding = encoding_place(recipe.parallel) if here.first_stage else None
+    here = parallel_ranks()
+    encoding = tile_shard_rank(recipe.parallel) if here.first_stage else None
     rows = rows_for_chunks(rows_of(here.data, here.data_size, encoding), len(chunks))
     steps = []
     for _ in range(STEPS):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import yaml
 
-from megatron_vlm.data.prepare import prepare_shards
+from megatron_vlm.data.prepare.shard_writer import prepare_shards
 from megatron_vlm.training.sample_log import read_samples
 from tests.data.helpers import Folder
-from tests.data.test_image_kinds import GOOD, REASONS, fill
+from tests.data.processing.test_image_kinds import GOOD, REASONS, fill
 from tests.training.tiny_run import LAYOUTS, metrics, run, write_recipe
 
 

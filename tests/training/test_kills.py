@@ -19,7 +19,7 @@ import yaml
 
 from megatron_vlm.config import load_recipe
 from megatron_vlm.data.loader import RowLoader, build_loader
-from megatron_vlm.data.prepare import prepare_shards
+from megatron_vlm.data.prepare.shard_writer import prepare_shards
 from megatron_vlm.training.sample_log import read_samples
 from tests.data.helpers import mixed_folder
 from tests.launch import ROOT

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_vlm.data.prepare import prepare_shards
-from megatron_vlm.data.shard_cache import ShardCache
+from megatron_vlm.data.prepare.shard_writer import prepare_shards
+from megatron_vlm.data.shards.cache import ShardCache
 from megatron_vlm.training.sample_log import read_samples
 from tests.data.helpers import mixed_folder
 from tests.launch import ROOT

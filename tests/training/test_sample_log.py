@@ -10,16 +10,16 @@ from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.training.sample_log import SampleLog, cut_back, read_samples
 
 
-def row(counter: int) -> PackedBatch:
+def row(row_index: int) -> PackedBatch:
     nothing = torch.empty(0)
     return PackedBatch(
-        nothing, nothing, nothing, [0], nothing, nothing, 0, sample_ids=[f"s{counter}", "é"], counter=counter
+        nothing, nothing, nothing, [0], nothing, nothing, 0, sample_ids=[f"s{row_index}", "é"], row_index=row_index
     )
 
 
 def test_written_by_several_ranks_and_read_as_one(tmp_path: Path) -> None:
     for rank in (0, 1):
-        assert [batch.counter for batch in SampleLog(iter(map(row, range(rank, 12, 2))), tmp_path, rank)] == list(
+        assert [batch.row_index for batch in SampleLog(iter(map(row, range(rank, 12, 2))), tmp_path, rank)] == list(
             range(rank, 12, 2)
         )
     assert read_samples(tmp_path) == [(number, [f"s{number}", "é"]) for number in range(12)]

@@ -1,0 +1,84 @@
+"""Model configs: transformers' config.json <-> ours. What a config asks for and the model cannot do is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from checkpoint_convert.errors import ConversionError
+from checkpoint_convert.mapping.families import TOWERS, Problems, language_from_hf, to_hf_config, vision_from_hf
+from megatron_vlm.config import LanguageConfig, ModelConfig, VisionConfig
+
+MAX_GRID = 5
+"""Tiles along the longer side of the default resolutions of a model that is put together of two parts."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a Hugging Face folder."""
+    file = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConversionError(f"{file} is not there: {folder} is no Hugging Face model folder") from None
+    except json.JSONDecodeError as error:
+        raise ConversionError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConversionError(f"{file} holds no settings: it must be one JSON object")
+    return config
+
+
+def model_from_parts(vision: VisionConfig, language: LanguageConfig, image_token_index: int) -> ModelConfig:
+    """A tower and a language model as one VLM, tiled at strips of up to five tiles and at 2 x 2."""
+    side = vision.image_size
+    strips = [[side, side * count] for count in range(1, MAX_GRID + 1)]
+    pinpoints = [*strips, [2 * side, side], [2 * side, 2 * side], *([height, width] for width, height in strips[2:])]
+    return ModelConfig(vision, language, image_token_index, pinpoints)
+
+
+def model_from_llava_next(config: dict[str, Any], source: str) -> ModelConfig:
+    """A LlavaNextConfig as ours. Its resolutions are (height, width), ours (width, height), in the same order: the
+    first of equals is taken."""
+    problems = Problems(source)
+    problems.require(config, "model_type", None, "llava_next")
+    problems.require(config, "projector_hidden_act", "gelu", "gelu")
+    problems.require(config, "multimodal_projector_bias", True, True)
+    feature_layer = config.get("vision_feature_layer", -2)
+    if not isinstance(feature_layer, int):
+        problems.found.append(f"vision_feature_layer is {feature_layer}; supported: one layer")
+    if not config.get("image_grid_pinpoints"):
+        problems.found.append("image_grid_pinpoints is missing")
+    problems.refuse()
+    vision = vision_from_hf(config.get("vision_config") or {}, f"{source}: vision_config", feature_layer)
+    strategy = TOWERS[vision.model_type].select_strategy
+    problems.require(config, "vision_feature_select_strategy", "default", strategy)
+    problems.refuse()
+    text = config.get("text_config") or {}
+    # transformers 5 goes by the outer flag, 4 by the inner; files of either version set the inner one.
+    text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    return ModelConfig(
+        vision=vision,
+        language=language_from_hf(text, f"{source}: text_config"),
+        image_token_index=config.get("image_token_index", config.get("image_token_id", 32000)),
+        image_grid_pinpoints=[[width, height] for height, width in config["image_grid_pinpoints"]],
+    )
+
+
+def llava_next_config(model: ModelConfig, eos_id: int, pad_id: int, dtype: str) -> dict[str, Any]:
+    """config.json of a LlavaNextForConditionalGeneration, in the spelling that transformers 4 and 5 both read."""
+    vision, language = model.vision, model.language
+    return {
+        "architectures": ["LlavaNextForConditionalGeneration"],
+        "model_type": "llava_next",
+        "torch_dtype": dtype,
+        "image_token_index": model.image_token_index,
+        "image_grid_pinpoints": [[height, width] for width, height in model.image_grid_pinpoints],
+        "image_seq_length": vision.patches_per_tile,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": vision.vision_feature_layer,
+        "vision_feature_select_strategy": TOWERS[vision.model_type].select_strategy,
+        "tie_word_embeddings": language.tie_word_embeddings,
+        "vision_config": to_hf_config(vision),
+        "text_config": to_hf_config(language) | {"bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": pad_id},
+    }

@@ -1,0 +1,126 @@
+"""Tokenizers between the two sides: an export has `<image>` as a token of its own, a Megatron checkpoint has not.
+
+In training, image positions are put in by number and no text yields that number. Stock processors know an image by a
+token, so that an export's tokenizer has one more: `<image>`, with the model's image_token_index as its id.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from checkpoint_convert.errors import ConversionError
+from checkpoint_convert.huggingface.sentencepiece import tokenizer_json_of
+from megatron_vlm.config import ModelConfig
+from megatron_vlm.data.errors import DataError
+from megatron_vlm.data.processing.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+
+IMAGE_TOKEN = "<image>"
+_PLACEHOLDERS = (IMAGE_TOKEN, "<video>")
+"""Words that stock processors put in the place of features, the last ones of an exported tokenizer."""
+_COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def import_tokenizer(source: Path, folder: Path) -> Tokenizer:
+    """Copy the tokenizer at `source` (a Hugging Face folder, or a sentencepiece file) into the new `folder`.
+
+    An `<image>` token that an export has added as the last one is taken off again, and a `<video>` token after it.
+    """
+    folder.mkdir()
+    if source.is_file():
+        shutil.copy(source, folder)
+    elif (source / "tokenizer.json").is_file():
+        for name in _COPIED:
+            if (source / name).is_file():
+                shutil.copy(source / name, folder)
+        _remove_placeholders(folder / "tokenizer.json")
+    elif len(models := sorted(source.glob("*.model"))) == 1:
+        shutil.copy(models[0], folder)
+    else:
+        raise ConversionError(
+            f"{source} holds no tokenizer (neither tokenizer.json nor one sentencepiece .model): name one, --tokenizer"
+        )
+    try:
+        return load_tokenizer(folder)
+    except DataError as error:
+        raise ConversionError(f"the tokenizer of {source} cannot be used: {error}") from error
+
+
+def check_image_token(tokenizer: Tokenizer, model: ModelConfig, source: str) -> None:
+    """The id after the tokenizer's last must be the image token's, and the embedding must have a row for it."""
+    index, words, rows = model.image_token_index, len(tokenizer), model.language.vocab_size
+    if words >= rows:
+        raise ConversionError(
+            f"the tokenizer has {words} words and the embedding of {source} {rows} rows: none is left for the image "
+            "token. Is it this model's tokenizer? If so, pad the embedding to a multiple of 128 above that "
+            "(transformers' resize_token_embeddings)"
+        )
+    if index != words:
+        raise ConversionError(
+            f"image_token_index of {source} is {index}, but its tokenizer has {words} words, so that {IMAGE_TOKEN} "
+            f"becomes {words}. Train with model.image_token_index = {words}, or name the tokenizer it was trained with"
+        )
+
+
+def export_tokenizer(
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+    folder: Path,
+    processor_class: str = "LlavaNextProcessor",
+    image_token: bool = True,
+) -> None:
+    """Write tokenizer.json, with `<image>` added if `image_token`, and tokenizer_config.json into `folder`."""
+    check_image_token(tokenizer, model, "this checkpoint")
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        definition = json.loads((tokenizer.path / "tokenizer.json").read_text(encoding="utf-8"))
+    else:
+        definition = tokenizer_json_of(tokenizer)
+    if image_token:
+        definition["added_tokens"].append(
+            {
+                "id": model.image_token_index,
+                "content": IMAGE_TOKEN,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        )
+    fast = FastTokenizer.from_str(json.dumps(definition))
+    if fast.encode("").ids:
+        definition["post_processor"] = None  # it would add its own tokens to a finished prompt
+    _write(folder / "tokenizer.json", definition)
+    eos, pad = (fast.id_to_token(number) for number in (tokenizer.eos_id, tokenizer.pad_id))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": processor_class,
+        "eos_token": eos,
+        "pad_token": pad,
+        "model_max_length": model.language.max_position_embeddings,
+        "padding_side": "left",  # prompts of a batch end together, where generation goes on
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token types, which no OLMo takes
+    }
+    _write(folder / "tokenizer_config.json", config)
+
+
+def _remove_placeholders(file: Path) -> None:
+    definition = json.loads(file.read_text(encoding="utf-8"))
+    added = definition.get("added_tokens") or []
+    last = sorted(added, key=lambda token: token.get("id", -1))
+    taken = []
+    while last and last[-1].get("content") in _PLACEHOLDERS:
+        taken.append(last.pop())
+    if IMAGE_TOKEN in (token["content"] for token in taken):
+        definition["added_tokens"] = [token for token in added if token not in taken]
+        _write(file, definition)
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    # The way the tokenizers library writes: adding a token and taking it off again gives the same bytes.
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,178 @@
+"""Megatron checkpoints as plain tensors: written from names, read by them, or loaded into one unsharded model.
+
+The distributed format loads in any layout, so that conversion never has to know one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+# isort: split
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from checkpoint_convert.errors import ConversionError
+from checkpoint_convert.folder import check_space
+from checkpoint_convert.mapping.lazy_tensors import StoredTensors
+from checkpoint_convert.mapping.param_map import Entry, MegatronTensors
+from checkpoint_convert.megatron.reader import CheckpointTensors
+from checkpoint_convert.megatron.writer import StreamingSave, layer_name, slice_for_shard
+from megatron_vlm.config import ConfigError, ModelConfig, ParallelConfig, Recipe, recipe_to_dict
+from megatron_vlm.config.check_model import check_language, check_vision
+from megatron_vlm.model.build import build_model
+from megatron_vlm.model.initialize import first_value
+from megatron_vlm.model.sharding import model_sharded_state_dict
+from megatron_vlm.model.vlm import VisionLanguageModel
+from megatron_vlm.runtime.launch import distributed
+from megatron_vlm.training.checkpoint import (
+    RECIPE,
+    TRACKER,
+    CheckpointError,
+    Progress,
+    load_checkpoint,
+    read_recipe,
+    require_checkpoint,
+)
+
+
+def tensors_of(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
+    """The tensors of a model of one stage and one tensor rank, under the name map's Megatron names."""
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, torch.Tensor) and not name.endswith("_extra_state")
+    }
+
+
+def write_checkpoint(
+    folder: Path, recipe: Recipe, tensors: Mapping[str, torch.Tensor], tokenizer_fingerprint: str
+) -> list[str]:
+    """Save a checkpoint of iteration 0 that holds `tensors`, each asked for when it is written.
+
+    Returns the names of the model's tensors that are not among them: they hold what a new model starts with.
+    """
+    target = folder / "iter_0000000"
+    target.mkdir(parents=True)
+    with distributed(recipe.parallel, seed=recipe.training.seed):
+        (model,) = build_model(recipe, torch.device("meta"))
+
+        def value_of(shard: ShardedTensor) -> torch.Tensor:
+            name = layer_name(shard)
+            return slice_for_shard(tensors[name], shard) if name in tensors else first_value(shard, recipe)
+
+        ours = tensors_of(model)
+        check_space(folder, sum(tensor.nbytes for tensor in ours.values()))
+        state = {
+            "model": model_sharded_state_dict(model),
+            "progress": vars(Progress(tokenizer_fingerprint=tokenizer_fingerprint)),
+        }
+        dist_checkpointing.save(
+            state, str(target), sharded_strategy=StreamingSave(value_of), content_metadata={"weights_only": True}
+        )
+    written = {"recipe": recipe_to_dict(recipe), "tokenizer_fingerprint": tokenizer_fingerprint}
+    (target / RECIPE).write_text(json.dumps(written, indent=1))
+    (folder / TRACKER).write_text("0")
+    return sorted(ours.keys() - tensors.keys())
+
+
+def write_model(
+    making: Path,
+    save: Path,
+    model: ModelConfig,
+    entries: list[Entry],
+    tensors: StoredTensors,
+    source: str,
+    fingerprint: str,
+    aspect_ratio: str,
+) -> list[str]:
+    """Save the checkpoint of a model that comes from Hugging Face tensors.
+
+    Args:
+        making: where to write.
+        save: what the folder will be called in the end; its tokenizer is named in the recipe.
+        model: what the tensors are.
+        entries: of its name map, for the tensors that are there.
+        tensors: under Hugging Face names.
+        source: names where they come from in errors.
+        fingerprint: of the tokenizer.
+        aspect_ratio: how images are cut.
+
+    Returns:
+        Names of the tensors that hold what a new model starts with.
+
+    Raises:
+        ConversionError: sizes that no layout can compute, or tensors that are missing, left over or misshapen.
+    """
+    recipe = Recipe(model=model)
+    recipe.data.seq_length = model.language.max_position_embeddings
+    recipe.data.image_aspect_ratio = aspect_ratio
+    recipe.data.tokenizer_model = str(save.absolute() / "tokenizer")
+    # bf16 is kept as it is; half precision and mixtures become fp32, which holds them exactly.
+    recipe.training.bf16 = all(tensors.dtype(name) == torch.bfloat16 for name in tensors)
+    problems = [*check_vision(recipe), *check_language(recipe)]
+    if problems:
+        raise ConversionError(f"{source}: " + "; ".join(map(str, problems)))
+    return write_checkpoint(making, recipe, MegatronTensors(entries, tensors, source), fingerprint)
+
+
+def checkpoint_recipe(folder: Path) -> Recipe:
+    """The recipe of a checkpoint, laid out for one process, its model's context the length of the rows it was trained
+    on. Raises ConversionError where there is no checkpoint."""
+    recipe = trained_recipe(folder)
+    recipe.model.language.max_position_embeddings = recipe.data.seq_length
+    recipe.parallel = ParallelConfig()
+    return recipe
+
+
+def trained_recipe(folder: Path) -> Recipe:
+    """The recipe of a checkpoint, as it was trained. Errors as in checkpoint_recipe."""
+    try:
+        return read_recipe(folder)
+    except (CheckpointError, ConfigError) as error:
+        raise ConversionError(str(error)) from error
+    except (ValueError, KeyError) as error:
+        raise ConversionError(
+            f"{folder}: its {TRACKER} or the {RECIPE} of the checkpoint that it names cannot be read ({error}): "
+            "copy the checkpoint again"
+        ) from error
+
+
+def checkpoint_progress(folder: Path) -> Progress:
+    """Where the run stood at the newest checkpoint. Raises ConversionError where that cannot be read."""
+    checkpoint = require_checkpoint(folder)
+    try:
+        return Progress(**dist_checkpointing.load_common_state_dict(str(checkpoint))["progress"])
+    except (Exception, CheckpointException) as error:  # pickle raises whatever the bytes mean; torch's is no Exception
+        common = checkpoint / "common.pt"
+        if common.is_file():
+            raise ConversionError(f"{common} cannot be read ({error}): copy the checkpoint again") from error
+        # megatron-core 0.19 keeps it with the tensors
+        last_words = str(error).strip().splitlines()[-1]
+        raise ConversionError(
+            f"where the run stood cannot be read from the .distcp files of {checkpoint} ({last_words}). "
+            "Copy the checkpoint again"
+        ) from error
+
+
+def checkpoint_tensors(folder: Path) -> CheckpointTensors:
+    """The tensors of the newest checkpoint in a save folder, of any layout."""
+    try:
+        return CheckpointTensors(require_checkpoint(folder))
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from error
+
+
+@contextmanager
+def loaded_model(folder: Path) -> Iterator[VisionLanguageModel]:
+    """The model of the newest checkpoint in `folder`, whole, for the time of the block."""
+    recipe = checkpoint_recipe(folder)
+    with distributed(recipe.parallel):
+        chunks = build_model(recipe)
+        load_checkpoint(require_checkpoint(folder), chunks, recipe)
+        yield chunks[0].eval()

@@ -1,0 +1,140 @@
+"""Distributed checkpoints of any layout, read one tensor at a time, without a model and without process groups."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from checkpoint_convert.errors import ConversionError
+from checkpoint_convert.mapping.lazy_tensors import StoredTensors
+from checkpoint_convert.megatron.writer import LAYERS
+
+PARTS = ("vision_model.", "projector.", "image_newline", "language_model.")
+"""How the names of a model's own tensors begin; the others of a checkpoint are the optimizer's."""
+
+
+class CheckpointTensors(StoredTensors):
+    """The model's tensors in a distributed checkpoint, of any layout, under the name map's Megatron names."""
+
+    _places: dict[str, tuple[str, int | None]]
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is an iter_* folder. Raises ConversionError where it holds no readable checkpoint."""
+        self.folder = folder
+        try:
+            self._metadata = dcp.FileSystemReader(folder).read_metadata()
+        except Exception as error:  # pickle raises whatever the bytes happen to mean
+            raise ConversionError(
+                f"{folder / '.metadata'} cannot be read ({error}): is the checkpoint whole?"
+            ) from error
+        self._check_files()
+        self._places = dict(self._find())
+
+    def _check_files(self) -> None:
+        """A file that is absent or cut short is found before hours are spent on the others."""
+        ends: dict[str, int] = {}
+        for place in self._metadata.storage_data.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for name, end in sorted(ends.items()):
+            file = self.folder / name
+            size = file.stat().st_size if file.is_file() else None
+            if size is None or size < end:
+                found = "is not there" if size is None else f"has {size:,} bytes and {end:,} are needed"
+                raise ConversionError(f"{file} {found}: copy the checkpoint again")
+
+    def _find(self) -> Iterator[tuple[str, tuple[str, int | None]]]:
+        """(name, (key, layer)) of every tensor of the model."""
+        for key, stored in self._metadata.state_dict_metadata.items():
+            if not isinstance(stored, TensorStorageMetadata) or not key.startswith(PARTS):
+                continue
+            if LAYERS in key:
+                for layer in range(stored.size[0]):
+                    yield key.replace(LAYERS, f"{LAYERS}{layer}.", 1), (key, layer)
+            else:
+                yield key, (key, None)
+
+    def _stored(self, name: str) -> TensorStorageMetadata:
+        stored = self._metadata.state_dict_metadata[self._places[name][0]]
+        assert isinstance(stored, TensorStorageMetadata)
+        return stored
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._stored(name).size[0 if self._places[name][1] is None else 1 :])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._stored(name).properties.dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        (key, layer), stored = self._places[name], self._stored(name)
+        offsets, sizes = [0] * len(stored.size), list(stored.size)
+        if layer is not None:
+            offsets[0], sizes[0] = layer, 1
+        box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        items = create_read_items_for_chunk_list(key, stored, [box])
+        if sum(item.lengths.numel() for item in items) != box.sizes.numel():
+            raise ConversionError(
+                f"{self.folder} lacks a part of {name}: was a rank's file lost before it was finished?"
+            )
+        parts = (_box(self._chunk(name, item.storage_index), item.storage_offsets, item.lengths) for item in items)
+        if len(items) == 1:
+            (whole,) = parts
+        else:
+            whole = torch.empty(sizes, dtype=self.dtype(name))
+            for item, part in zip(items, parts, strict=True):
+                _box(whole, item.dest_offsets, item.lengths).copy_(part)
+        return whole if layer is None else whole[0]
+
+    def _chunk(self, name: str, index: MetadataIndex) -> torch.Tensor:
+        """What one rank wrote of a tensor. torch's own reader would copy it once more, and take as long again."""
+        place = self._metadata.storage_data[index]
+        file = self.folder / place.relative_path
+        try:
+            with file.open("rb") as opened:
+                part = cast(BinaryIO, _Slice(opened, place.offset, place.length))
+                loaded: torch.Tensor = torch.load(part, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # torch and pickle raise whatever the bytes happen to mean
+            raise ConversionError(
+                f"{name} cannot be read from {file}: what lies there is no tensor. Copy the checkpoint again"
+            ) from error
+        return loaded
+
+
+def _box(tensor: torch.Tensor, offsets: torch.Size, lengths: torch.Size) -> torch.Tensor:
+    bounds = zip(offsets, lengths, strict=True)
+    return tensor[tuple(slice(start, start + length) for start, length in bounds)]
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file as a file of its own: what a rank writes to one file lies there end to end."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        into = memoryview(buffer)[: max(0, self._length - self._at)]
+        self._file.seek(self._start + self._at)
+        count: int = self._file.readinto(into)  # type: ignore[attr-defined]
+        self._at += count
+        return count

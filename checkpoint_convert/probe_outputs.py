@@ -1,0 +1,171 @@
+"""What a model answers to a few built-in prompts: logits of the prompt, and the tokens it goes on with.
+
+A Hugging Face folder is asked through transformers' own classes, a Megatron checkpoint through megatron_vlm's engine;
+both get the same ids and the same tiles, and compute in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import megatron_vlm.runtime.megatron_patches  # noqa: F401  (prepares the process before megatron.core is imported)
+from checkpoint_convert.errors import ConversionError, some_of
+from checkpoint_convert.megatron.files import checkpoint_recipe, checkpoint_tensors, tensors_of
+from checkpoint_convert.model_source import MEGATRON, Source
+from instellavl.constants import IMAGE_TOKEN_INDEX
+from megatron_vlm.config import ModelConfig
+from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.data.processing.conversation import Turn
+from megatron_vlm.data.processing.tiling import image_to_tiles
+from megatron_vlm.data.processing.tokenizer import Tokenizer
+from megatron_vlm.inference.engine import GenerationEngine, Prompt, read_prompts
+from megatron_vlm.model.build import build_model
+from megatron_vlm.runtime.launch import distributed
+
+NEW_TOKENS = 16
+_QUESTION = "Describe the image, then count to three: 1,"
+_SHAPES = {"square": (0.8, 0.8), "tall": (0.9, 2.9), "wide": (3.1, 1.1)}
+"""(width, height) of the images, in tiles."""
+_IMAGE_POSITIONS = 8
+"""Of the positions that an image fills, those whose logits are kept: all would be hundreds of megabytes."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of one prompt."""
+
+    logits: torch.Tensor
+    """[n, V] fp32, at every text position and some of the image's."""
+    tokens: list[int]
+    """Greedy, until the end-of-sequence id, which is the last one then."""
+
+
+def built_in_prompts(model: ModelConfig) -> dict[str, Prompt]:
+    """One of text alone, and one for each shape of image."""
+    prompts = {"text": Prompt([Turn("human", _QUESTION)])}
+    for name, (width, height) in _SHAPES.items():
+        side = model.vision.image_size
+        image = _picture(int(width * side), int(height * side))
+        prompts[name] = Prompt([Turn("human", f"<image>\n{_QUESTION}")], [image])
+    return prompts
+
+
+def _picture(width: int, height: int) -> Image.Image:
+    """Two slopes and noise: every place looks different, and no two images are alike."""
+    across, down = np.linspace(0, 255, width), np.linspace(255, 0, height)
+    noise = np.random.default_rng(width * 10007 + height).integers(0, 256, (height, width))
+    planes = np.broadcast_arrays(across[None, :], down[:, None], noise)
+    return Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8))
+
+
+def answers(source: Source, tokenizer: Tokenizer, prompts: dict[str, Prompt]) -> dict[str, Answer]:
+    """What the model of a whole VLM answers; it is in memory until this returns. Raises ConversionError where
+    transformers does not load the folder as it is."""
+    asked = _ask_megatron if source.kind == MEGATRON else _ask_transformers
+    return asked(source, tokenizer, prompts)
+
+
+def _chosen_positions(batch: PackedBatch, image_token_index: int) -> torch.Tensor:
+    is_image = batch.tokens == image_token_index
+    image = is_image.nonzero().flatten()
+    some = image[:: max(1, len(image) // _IMAGE_POSITIONS)]
+    return torch.cat([(~is_image).nonzero().flatten(), some]).sort().values
+
+
+@torch.no_grad()
+def _ask_megatron(source: Source, tokenizer: Tokenizer, prompts: dict[str, Prompt]) -> dict[str, Answer]:
+    recipe = checkpoint_recipe(source.path)
+    recipe.training.bf16 = False
+    stored = checkpoint_tensors(source.path)
+    with distributed(recipe.parallel):
+        (model,) = build_model(recipe)
+        for name, tensor in tensors_of(model).items():
+            tensor.copy_(stored[name])
+        engine = GenerationEngine(model, tokenizer)
+        found = {}
+        for name, prompt in tqdm(prompts.items(), desc="asking megatron_vlm", disable=None):
+            batch = read_prompts([prompt], recipe.model, source.aspect_ratio, tokenizer)
+            hidden = model.language_model.decode(model.embed(batch), model.packed_sequence(batch))
+            logits = model.language_model.logits(hidden, _chosen_positions(batch, recipe.model.image_token_index))
+            (tokens,) = engine.generate([prompt], NEW_TOKENS)
+            found[name] = Answer(logits.float().cpu(), tokens)
+        return found
+
+
+@torch.no_grad()
+def _ask_transformers(source: Source, tokenizer: Tokenizer, prompts: dict[str, Prompt]) -> dict[str, Answer]:
+    from transformers import GenerationConfig
+
+    assert source.model is not None
+    model, inputs_of = _load_in_transformers(source)
+    greedy = GenerationConfig(
+        max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id
+    )
+    found = {}
+    for name, prompt in tqdm(prompts.items(), desc="asking transformers", disable=None):
+        batch = read_prompts([prompt], source.model, source.aspect_ratio, tokenizer)
+        tiles = [torch.from_numpy(image_to_tiles(image, source.model, source.aspect_ratio)) for image in prompt.images]
+        inputs = inputs_of(batch, prompt, tiles)
+        where = _chosen_positions(batch, source.model.image_token_index)
+        logits = model(**inputs, logits_to_keep=where).logits[0]
+        made = model.generate(**inputs, generation_config=greedy)[0].tolist()
+        if source.kind != "instellavl":  # whose class returns new tokens alone
+            made = made[inputs["input_ids"].shape[1] :]
+        found[name] = Answer(logits.float(), made)
+    return found
+
+
+Inputs = Callable[[PackedBatch, Prompt, list[torch.Tensor]], dict[str, Any]]
+"""From a row, its prompt and each image's tiles, normalised."""
+
+
+def _load_in_transformers(source: Source) -> tuple[Any, Inputs]:
+    """The model in fp32, and what makes its inputs. The code inside an `instellavl` folder is not run: ours is."""
+    import transformers
+    from transformers.utils import logging
+
+    from instellavl.modeling_instellavl import InstellaVLForCausalLM
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    classes = {
+        "llava_next": transformers.LlavaNextForConditionalGeneration,
+        "llava_onevision": transformers.LlavaOnevisionForConditionalGeneration,
+        "instellavl": InstellaVLForCausalLM,
+    }
+    model, report = classes[source.kind].from_pretrained(source.path, dtype=torch.float32, output_loading_info=True)
+    amiss = [f"{kind}: {name}" for kind, names in report.items() for name in names]
+    if amiss:
+        raise ConversionError(f"transformers does not load {source.path} as it is\n{some_of(amiss)}")
+    assert source.model is not None
+    if source.kind == "instellavl":
+        return model.eval(), _inputs_of_instellavl(source.model.image_token_index)
+    return model.eval(), _inputs_of_llava
+
+
+def _inputs_of_llava(batch: PackedBatch, prompt: Prompt, tiles: list[torch.Tensor]) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": batch.tokens[None], "attention_mask": torch.ones_like(batch.tokens)[None]}
+    if tiles:
+        sizes = [(image.height, image.width) for image in prompt.images]
+        inputs |= {"pixel_values": torch.stack(tiles), "image_sizes": torch.tensor(sizes)}
+    return inputs
+
+
+def _inputs_of_instellavl(image_token_index: int) -> Inputs:
+    def inputs_of(batch: PackedBatch, prompt: Prompt, tiles: list[torch.Tensor]) -> dict[str, Any]:
+        is_image = batch.tokens == image_token_index
+        first = is_image & ~torch.cat([torch.tensor([False]), is_image[:-1]])
+        ids = torch.where(first, IMAGE_TOKEN_INDEX, batch.tokens)[first | ~is_image]
+        inputs: dict[str, Any] = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+        if tiles:
+            inputs |= {"images": tiles, "image_sizes": [image.size for image in prompt.images]}
+        return inputs
+
+    return inputs_of

@@ -1,1 +1,0 @@
-"""Other people's data sets to LLaVA annotations: rows in, entries and image files out."""

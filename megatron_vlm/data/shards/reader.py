@@ -1,0 +1,217 @@
+"""Reads shards at random, from a local folder or an S3 store, ours and those of the published system."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megatron_vlm.data.errors import DataError
+from megatron_vlm.data.shards import mds_format, published_encodings, s3
+from megatron_vlm.data.shards.cache import ShardCache
+from megatron_vlm.data.shards.mds_format import INDEX, ShardSample
+
+_DAMAGED = (ValueError, KeyError, TypeError, IndexError)
+"""What reading a sample of a damaged shard ends in."""
+
+
+@dataclass(frozen=True)
+class _File:
+    """A shard, or a file of sample_metadata."""
+
+    name: str
+    samples: int
+    size: int
+    sha1: str | None
+    encodings: dict[str, str]
+    """By column; none for sample_metadata."""
+
+
+class ShardFolder:
+    """A set of shards, read at random."""
+
+    def __init__(self, folder: str | Path, cache: ShardCache | None = None) -> None:
+        """
+        Args:
+            folder: of a disk, or s3://…
+            cache: where shards of an S3 store are kept while they are used.
+
+        Raises:
+            DataError: there is no such folder, no index in it, a shard is missing or truncated, its columns are none
+                that are known, or it is in an S3 store and there is no cache.
+        """
+        self.folder = str(folder)
+        self._cache = cache
+        self._remote = s3.is_remote(self.folder)
+        if self._remote and cache is None:
+            raise DataError(f"{folder} is read through a cache on a local disk: set cache_dir to a folder for it")
+        content = self._read_index()
+        self.content_hash = hashlib.sha256(content).hexdigest()
+        """Changes with any shard of ours: the index holds their hashes."""
+        try:
+            index = json.loads(content)
+            self._shards = [_shard(entry, self.folder) for entry in index["shards"]]
+            self._metadata_files = [
+                _File(entry["basename"], entry["samples"], entry["bytes"], entry["sha1"], {})
+                for entry in index.get("annotations", [])
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{s3.join(self.folder, INDEX)} is not an MDS index: {type(error).__name__} {error}"
+            ) from error
+        self.starts = np.cumsum([0, *(shard.samples for shard in self._shards)], dtype=np.int64)
+        """[shards + 1]: shard k holds the samples starts[k] to starts[k + 1]."""
+        self._metadata_starts = np.cumsum([0, *(file.samples for file in self._metadata_files)], dtype=np.int64)
+        self._loaded_metadata_files: tuple[int, list[bytes]] = (-1, [])
+        self._check_columns()
+        if not self._remote:
+            self._check_files()
+
+    def _read_index(self) -> bytes:
+        advice = "it is no shard folder, or was not written to the end. Write it with tools/prepare_shards.py."
+        if self._remote:
+            try:
+                return s3.read_bytes(s3.join(self.folder, INDEX))
+            except s3.ObjectMissing as error:
+                raise DataError(f"{self.folder} has no {INDEX}: {advice}") from error
+        if not Path(self.folder).is_dir():
+            raise DataError(f"shard folder {self.folder} does not exist. Check data_path.")
+        path = Path(self.folder, INDEX)
+        if not path.is_file():
+            raise DataError(f"shard folder {self.folder} has no {INDEX}: {advice}")
+        return path.read_bytes()
+
+    def _check_columns(self) -> None:
+        for shard in self._shards:
+            if set(shard.encodings) not in (set(mds_format.COLUMNS), published_encodings.COLUMNS):
+                raise DataError(
+                    f"shard folder {self.folder} has the columns {sorted(shard.encodings)}, expected "
+                    f"{sorted(mds_format.COLUMNS)}, or {sorted(published_encodings.COLUMNS)} of the published system. "
+                    "Write it with tools/prepare_shards.py."
+                )
+
+    def _check_files(self) -> None:
+        files = [*self._shards, *self._metadata_files]
+        missing = [file.name for file in files if not Path(self.folder, file.name).is_file()]
+        if missing:
+            raise DataError(
+                f"shard folder {self.folder} lacks {len(missing)} of {len(files)} files, first {missing[0]}"
+            )
+        for file in files:
+            size = os.path.getsize(Path(self.folder, file.name))
+            if size != file.size:
+                raise DataError(
+                    f"shard {s3.join(self.folder, file.name)} has {size} bytes where its index says {file.size}: "
+                    "truncated or replaced. Copy or write it again."
+                )
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def records_sizes(self) -> bool:
+        """Whether image sizes and annotations can be had without the images, so that measuring is cheap."""
+        return int(self._metadata_starts[-1]) == len(self)
+
+    def __getitem__(self, index: int) -> ShardSample:
+        """
+        Raises:
+            DataError: the shard cannot be fetched or is damaged; the message names it.
+        """
+        place = int(np.searchsorted(self.starts, index, side="right")) - 1
+        shard, inside = self._shards[place], index - int(self.starts[place])
+        try:
+            try:
+                return self._read(shard, inside)
+            except _DAMAGED:
+                if self._cache is None or not self._remote:
+                    raise
+                self._cache.remove(self._cached_name(shard))  # perhaps the disk's fault
+                return self._read(shard, inside)
+        except FileNotFoundError as error:
+            raise DataError(f"shard {s3.join(self.folder, shard.name)} is not there any more") from error
+        except _DAMAGED as error:
+            raise DataError(
+                f"shard {s3.join(self.folder, shard.name)} is damaged at its sample {inside}: {error}. "
+                "Copy or write it again."
+            ) from error
+
+    def _read(self, shard: _File, inside: int) -> ShardSample:
+        with self._open(shard) as file:
+            columns = dict(_read_columns(file, inside, shard.encodings))
+        return _our_sample(columns) if "annotation" in columns else _published_sample(columns, shard.encodings)
+
+    def metadata(self, index: int) -> ShardSample:
+        """A sample without its images, from the file that lists them; with them where there is no such file.
+
+        Cheap only where indices come in ascending order.
+        """
+        if not self.records_sizes:
+            return self[index]
+        place = int(np.searchsorted(self._metadata_starts, index, side="right")) - 1
+        if self._loaded_metadata_files[0] != place:
+            with self._open(self._metadata_files[place]) as file:
+                self._loaded_metadata_files = place, gzip.decompress(file.read()).splitlines()
+        line = json.loads(self._loaded_metadata_files[1][index - int(self._metadata_starts[place])])
+        return ShardSample(line["annotation"], [], [(w, h) for w, h in line["image_sizes"]])
+
+    def _open(self, file: _File) -> BinaryIO:
+        if self._remote:
+            assert self._cache is not None
+            return self._cache.open(s3.join(self.folder, file.name), self._cached_name(file), file.size, file.sha1)
+        return open(Path(self.folder, file.name), "rb", buffering=0)
+
+    def _cached_name(self, file: _File) -> str:
+        return f"{self.folder.rstrip('/').rpartition('/')[2]}-{self.content_hash[:16]}/{file.name}"
+
+
+def _shard(entry: dict[str, Any], folder: str) -> _File:
+    if entry.get("zip_data"):
+        raise DataError(f"{folder} holds compressed shards ({entry['compression']}), which are not read")
+    raw = entry["raw_data"]
+    encodings = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
+    if any(entry["column_sizes"]):
+        raise TypeError("columns of a fixed size are unknown here")
+    return _File(raw["basename"], entry["samples"], raw["bytes"], (raw.get("hashes") or {}).get("sha1"), encodings)
+
+
+def _read_columns(file: BinaryIO, index: int, encodings: dict[str, str]) -> Iterator[tuple[str, bytes]]:
+    """The columns of one sample. MDS: the number of samples, their bounds (uint32 each), a header, the samples; each
+    sample the sizes of its columns (uint32 each) and their bytes.
+    """
+    begin, end = np.frombuffer(os.pread(file.fileno(), 8, 4 * (1 + index)), "<u4").tolist()
+    data = os.pread(file.fileno(), end - begin, begin)
+    sizes = np.frombuffer(data[: 4 * len(encodings)], "<u4").tolist()
+    bounds = list(accumulate([4 * len(encodings), *sizes]))
+    if len(data) != end - begin or bounds[-1] != len(data):
+        raise ValueError(f"{len(data)} bytes where {bounds[-1]} belong")
+    for name, (start, stop) in zip(encodings, pairwise(bounds), strict=True):
+        yield name, data[start:stop]
+
+
+def _our_sample(columns: dict[str, bytes]) -> ShardSample:
+    bounds = [0, *accumulate(json.loads(columns["image_lengths"]))]
+    images = [columns["images"][start:stop] for start, stop in pairwise(bounds)]
+    sizes = [(w, h) for w, h in json.loads(columns["image_sizes"])]
+    return ShardSample(json.loads(columns["annotation"]), images, sizes)
+
+
+def _published_sample(columns: dict[str, bytes], encodings: dict[str, str]) -> ShardSample:
+    annotation = json.loads(columns["text"])
+    if not isinstance(annotation, dict) or annotation.get("image") in (None, "", []):
+        return ShardSample(annotation, [], [])  # what is in the image column is the writer's placeholder
+    if published_encodings.is_jpeg_list(encodings["image"]):
+        images = published_encodings.split_jpeg_list(columns["image"])
+    elif published_encodings.is_image(encodings["image"]):
+        images = [columns["image"]]
+    else:
+        raise ValueError(f"image column of the unknown encoding {encodings['image']}")
+    return ShardSample(annotation, images, None)

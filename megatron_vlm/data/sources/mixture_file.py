@@ -1,0 +1,151 @@
+"""Mixture files: which sources a mixture takes, and how much of each.
+
+A mixture is a YAML file:
+
+    datasets:
+      - json_path: captions.json          # or shard_path: a folder of shards, or s3://…
+      - json_path: charts.json
+        sampling_strategy: random:10%     # all | first:N | end:N | random:N | choose:N | repeat:K; N or P%
+      - shard_path: shards/tables
+        choose: 2000                      # the same as sampling_strategy: choose:2000
+      - shard_path: shards/science
+        repeat: 2                         # the same as sampling_strategy: repeat:2
+
+`first` and `end` count annotations as written. `random` and `choose` draw from the usable ones: `random` once for all
+epochs and at most all of them, `choose` for each epoch anew and more than once each if more are asked for.
+`repeat: 1.5` takes all once and a half, drawn for each epoch anew, once more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil, floor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from megatron_vlm.data.errors import DataError
+from megatron_vlm.data.shards.s3 import is_remote, join
+
+_KINDS = ("all", "first", "end", "random", "choose", "repeat")
+_KEYS = {"json_path", "shard_path", "sampling_strategy", "choose", "repeat"}
+
+
+@dataclass(frozen=True)
+class SamplingRule:
+    """How many of a source's samples an epoch takes, and which."""
+
+    kind: str = "all"
+    amount: Fraction = Fraction(1)
+    percent: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> SamplingRule:
+        """
+        Args:
+            text: `all`, or a kind and an amount as in `first:100`, `random:5%`, `repeat:1.5`.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        kind, _, amount = str(text).strip().partition(":")
+        if kind == "all" and not amount:
+            return cls()
+        percent = amount.endswith("%")
+        try:
+            value = Fraction(amount.rstrip("%").strip())
+        except (ValueError, ZeroDivisionError):
+            value = Fraction(-1)
+        whole = percent or kind == "repeat" or value.denominator == 1
+        if kind not in _KINDS[1:] or value <= 0 or not whole or (percent and kind == "repeat"):
+            raise ValueError(
+                f"{text!r}: expected all, first:N, end:N, random:N, choose:N (N a number or P%) or repeat:K"
+            )
+        return cls(kind, value, percent)
+
+    def __str__(self) -> str:
+        if self.kind == "all":
+            return "all"
+        return f"{self.kind}:{float(self.amount):.15g}{'%' if self.percent else ''}"
+
+    @property
+    def fixed(self) -> bool:
+        """Every epoch takes the same samples."""
+        return self.kind not in ("choose", "repeat")
+
+    def draw(self, usable: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Indices into one source, some perhaps more than once.
+
+        Args:
+            usable: [n] bool, False for samples that are refused.
+            rng: this epoch's; of a fixed rule always the same.
+        """
+        everything = np.flatnonzero(usable)
+        count = ceil(self.amount * len(usable) / 100) if self.percent else int(self.amount)
+        if self.kind == "first":
+            return everything[everything < count]
+        if self.kind == "end":
+            return everything[everything >= len(usable) - count]
+        if self.kind == "random":
+            return rng.permutation(everything)[:count]
+        if self.kind == "choose":
+            copies, rest = divmod(count, max(len(everything), 1))
+        else:  # all, repeat
+            copies = floor(self.amount)
+            rest = round((self.amount - copies) * len(everything))
+        return np.concatenate([np.tile(everything, copies), rng.permutation(everything)[:rest]])
+
+
+def read_mixture(path: Path, data_root: str | None = None) -> list[tuple[str, SamplingRule]]:
+    """The uses a mixture file asks for: (path, rule).
+
+    Args:
+        path: of the file.
+        data_root: folder or s3:// that its relative paths start from; default: the working directory.
+
+    Raises:
+        DataError: it cannot be read, or entries of it are wrong; the message names all of them.
+    """
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"mixture {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise DataError(f"mixture {path} is not YAML: {error}") from error
+    datasets = content.get("datasets") if isinstance(content, dict) else None
+    if not isinstance(datasets, list) or not datasets:
+        raise DataError(f"mixture {path} needs a list under `datasets:`")
+    problems, wanted = [], []
+    for number, entry in enumerate(datasets):
+        try:
+            name, rule = _read_entry(entry)
+            wanted.append((_below(data_root, name), rule))
+        except ValueError as error:
+            problems.append(f"  datasets[{number}]: {error}")
+    if problems:
+        raise DataError(f"mixture {path}:\n" + "\n".join(problems))
+    return wanted
+
+
+def _read_entry(entry: Any) -> tuple[str, SamplingRule]:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{entry!r} is no mapping; expected json_path or shard_path with a sampling rule")
+    if unknown := sorted(set(map(str, entry)) - _KEYS):
+        raise ValueError(f"unknown keys {unknown}; known are {sorted(_KEYS)}")
+    paths = [entry[key] for key in ("json_path", "shard_path") if entry.get(key)]
+    if len(paths) != 1:
+        raise ValueError("give exactly one of json_path and shard_path")
+    rules = [str(entry["sampling_strategy"])] if "sampling_strategy" in entry else []
+    rules += [f"{key}:{entry[key]}" for key in ("choose", "repeat") if key in entry]
+    if len(rules) > 1:
+        raise ValueError(f"give one of sampling_strategy, choose and repeat, not {len(rules)}")
+    return str(paths[0]), SamplingRule.parse(rules[0]) if rules else SamplingRule()
+
+
+def _below(root: str | None, path: str) -> str:
+    if root is None or is_remote(path) or Path(path).is_absolute():
+        return path
+    return join(root, path) if is_remote(root) else str(Path(root, path))

@@ -1,0 +1,37 @@
+"""What a run would do, without doing it: `--dry-run`."""
+
+from __future__ import annotations
+
+from megatron_vlm.config import Recipe
+from megatron_vlm.data.dataset import open_data, open_plan
+from megatron_vlm.data.packing.row_plan import RowPlan
+from megatron_vlm.data.plan_fingerprint import plan_inputs
+
+
+def describe_run(recipe: Recipe, world_size: int) -> str:
+    """Layout, rows and samples per step, steps per epoch; opens the data and plans the first epoch, builds no model.
+
+    What is refused, and the table of a mixture, go to the log. A row holds many samples: `global_batch_size` counts
+    rows, and published recipes count samples.
+    """
+    parallel, training = recipe.parallel, recipe.training
+    opened = open_data(recipe, is_logging_rank=True)
+    summary, plan = opened.counts, RowPlan(open_plan(recipe, opened, plan_inputs(recipe, opened)))
+    rows, samples = plan.rows, len(plan.current.members)
+    per_step = samples / rows * training.global_batch_size
+    steps = rows / training.global_batch_size
+    return "\n".join(
+        [
+            f"world      {world_size} ranks = data {parallel.data_parallel_size(world_size)} x tensor "
+            f"{parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x context "
+            f"{parallel.context_parallel_size}",
+            f"data       {summary['samples']} samples, {summary['usable']} usable, refused {summary['refused'] or 0}, "
+            f"too long {summary['skipped']}",
+            f"rows       {rows} per epoch of {recipe.data.seq_length} tokens, fill {100 * plan.fill:.1f} %, "
+            f"{samples / rows:.1f} samples per row",
+            f"step       {training.global_batch_size} rows = {per_step:.0f} samples",
+            f"run        {training.train_iters} steps = {training.train_iters / steps:.2f} epochs of {steps:.0f} steps",
+            f"trainable  {', '.join(training.trainable)}; {training.optimizer}, lr {training.lr:g} "
+            f"{training.lr_decay_style} to {training.min_lr:g}",
+        ]
+    )

@@ -1,0 +1,104 @@
+"""A plan is made once, by one process; the next one ahead of time; without a place to keep it, anew."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_vlm.data.packing.epoch_plan import EpochPlan
+from megatron_vlm.data.packing.plan_cache import PlanStore
+
+
+class Planner:
+    """Plans of `epoch` + 2 rows; each that is made adds a line to a file."""
+
+    def __init__(self, log: Path, seconds: float = 0.0) -> None:
+        self.log, self.seconds = log, seconds
+
+    def __call__(self, epoch: int) -> EpochPlan:
+        with self.log.open("a") as file:
+            file.write(f"{epoch} {os.getpid()}\n")
+        time.sleep(self.seconds)
+        return EpochPlan(np.arange(epoch + 3), np.arange(epoch + 2) * 10, 0.5)
+
+    @property
+    def made(self) -> list[int]:
+        return [int(line.split()[0]) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+
+
+@pytest.fixture
+def planner(tmp_path: Path) -> Planner:
+    return Planner(tmp_path / "log")
+
+
+def test_made_once_and_mapped(tmp_path: Path, planner: Planner) -> None:
+    for _ in range(3):
+        plan = PlanStore(tmp_path / "kept", "k", planner)(2)
+        assert plan.row(3).tolist() == [30] and plan.rows == 4 and plan.fill == 0.5
+        assert isinstance(plan.members.base, np.memmap)
+    assert planner.made == [2]
+    PlanStore(tmp_path / "kept", "another", planner)(2)
+    assert planner.made == [2, 2]
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_a_damaged_plan_is_made_anew(tmp_path: Path, planner: Planner) -> None:
+    store = PlanStore(tmp_path, "k", planner)
+    store(0)
+    (tmp_path / "plan-k-0.arrays").write_bytes(b"nonsense")
+    assert store(0).rows == 2 and planner.made == [0, 0]
+
+
+def test_no_place_to_keep_it(tmp_path: Path, planner: Planner) -> None:
+    (tmp_path / "file").write_text("")
+    store = PlanStore(tmp_path / "file", "k", planner)
+    assert store(1).rows == 3 and store(1).rows == 3 and planner.made == [1, 1]
+
+
+def test_of_several_processes_one_makes_it(tmp_path: Path) -> None:
+    planner = Planner(tmp_path / "log", seconds=0.3)
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=PlanStore(tmp_path, "k", planner), args=(5,)) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
+    assert planner.made == [5]
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
+    slow = Planner(tmp_path / "log", seconds=60)
+    rank = multiprocessing.get_context("fork").Process(target=PlanStore(tmp_path, "k", slow), args=(0,))
+    rank.start()
+    while not slow.made:
+        time.sleep(0.01)
+    assert rank.pid is not None
+    os.kill(rank.pid, signal.SIGKILL)
+    rank.join()
+    assert PlanStore(tmp_path, "k", Planner(tmp_path / "log"))(0).rows == 2
+
+
+def test_the_next_plan_is_made_ahead(tmp_path: Path, planner: Planner) -> None:
+    store = PlanStore(tmp_path, "k", planner)
+    store.plan_ahead()
+    store(0)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "plan-k-1.arrays").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert planner.made == [0, 1]
+    pids = {line.split()[1] for line in planner.log.read_text().splitlines()}
+    assert len(pids) == 2
+    assert store(1).rows == 3 and planner.made[:2] == [0, 1]
+    helper = int((pids - {str(os.getpid())}).pop())
+    del store  # the helper ends with the one who asks
+    while Path(f"/proc/{helper}").exists() and time.monotonic() < deadline:
+        multiprocessing.active_children()
+        time.sleep(0.01)
+    assert not Path(f"/proc/{helper}").exists()

@@ -1,0 +1,86 @@
+"""The cost of a row is what the model computes for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_vlm.config import ParallelConfig, Recipe, load_recipe
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
+from megatron_vlm.data.packing.row_cost import RowCost, cost_of_model, row_cost
+from tests.parallel.rows import tiny_recipe
+
+
+def _row(length: int, tiles: int) -> PackedBatch:
+    """One document with one loss token, and tiles of which a few features are used."""
+    vision = tiny_recipe(ParallelConfig()).model.vision
+    labels = torch.full((length,), IGNORE_INDEX)
+    labels[-2] = 1
+    return PackedBatch(
+        tokens=torch.arange(length) % 7,
+        labels=labels,
+        positions=torch.arange(length),
+        cu_seqlens=[0, length],
+        feature_positions=torch.arange(4),
+        feature_sources=torch.arange(4),
+        num_tiles=tiles,
+        tiles=torch.randn(tiles, 3, vision.image_size, vision.image_size),
+    )
+
+
+ALL = ("vision", "projector", "language")
+
+
+@pytest.mark.parametrize(
+    "trainable", [ALL, ("projector",), ("projector", "language"), ("language",), ("vision", "projector")], ids="+".join
+)
+def test_what_torch_counts_in_the_real_modules(one_process: None, trainable: tuple[str, ...]) -> None:
+    """Forward and backward of a row; two more lengths and another number of tiles give the three coefficients."""
+    from megatron_vlm.model.build import build_model
+    from megatron_vlm.model.initialize import initialize_weights
+
+    recipe = tiny_recipe(ParallelConfig(), trainable=list(trainable))
+    (model,) = chunks = build_model(recipe)
+    initialize_weights(chunks, recipe)
+
+    def operations(length: int, tiles: int) -> int:
+        # torch counts the products inside this kernel one by one, and those of masked places too.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(_row(length, tiles)).backward()
+        return counter.get_total_flops()
+
+    short, middle, long = (operations(length, 1) for length in (16, 32, 48))
+    squared = (long - 2 * middle + short) / (2 * 16**2)
+    linear = (middle - short) / 16 - squared * (16 + 32)
+    cost = cost_of_model(recipe.model, trainable)
+    assert squared == 2 * cost.per_token_squared  # of which half is masked
+    assert linear == cost.per_token
+    assert operations(16, 3) - short == 2 * cost.per_tile
+
+
+def test_what_is_frozen_costs_less() -> None:
+    whole, warm_up = cost_of_model(ModelConfig()), cost_of_model(ModelConfig(), ("projector",))
+    assert warm_up.per_token_squared == whole.per_token_squared
+    assert warm_up.per_token == pytest.approx(whole.per_token * 2 / 3)
+    assert warm_up.per_tile < whole.per_tile * 0.4
+
+
+def test_settings_replace_what_is_counted() -> None:
+    recipe: Recipe = load_recipe(None, {"data": {"cost_per_tile": 0.0, "cost_per_token": 5.0}})
+    cost, counted = row_cost(recipe), cost_of_model(recipe.model)
+    assert (cost.per_tile, cost.per_token) == (0.0, 5.0)
+    assert cost.per_token_squared == counted.per_token_squared
+
+
+def test_whole_costs_keep_the_proportions() -> None:
+    tokens, tiles = np.array([10, 100, 1000]), np.array([0, 1, 5])
+    cost = RowCost(0.5, 3.0, 70.0)
+    exact, whole = cost.of(tokens, tiles), cost.whole(tokens, tiles, 4096, 16)
+    assert (whole == np.rint(whole)).all() and whole.dtype == np.float32
+    np.testing.assert_allclose(whole / whole[2], exact / exact[2], rtol=0.02)
+    assert cost.whole(np.array([4096]), np.array([16]), 4096, 16) == 1 << 23
+    assert not RowCost(0.0, 0.0, 0.0).whole(tokens, tiles, 4096, 16).any()

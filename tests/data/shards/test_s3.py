@@ -1,0 +1,294 @@
+"""Against a real S3 server: what is written is verified, what fails is tried again, and what stays wrong is named."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.data.errors import DataError
+from megatron_vlm.data.loader import build_loader
+from megatron_vlm.data.prepare.shard_writer import merge_parts, prepare_shards
+from megatron_vlm.data.shards import s3
+from megatron_vlm.data.shards.cache import ShardCache
+from megatron_vlm.data.shards.mds_format import ShardSample
+from megatron_vlm.data.shards.reader import ShardFolder
+from tests.data.helpers import make_recipe, mixed_folder, tiny_tokenizer_folder
+from tests.s3_server import BUCKET, Fault, Proxy, put_folder, store, wait_for
+
+URL = f"s3://{BUCKET}/train"
+
+
+@pytest.fixture(scope="module")
+def one_store() -> Iterator[Proxy]:
+    with store() as running:
+        yield running
+
+
+@pytest.fixture
+def proxy(one_store: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The store without objects and faults, and little patience."""
+    monkeypatch.setattr(s3, "patience", s3.Patience(attempts=4, first_delay=0.02, timeout=1.0))
+    yield one_store
+    monkeypatch.undo()
+    one_store.faults.clear()
+    one_store.requests.clear()
+    for name in s3.list_names(f"s3://{BUCKET}/"):
+        s3._client().delete_object(Bucket=BUCKET, Key=name)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 samples in 3 parts of several shards each."""
+    root = tmp_path_factory.mktemp("local")
+    folder = mixed_folder(root, 30)
+    prepare_shards([folder.write()], folder.images, root / "s", 1, size_limit=4000, samples_per_part=10)
+    return root / "s"
+
+
+def everything(folder: ShardFolder) -> list[ShardSample]:
+    return [folder[index] for index in range(len(folder))]
+
+
+def test_shards_straight_to_a_store_are_those_on_disk(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    folder = mixed_folder(tmp_path, 30)
+    proxy.faults += [Fault("error", "00001/", 3, "PUT"), Fault("error", "index.json", 1, "HEAD")]
+    summary = prepare_shards([folder.write()], folder.images, URL, 1, size_limit=4000, samples_per_part=10)
+    assert (summary.read, summary.written) == (30, 30)
+    remote = ShardFolder(URL, ShardCache(tmp_path / "cache"))
+    assert everything(remote) == everything(ShardFolder(shards))
+    puts = [path for method, path in proxy.requests if method == "PUT"]
+    assert puts[-1].endswith("index.json")  # the index is the last to come
+    with pytest.raises(DataError, match="holds a set of shards already"):
+        prepare_shards([folder.write()], folder.images, URL, 1)
+
+
+def test_parts_by_several_jobs_and_a_stop_between_them(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    folder = mixed_folder(tmp_path, 30)
+    arguments = ([folder.write()], folder.images, URL, 1, 4000, 10)
+    assert prepare_shards(*arguments, share=(2, 2)).written == 10
+    with pytest.raises(DataError, match="2 of 3 parts .* are not done yet, first part 0"):
+        merge_parts(URL)
+    with pytest.raises(DataError, match="has no index"):
+        ShardFolder(URL, ShardCache(tmp_path / "cache"))
+    assert prepare_shards(*arguments, share=(1, 2)).written == 20
+    proxy.requests.clear()
+    assert prepare_shards(*arguments, share=(1, 2)).written == 20  # again: nothing to do
+    assert not [path for method, path in proxy.requests if method == "PUT"]
+    assert merge_parts(URL).written == 30
+    assert everything(ShardFolder(URL, ShardCache(tmp_path / "cache"))) == everything(ShardFolder(shards))
+
+
+def test_no_sidecar_is_needed_for_lengths_but_no_shard_is_fetched_with_one(
+    tmp_path: Path, proxy: Proxy, shards: Path
+) -> None:
+    put_folder(shards, URL)
+    remote = ShardFolder(URL, ShardCache(tmp_path / "cache"))
+    local = ShardFolder(shards)
+    for index in range(30):
+        full, outline = local[index], remote.metadata(index)
+        assert (outline.annotation, outline.image_sizes) == (full.annotation, full.image_sizes)
+    assert not [path for _, path in proxy.requests if path.endswith(".mds") and "GET" in _]
+
+
+def test_a_mixture_of_files_shards_and_a_store(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    put_folder(shards, URL)
+    folder = mixed_folder(tmp_path, 8)
+    for entry in folder.entries:
+        entry["id"] = f"local {entry['id']}"
+    prepare_shards([folder.write()], folder.images, tmp_path / "local", 1)
+    for entry in folder.entries:
+        entry["id"] = entry["id"].replace("local", "file")
+    file = folder.write("file.jsonl")
+    (tmp_path / "mix.yaml").write_text(
+        f"datasets: [{{shard_path: train, choose: 5}}, {{json_path: {file}, sampling_strategy: 'repeat:2'}},"
+        f" {{shard_path: {tmp_path / 'local'}, repeat: 3}}]"
+    )
+    recipe = make_recipe(
+        [str(tmp_path / "mix.yaml")], folder.images, tiny_tokenizer_folder(tmp_path / "t"), global_batch_size=1,
+        data_root=f"s3://{BUCKET}", cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    loader = build_loader(recipe, dp_rank=0, dp_size=1, consumed_rows=0, need_tiles=True)
+    counts = Counter(name for _ in range(loader.plan.rows) for name in next(loader).sample_ids)
+    assert {name: count for name, count in counts.items() if name.startswith(("file", "local"))} == {
+        **{f"file s{n}": 2 for n in range(8)}, **{f"local s{n}": 3 for n in range(8)},
+    }  # fmt: skip
+    assert counts.total() == 5 + 16 + 24 and max(count for name, count in counts.items() if name[0] == "s") == 1
+
+
+@pytest.mark.parametrize("kind", ["error", "cut", "stall", "short"])
+def test_what_fails_for_a_while_is_tried_again(tmp_path: Path, proxy: Proxy, shards: Path, kind: str) -> None:
+    put_folder(shards, URL)
+    proxy.faults += [Fault(kind, "00000/shard.00001", 1 if kind == "stall" else 2), Fault("error", "/index.json", 1)]
+    remote = ShardFolder(URL, ShardCache(tmp_path / "cache"))
+    assert everything(remote) == everything(ShardFolder(shards))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("error", "tried 4 times"),
+        ("cut", "tried 4 times"),
+        ("short", "bytes came where .* were expected"),
+        ("stall", "tried 4 times, last ReadTimeoutError"),
+    ],
+)
+def test_what_stays_wrong_is_named(tmp_path: Path, proxy: Proxy, shards: Path, kind: str, message: str) -> None:
+    put_folder(shards, URL)
+    proxy.faults.append(Fault(kind, "00000/shard.00001"))
+    remote = ShardFolder(URL, ShardCache(tmp_path / "cache"))
+    with pytest.raises(DataError, match=rf"{URL}/00000/shard.00001.mds.*{message}"):
+        everything(remote)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_missing_replaced_and_refused(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    put_folder(shards, URL)
+    remote = ShardFolder(URL, ShardCache(tmp_path / "cache"))
+    s3._client().delete_object(Bucket=BUCKET, Key="train/00001/shard.00000.mds")
+    with pytest.raises(DataError, match=rf"{URL}/00001/shard.00000.mds does not exist"):
+        everything(remote)
+    data = bytearray((shards / "00000" / "shard.00000.mds").read_bytes())
+    data[-1] ^= 1
+    s3.upload(bytes(data), f"{URL}/00000/shard.00000.mds")
+    with pytest.raises(DataError, match="sha1 is not that of the index"):
+        ShardFolder(URL, ShardCache(tmp_path / "other"))[0]
+    with pytest.raises(DataError, match="s3://nosuch/x"):
+        ShardFolder("s3://nosuch/x", ShardCache(tmp_path / "cache"))
+    with pytest.raises(DataError, match="set cache_dir"):
+        ShardFolder(URL)
+
+
+def test_the_cache_is_bounded(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    put_folder(shards, URL)
+    total = sum(path.stat().st_size for path in shards.rglob("*.mds"))
+    cache = ShardCache(tmp_path / "cache", limit=total // 3)
+    remote = ShardFolder(URL, cache)
+    expected = everything(ShardFolder(shards))
+    for index in [*range(30), *range(29, -1, -1)]:
+        assert remote[index] == expected[index]
+        assert cache.used <= total // 3
+    gets = [path for method, path in proxy.requests if method == "GET" and path.endswith(".mds")]
+    assert len(gets) > len(set(gets))  # some were fetched, removed and fetched again
+    with pytest.raises(DataError, match="raise cache_limit"):
+        ShardFolder(URL, ShardCache(tmp_path / "tiny", limit=100))[0]
+
+
+def test_what_is_wrong_in_the_cache_is_fetched_again(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    put_folder(shards, URL)
+    remote, expected = ShardFolder(URL, ShardCache(tmp_path / "cache")), everything(ShardFolder(shards))
+    assert everything(remote) == expected
+    truncated, overwritten = sorted((tmp_path / "cache").rglob("shard.*.mds"))[:2]
+    truncated.write_bytes(truncated.read_bytes()[:100])
+    overwritten.write_bytes(bytes(overwritten.stat().st_size))
+    assert everything(remote) == expected
+
+
+def test_shards_that_were_written_wrong_are_named(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    """Without a hash in the index, as the published system wrote it, damage shows when the sample is read."""
+    wrong = shutil.copytree(shards, tmp_path / "wrong")
+    index = json.loads((wrong / "index.json").read_text())
+    for shard in index["shards"]:
+        shard["raw_data"]["hashes"] = {}
+    (wrong / "index.json").write_text(json.dumps(index))
+    victim = wrong / "00000" / "shard.00000.mds"
+    victim.write_bytes(bytes(victim.stat().st_size))
+    put_folder(wrong, URL)
+    for folder in (ShardFolder(wrong), ShardFolder(URL, ShardCache(tmp_path / "cache"))):
+        with pytest.raises(DataError, match=r"00000/shard.00000.mds is damaged at its sample 0: "):
+            folder[0]
+
+
+@contextmanager
+def environment(**variables: str | None) -> Iterator[None]:
+    """Other variables for a while; None: without it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.delenv(name, raising=False) if value is None else patch.setenv(name, value)
+        s3._client_of.cache_clear()
+        yield
+    s3._client_of.cache_clear()
+
+
+def test_who_may_not_read_is_told(tmp_path: Path, proxy: Proxy) -> None:
+    with (
+        environment(S3_ENDPOINT_URL="localhost:9000"),
+        pytest.raises(DataError, match="S3_ENDPOINT_URL is 'localhost:9000': expected an address like"),
+    ):
+        ShardFolder(URL, ShardCache(tmp_path / "cache"))
+    with (
+        environment(AWS_ACCESS_KEY_ID=None, AWS_SECRET_ACCESS_KEY=None, AWS_EC2_METADATA_DISABLED="true"),
+        pytest.raises(DataError, match=f"cannot read {URL}/index.json: no credentials. Set AWS_ACCESS_KEY_ID"),
+    ):
+        ShardFolder(URL, ShardCache(tmp_path / "cache"))
+
+
+def test_credentials_come_from_the_usual_files(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    put_folder(shards, URL)
+    file = tmp_path / "credentials"
+    file.write_text("[mine]\naws_access_key_id = of-a-file\naws_secret_access_key = secret\n")
+    with environment(
+        AWS_ACCESS_KEY_ID=None, AWS_SECRET_ACCESS_KEY=None, AWS_SHARED_CREDENTIALS_FILE=str(file), AWS_PROFILE="mine"
+    ):
+        proxy.keys.clear()
+        assert len(ShardFolder(URL, ShardCache(tmp_path / "cache"))) == 30
+        assert proxy.keys == {"of-a-file"}
+
+
+def _read_all(shards: Path, cache_folder: Path, limit: int, seed: int) -> None:
+    import numpy as np
+
+    cache = ShardCache(cache_folder, limit)
+    remote, local = ShardFolder(URL, cache), ShardFolder(shards)
+    for index in np.random.default_rng(seed).permutation(30).tolist():
+        assert remote[index] == local[index]
+        assert cache.used <= limit
+
+
+def test_processes_share_a_cache_though_some_are_killed(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    """Three read on while three more, one after the other, are killed in the middle of a download."""
+    put_folder(shards, URL)
+    limit = 6 * max(path.stat().st_size for path in shards.rglob("*.mds"))
+    fork = multiprocessing.get_context("fork")
+
+    def start(seed: int) -> multiprocessing.process.BaseProcess:
+        process = fork.Process(target=_read_all, args=(shards, tmp_path / "cache", limit, seed))
+        process.start()
+        return process
+
+    others: list[multiprocessing.process.BaseProcess] = []
+    for victim in range(3):
+        proxy.faults.append(Fault("stall", ".mds", 1))
+        killed = start(100 + victim)
+        wait_for(lambda: not proxy.faults[-1].times and list((tmp_path / "cache").rglob("*.partial")), 60)
+        others.append(start(victim))
+        time.sleep(0.1)  # the others come to the same shard, or want its place
+        killed.kill()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
+    for process in others:
+        process.join(120)
+        assert process.exitcode == 0
+    _read_all(shards, tmp_path / "cache", limit, 9)
+    assert ShardCache(tmp_path / "cache").used <= limit and not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def test_a_shard_is_fetched_once_by_many_processes(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    put_folder(shards, URL)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_read_all, args=(shards, tmp_path / "cache", 10**9, 1)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    gets = [path for method, path in proxy.requests if method == "GET" and path.endswith(".mds")]
+    assert len(gets) == len(set(gets)) > 3

@@ -1,0 +1,128 @@
+"""Reading annotation files; every kind of bad entry."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vlm.data.errors import DataError, SampleError
+from megatron_vlm.data.processing.conversation import Turn
+from megatron_vlm.data.sources.annotations import AnnotationFile, parse_annotation
+from tests.data.helpers import Folder, conversation
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_entries_come_back_as_written(tmp_path: Path, name: str) -> None:
+    folder = Folder(tmp_path)
+    folder.add("é1", "<image>\nWhat?", "A dög.", image="x/y.png", image_size=[3, 4])
+    folder.add("two", "Hi", "Yes", image=None)
+    file = AnnotationFile(folder.write(name))
+    assert len(file) == 2
+    assert [file.entry(i) for i in range(2)] == folder.entries
+
+
+@pytest.mark.parametrize(
+    ("image", "paths", "question"),
+    [
+        ("a.png", ["a.png"], "<image> hi"),
+        (["a.png", "b.png"], ["a.png", "b.png"], "<image><image> hi"),
+        (None, [], "hi"),
+        ("", [], "hi"),
+        ([], [], "hi"),
+    ],
+)
+def test_images(image: Any, paths: list[str], question: str) -> None:
+    annotation = parse_annotation({"id": 7, "image": image, "conversations": conversation(question, "yes")}, 0, "f")
+    assert (annotation.id, annotation.image_paths) == ("7", paths)
+
+
+def test_a_leading_answer_is_left_out() -> None:
+    messages = [{"from": "gpt", "value": "hello"}, *conversation("hi", "yes")]
+    annotation = parse_annotation({"conversations": messages}, 3, "f")
+    assert annotation.turns == [Turn("human", "hi"), Turn("gpt", "yes")]
+    assert annotation.id == "#3"
+
+
+def entry(*messages: tuple[str, Any], **more: Any) -> dict[str, Any]:
+    return {"id": "bad", "conversations": [{"from": role, "value": text} for role, text in messages], **more}
+
+
+BAD: list[tuple[Any, str]] = [
+    ("text", "not an entry"),
+    ({"id": "bad"}, "no conversation"),
+    (entry(), "no conversation"),
+    (entry(("human", "hi"), ("gpt", "yes"), image="a.png"), "image count mismatch"),
+    (entry(("human", "<image> hi"), ("gpt", "yes")), "image count mismatch"),
+    (entry(("human", "<image> hi"), ("gpt", "yes"), image=["a", "b"]), "image count mismatch"),
+    (entry(("human", "hi"), ("gpt", " \n")), "empty answer"),
+    (entry(("human", "hi"), ("robot", "yes")), "unknown role"),
+    (entry(("human", "hi"), ("gpt", None)), "no text"),
+    (entry(("human", "hi"), ("human", "hi")), "turns out of order"),
+    (entry(("gpt", "a"), ("gpt", "b"), ("human", "hi")), "turns out of order"),
+    (entry(("human", "hi")), "no answer"),
+    (entry(("human", "hi"), ("gpt", "a"), ("human", "hi")), "no answer"),
+    (entry(("gpt", "a")), "no answer"),
+    (entry(("human", "hi"), ("gpt", "<image>")), "image in an answer"),
+    (entry(("human", "hi"), ("gpt", "a"), image=[3]), "bad image path"),
+    (entry(("human", "hi"), ("gpt", "a"), image={"path": "x"}), "bad image path"),
+    (entry(("human", "<image>"), ("gpt", "a"), video="a.mp4"), "video"),
+]
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD)
+def test_bad_entries_are_named(bad: Any, reason: str) -> None:
+    with pytest.raises(SampleError) as caught:
+        parse_annotation(bad, 4, "train.json")
+    error = caught.value
+    assert error.reason == reason
+    assert error.sample_id == ("bad" if isinstance(bad, dict) else "#4")
+    for part in (repr(error.sample_id), "train.json", reason, error.what, error.remedy):
+        assert part in str(error)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", "[1,", "not JSON"),
+        ("a.json", "{}", r"a\.json begins with '\{'"),
+        ("a.json", "[]", "no entry"),
+        ("a.jsonl", "\n\n", "no entry"),
+    ],
+)
+def test_files_that_are_no_annotations(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        AnnotationFile(tmp_path / name)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(DataError, match=r"nowhere\.json cannot be read: No such file"):
+        AnnotationFile("nowhere.json")
+
+
+def test_a_broken_line_is_one_bad_sample(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": 1}\n{"id": \n')
+    file = AnnotationFile(tmp_path / "a.jsonl")
+    assert file.entry(0) == {"id": 1}
+    with pytest.raises(SampleError, match="not JSON"):
+        file.entry(1)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_file_written_to_since_it_was_opened(tmp_path: Path, name: str) -> None:
+    """Replaced by rename, the old one is read on; written over, its entries are told to be none."""
+    folder = Folder(tmp_path)
+    folder.add("one", "Hi", "Yes")
+    path = folder.write(name)
+    file = AnnotationFile(path)
+    (tmp_path / "other").write_text("[1]")
+    (tmp_path / "other").replace(path)
+    assert file.entry(0) == folder.entries[0]
+    file = AnnotationFile(folder.write(name))
+    path.write_text("[")
+    with pytest.raises(SampleError, match="not JSON"):
+        file.entry(0)

@@ -1,0 +1,72 @@
+"""What changed since the lengths were measured is an error that names the sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_vlm.data.errors import RowError
+from megatron_vlm.data.length_index import load_or_build
+from megatron_vlm.data.packing.row_plan import PlannedRow
+from megatron_vlm.data.processing.tiling import ImageGeometry
+from megatron_vlm.data.processing.tokenizer import load_tokenizer
+from megatron_vlm.data.row_builder import RowBuilder
+from megatron_vlm.data.sources.sample_source import AnnotationSource, SourceList
+from tests.data.helpers import Folder, image_bytes, mixed_folder, tiny_model, tiny_tokenizer_folder
+
+ROW = PlannedRow(17, 0, np.array([5, 3]))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return mixed_folder(tmp_path, 8)
+
+
+@pytest.fixture
+def builder(folder: Folder) -> RowBuilder:
+    tokenizer = load_tokenizer(tiny_tokenizer_folder(folder.root / "tokenizer"))
+    geometry = ImageGeometry.of(tiny_model(), "anyres")
+    source = AnnotationSource(folder.write(), folder.images)
+    index = load_or_build(source, tokenizer, geometry)
+    return RowBuilder(SourceList([source]), [index], tokenizer, geometry, 500, 300, (0, 1))
+
+
+def test_members_in_their_order(builder: RowBuilder) -> None:
+    assert builder.build(ROW).sample_ids == ["s5", "s3"]
+
+
+@pytest.mark.parametrize("damage", ["gone", "broken", "truncated", "resized"])
+def test_a_damaged_image(folder: Folder, builder: RowBuilder, damage: str) -> None:
+    victim = folder.images / "5_0.png"
+    whole = victim.read_bytes()
+    contents = {"broken": b"nonsense", "truncated": whole[: len(whole) // 2], "resized": image_bytes(99, 98)}
+    victim.unlink()
+    if damage in contents:
+        victim.write_bytes(contents[damage])
+    with pytest.raises(RowError, match=r"row 17: sample 's5' of .*train\.json: image .*5_0\.png"):
+        builder.build(ROW)
+    builder.tile_share = None  # a rank that decodes nothing goes on; the one that does ends the run
+    assert builder.build(ROW).tiles is None
+
+
+def test_an_image_of_another_size_says_how_to_measure_anew(folder: Folder, builder: RowBuilder) -> None:
+    (folder.images / "5_0.png").write_bytes(image_bytes(29, 3))
+    file = builder.indexes[0].file
+    with pytest.raises(RowError, match=f"is 29x3 pixels, was .* remove {file}"):
+        builder.build(ROW)
+    file.unlink()
+    builder.indexes = [load_or_build(builder.sources.sources[0], builder.tokenizer, builder.geometry)]
+    assert builder.build(ROW).sample_ids == ["s5", "s3"]
+
+
+def test_a_changed_annotation(folder: Folder, builder: RowBuilder) -> None:
+    folder.entries[5]["conversations"][1]["value"] = "A longer answer."
+    builder.sources = SourceList([AnnotationSource(folder.write(), folder.images)])
+    with pytest.raises(RowError, match=r"row 17: sample 's5' .* tokens where \d+ were measured"):
+        builder.build(ROW)
+    folder.entries[5]["conversations"][1]["value"] = ""
+    builder.sources = SourceList([AnnotationSource(folder.write(), folder.images)])
+    with pytest.raises(RowError, match="row 17: sample 5 of .* cannot be read any more: .*empty answer"):
+        builder.build(ROW)

@@ -1,0 +1,91 @@
+"""A conversation longer than a row is cut after an answer, with the images of the questions that stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_vlm.data import truncation
+from megatron_vlm.data.batch import IGNORE_INDEX
+from megatron_vlm.data.length_index import load_or_build
+from megatron_vlm.data.loader import build_loader
+from megatron_vlm.data.processing.tiling import ImageGeometry
+from megatron_vlm.data.processing.tokenizer import load_tokenizer
+from megatron_vlm.data.sources.sample_source import AnnotationSource
+from megatron_vlm.data.truncation import load_or_truncate
+from tests.data.helpers import Folder, make_recipe, tiny_model, tiny_tokenizer_folder
+
+LONG = "word " * 30
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    folder = Folder(tmp_path)
+    folder.add("short", "hi", "yes")
+    folder.add("talk", *(text for i in range(9) for text in (f"Number {i}? {LONG}", f"It is {i}.")))
+    images = [folder.image(f"{i}.png", 16, 16, seed=i) for i in range(6)]
+    folder.add("album", *(text for i in range(6) for text in (f"<image>\nAnd {i}?", f"Shape {i}.")), image=images)
+    folder.add("monster", LONG * 20, "yes", "And?", "no")
+    tiny_tokenizer_folder(tmp_path / "tokenizer")
+    folder.write()
+    return folder
+
+
+def read(folder: Folder, **settings: object) -> tuple[dict[str, str], dict[str, int], dict[str, object]]:
+    """Answers and tiles of each sample as the model is taught them, and the summary."""
+    recipe = make_recipe(
+        folder.root / "train.json", folder.images, folder.root / "tokenizer", oversized_samples="cut", **settings
+    )
+    loader = build_loader(recipe, dp_rank=0, dp_size=1, consumed_rows=0, need_tiles=True)
+    tokenizer = load_tokenizer(folder.root / "tokenizer")
+    answers, tiles = {}, {}
+    for _ in range(loader.plan.rows):
+        batch = next(loader)
+        assert batch.tiles is not None and len(batch.tiles) == batch.num_tiles
+        for name, start, stop in zip(batch.sample_ids, batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
+            labels = batch.labels[start:stop]
+            answers[name] = tokenizer.decode(labels[labels != IGNORE_INDEX].tolist())
+            inside = (batch.feature_positions >= start) & (batch.feature_positions < stop)
+            tiles[name] = len(set((batch.feature_sources[inside & (batch.feature_sources >= 0)] // 4).tolist()))
+    return answers, tiles, loader.summary()
+
+
+def test_no_answer_is_half_there(folder: Folder) -> None:
+    answers, tiles, summary = read(folder)
+    assert set(answers) == {"short", "talk", "album"}
+    kept = answers["talk"].split("\n")[:-1]
+    assert kept == [f"It is {i}." for i in range(len(kept))] and 0 < len(kept) < 9
+    assert answers["album"] == "".join(f"Shape {i}.\n" for i in range(3))
+    assert tiles["album"] == 15  # three images of five tiles: a row has 16
+    assert (summary["usable"], summary["cut"], summary["skipped"]) == (3, 2, 1)
+    assert isinstance(summary["tokens_cut_off"], int) and summary["tokens_cut_off"] > 0
+
+
+def test_one_more_answer_would_not_fit(folder: Folder) -> None:
+    tokenizer, geometry = load_tokenizer(folder.root / "tokenizer"), ImageGeometry.of(tiny_model(), "anyres")
+    source = AnnotationSource(folder.root / "train.json", folder.images)
+    index = load_or_build(source, tokenizer, geometry)
+    whole = int(index.tokens[1])
+    for seq_length in range(150, whole, 97):
+        cuts = load_or_truncate(source, index, tokenizer, geometry, seq_length, 1000)
+        turns, tokens = int(cuts.turns[cuts.samples == 1][0]), int(cuts.tokens[cuts.samples == 1][0])
+        assert tokens <= seq_length and turns % 2 == 0
+        assert tokens + (whole - tokens) / (18 - turns) * 2 > seq_length - 20
+
+
+def test_kept_beside_the_length_index(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = read(folder)
+    monkeypatch.setattr(truncation, "map_numbers", lambda *args: pytest.fail("cut again"))
+    assert read(folder) == first
+    damaged = next((folder.root / ".lengths").glob("*.cut-*"))
+    damaged.write_bytes(b"nonsense")
+    monkeypatch.undo()
+    assert read(folder) == first
+
+
+def test_nothing_to_cut(folder: Folder) -> None:
+    summary = read(folder, seq_length=8192, max_tiles_per_row=100)[2]
+    assert (summary["usable"], summary["cut"], summary["skipped"], summary["tokens_cut_off"]) == (4, 0, 0, 0)
+    assert np.isclose(float(str(summary["tokens_per_sample"])), 1000, rtol=1)

@@ -1,0 +1,27 @@
+"""Order is kept; a process that dies is an error."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from megatron_vlm.data.errors import DataError
+from megatron_vlm.data.worker_pool import map_numbers
+
+
+@pytest.mark.parametrize("processes", [1, 2, None])
+@pytest.mark.parametrize("total", [0, 1, 700])
+def test_order(processes: int | None, total: int) -> None:
+    assert list(map_numbers(lambda n: n * n, total, processes, "squaring")) == [n * n for n in range(total)]
+
+
+def test_a_process_that_dies() -> None:
+    def die(number: int) -> int:
+        if number == 300:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+    with pytest.raises(DataError, match="dying: a process died"):
+        list(map_numbers(die, 700, 2, "dying"))

@@ -1,0 +1,85 @@
+"""A batch comes out of a worker's queue as it went in."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.data.worker_transport import SharedBatch
+
+
+def batch(tiles: torch.Tensor | None) -> PackedBatch:
+    ids = torch.arange(12)
+    return PackedBatch(
+        ids, ids + 1, ids % 5, [0, 5, 12], ids[3:5], torch.tensor([0, -1]), 3, tiles, ["a", "b"], 11, row_index=7,
+        bilinear_weights=torch.full((2, 4), 0.25),
+    )  # fmt: skip
+
+
+TILES = {
+    "several": torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8),
+    "a part of others": torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)[1:3],
+    "no tile here": torch.empty(0, 3, 8, 8, dtype=torch.uint8),
+    "not encoded here": None,
+}
+
+
+def _send(queue: Any, done: Any) -> None:
+    for tiles in TILES.values():
+        queue.put(SharedBatch(batch(tiles)))
+    done.wait()  # as torch's workers do: the files are fetched from this process
+
+
+@pytest.fixture(scope="module")
+def received() -> Iterator[dict[str, PackedBatch]]:
+    context = multiprocessing.get_context("fork")
+    queue, done = context.Queue(), context.Event()
+    worker = context.Process(target=_send, args=(queue, done))
+    worker.start()
+    found = {name: queue.get(timeout=60) for name in TILES}
+    done.set()
+    worker.join()
+    yield found
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_all_fields_arrive(received: dict[str, PackedBatch], name: str) -> None:
+    arrived, expected = received[name], batch(TILES[name])
+    assert isinstance(arrived, PackedBatch)
+    for part in fields(PackedBatch):
+        ours, theirs = getattr(arrived, part.name), getattr(expected, part.name)
+        if isinstance(theirs, torch.Tensor):
+            assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype, part.name
+        else:
+            assert ours == theirs, part.name
+
+
+def test_tensors_can_be_written_and_outlive_the_worker(received: dict[str, PackedBatch]) -> None:
+    tiles = received["several"].tiles
+    assert tiles is not None
+    tiles += 1
+    assert torch.equal(tiles, TILES["several"] + 1)
+    tiles -= 1
+
+
+def test_files_are_closed_with_their_tensors(received: dict[str, PackedBatch]) -> None:
+    assert len(_tile_files()) == 2
+    received.clear()
+    assert not _tile_files()
+
+
+def _tile_files() -> list[str]:
+    links = []
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{number}"))
+        except OSError:
+            continue  # the listing's own
+    return [link for link in links if "memfd:tiles" in link]

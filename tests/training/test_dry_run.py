@@ -1,0 +1,34 @@
+"""`--dry-run` says what a run would do: its data with the table of the mixture, rows, steps."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.config import ParallelConfig
+from megatron_vlm.training.dry_run import describe_run
+from tests.data.helpers import make_recipe, mixed_folder, tiny_tokenizer_folder
+
+
+def test_a_mixture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = mixed_folder(tmp_path, 20)
+    folder.write("a.json")
+    folder.add("gone", "<image>", "yes", image="gone.png")
+    folder.write("b.jsonl")
+    (tmp_path / "mix.yaml").write_text("datasets: [{json_path: a.json, repeat: 2}, {json_path: b.jsonl, choose: 5}]")
+    recipe = make_recipe(
+        [str(tmp_path / "mix.yaml")], folder.images, tiny_tokenizer_folder(tmp_path / "t"), data_root=str(tmp_path)
+    )
+    recipe.parallel = ParallelConfig()
+    with caplog.at_level(logging.INFO):
+        told = describe_run(recipe, world_size=2)
+    assert "41 samples, 40 usable, refused {'missing image': 1}, too long 0" in told and "2 ranks = data 2" in told
+    (table,) = [message for message in caplog.messages if message.startswith("the first epoch takes:")]
+    assert [line.split()[1:4] for line in table.splitlines()[2:4]] == [
+        ["repeat:2", "20", "40"],
+        ["choose:5", "21", "5"],
+    ]
+    assert table.splitlines()[-1].split()[:3] == ["all", "41", "45"]
+    assert any("gone.png" in message for message in caplog.messages)
