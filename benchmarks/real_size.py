@@ -5,8 +5,8 @@
 
 Every row is one optimizer step of the samples that a row of the instruction mix holds; transformers takes the same
 samples a few at a time, padded. What a step computes is counted in the model's operations
-(`megatron_vlm.data.packing.row_cost`, and the loss head), without padding and without what is computed twice to save memory, and is held against a large
-matrix product measured in the same run.
+(`megatron_vlm.data.packing.row_cost`, and the loss head), without padding and without recomputation, and is compared
+with a large matrix product measured in the same run.
 """
 
 from __future__ import annotations

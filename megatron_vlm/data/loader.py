@@ -136,8 +136,8 @@ class RowLoader(Iterator[PackedBatch]):
             waiting = self._order.outstanding[0]
             raise RowError(
                 f"row {waiting.row_index} did not come: {type(error).__name__} {error}. It holds "
-                f"{self._name(waiting)}. A worker that was killed usually wanted memory: give fewer num_workers, or more memory to the machine "
-                "or container."
+                f"{self._name(waiting)}. A worker that was killed usually ran out of memory: give fewer num_workers, "
+                "or more memory to the machine or container."
             ) from error
         finally:
             self.data_wait_seconds += time.perf_counter() - started
