@@ -11,7 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 LONG_DOCUMENT = 1024
 """Documents from here on are attended one by one: padding them to a common length would cost more than a launch."""
 LEAST_SHARE = 0.8
-"""A document joins a group if it is at least this share of the group's longest: it cu_seqlens the padded work."""
+"""A document joins a group if it is at least this share of the group's longest: it bounds the padded work."""
 
 
 @dataclass

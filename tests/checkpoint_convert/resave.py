@@ -15,7 +15,7 @@ from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
 from checkpoint_convert.megatron.reader import CheckpointTensors
-from checkpoint_convert.megatron.writer import layer_name, part_of
+from checkpoint_convert.megatron.writer import layer_name, slice_for_shard
 from megatron_vlm.config import ParallelConfig
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import all_sharded_tensors
@@ -33,7 +33,7 @@ def compare(chunk: VisionLanguageModel, checkpoint: Path) -> int:
     shards = all_sharded_tensors(state)
     for shard in shards:
         name = layer_name(shard)
-        assert torch.equal(shard.data.view(shard.local_shape), part_of(stored[name], shard)), name
+        assert torch.equal(shard.data.view(shard.local_shape), slice_for_shard(stored[name], shard)), name
     return len(shards)
 
 
