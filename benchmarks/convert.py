@@ -24,10 +24,10 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.random_folder import write_random_folder
+from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
 from checkpoint_convert.megatron_to_hf import DTYPES
 from megatron_vlm.config import ModelConfig
-from tests.random_models import write_tokenizer
 
 SAMPLE_SECONDS = 0.02
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.random_tokenizer import write_tokenizer
 from megatron_vlm.data.prepare.shard_writer import prepare_shards
-from tests.random_models import write_tokenizer
 
 Size = tuple[int, int]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.environments import OLDER, QUANTIZERS, Environment, for_inference, on_top_of
+from tests.support.environments import OLDER, QUANTIZERS, Environment, for_inference, on_top_of
 
 
 @pytest.fixture(scope="module")

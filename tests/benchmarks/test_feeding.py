@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.small_recipe import write_small_recipe
-from tests.launch import launch
+from tests.support.launch import launch
 
 
 @pytest.mark.timeout(180)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import launch
+from tests.support.launch import launch
 
 
 @pytest.mark.timeout(180)

@@ -12,7 +12,7 @@ from benchmarks.real_size import operations_of
 from megatron_vlm.config.recipe import load_recipe
 from megatron_vlm.data.batch import IGNORE_INDEX
 from tests.benchmarks.small_recipe import write_small_recipe
-from tests.launch import launch
+from tests.support.launch import launch
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.samples import SampleMaker, draw_work
 from benchmarks.train_step import recipe_of
 from megatron_vlm.data.batch import IGNORE_INDEX
-from tests.launch import launch
+from tests.support.launch import launch
 
 
 def test_all_loops_get_the_same_samples() -> None:

@@ -11,17 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
 from checkpoint_convert.huggingface.safetensors import FolderTensors, write_weights
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from megatron_vlm.training.checkpoint import read_recipe
-from tests.random_models import (
+from tests.support.random_models import (
     GROUPED_QUERY_SIZES,
     LANGUAGE_SIZES,
     clip_vision_model,
     olmo_model,
     write_llava_next,
-    write_tokenizer,
 )
 
 

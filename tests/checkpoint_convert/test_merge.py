@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert import hf_to_megatron, megatron_to_hf, merge
 from checkpoint_convert.model_source import open_source
 from megatron_vlm.training.checkpoint import read_recipe
-from tests.random_models import (
+from tests.support.random_models import (
     GROUPED_QUERY_SIZES,
     LANGUAGE_SIZES,
     SIGLIP_SIZES,
@@ -21,7 +22,6 @@ from tests.random_models import (
     llava_next_model,
     olmo_model,
     write_llava_next,
-    write_tokenizer,
 )
 
 PROJECTOR = "multi_modal_projector."

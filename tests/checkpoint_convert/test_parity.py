@@ -19,7 +19,7 @@ from tests.checkpoint_convert.whole_model import (
     our_logits,
     prompt,
 )
-from tests.random_models import FAMILIES, GROUPED_QUERY_SIZES, LANGUAGE_SIZES, VISION_SIZES, llava_next_model
+from tests.support.random_models import FAMILIES, GROUPED_QUERY_SIZES, LANGUAGE_SIZES, VISION_SIZES, llava_next_model
 
 TOLERANCE = 1e-4
 CASES: dict[str, dict[str, Any]] = {

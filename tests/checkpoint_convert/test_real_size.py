@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from benchmarks.random_folder import write_random_folder
+from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
 from checkpoint_convert.huggingface.safetensors import FolderTensors
 from checkpoint_convert.megatron.files import loaded_model
 from megatron_vlm.config import ModelConfig
 from tests.checkpoint_convert import resave
 from tests.checkpoint_convert.whole_model import our_logits, prompt
-from tests.launch import launch
-from tests.random_models import write_tokenizer
+from tests.support.launch import launch
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(3600)]
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert import hf_to_megatron, megatron_to_hf, verify
-from tests.random_models import GROUPED_QUERY_SIZES, clip_vision_model, write_llava_next, write_tokenizer
+from tests.support.random_models import GROUPED_QUERY_SIZES, clip_vision_model, write_llava_next
 
 SIZES = GROUPED_QUERY_SIZES | {"num_attention_heads": 6, "num_key_value_heads": 6}  # q and k have one shape
 

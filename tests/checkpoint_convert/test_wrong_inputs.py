@@ -23,12 +23,12 @@ import pytest
 import torch
 
 from benchmarks.random_folder import write_random_folder
+from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
 from checkpoint_convert.huggingface.safetensors import FolderTensors, Planned, write_weights
 from checkpoint_convert.mapping.lazy_tensors import NamedTensors
 from checkpoint_convert.mapping.param_map import HuggingFaceTensors, MegatronTensors
 from megatron_vlm.config import ModelConfig, recipe_from_dict
-from tests.random_models import write_tokenizer
 from tests.training.tiny_run import MODEL
 
 

@@ -19,7 +19,7 @@ from megatron_vlm.config import load_recipe, recipe_to_dict
 from tests.examples.conftest import EXAMPLES
 from tests.instellavl.exports import make_answers_end
 from tests.instellavl.test_snippets import ask, compare
-from tests.launch import ROOT, launch
+from tests.support.launch import ROOT, launch
 
 STEPS = 40
 TRAINED_ON = 200

@@ -15,10 +15,11 @@ import torch
 from evaluate import Question
 from PIL import Image
 
+from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert.huggingface.llava_next import write_companions
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from tests.checkpoint_convert.whole_model import model_config, picture
-from tests.random_models import llava_next_model, write_tokenizer
+from tests.support.random_models import llava_next_model
 
 QUESTIONS = [
     Question("what is it?", "circle", "a.png"),

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.launch import launch
 from tests.parallel.gradients import relative_differences
+from tests.support.launch import launch
 
 pytestmark = pytest.mark.gpu
 SCRIPT = Path(__file__).parent / "run_step.py"

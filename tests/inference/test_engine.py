@@ -18,7 +18,7 @@ from checkpoint_convert import hf_to_megatron, megatron_to_hf
 from megatron_vlm.data.processing.conversation import Turn
 from megatron_vlm.inference.engine import GenerationEngine, Prompt, load_engine, read_prompts
 from tests.checkpoint_convert.whole_model import SINGLE, TALL, WIDE, picture
-from tests.random_models import GROUPED_QUERY_SIZES, write_llava_next
+from tests.support.random_models import GROUPED_QUERY_SIZES, write_llava_next
 
 NEW_TOKENS = 12
 PROMPTS = [

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from PIL import Image
 
+from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert.huggingface import instellavl, llava_next
 from checkpoint_convert.huggingface.safetensors import write_weights
 from checkpoint_convert.mapping.hf_names import instellavl_name
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from tests.checkpoint_convert.whole_model import canonical_tensors, model_config, picture
-from tests.random_models import GROUPED_QUERY_SIZES, llava_next_model, write_tokenizer
+from tests.support.random_models import GROUPED_QUERY_SIZES, llava_next_model
 
 SIZES = {"single": (20, 20), "tall": (25, 80), "wide": (90, 31), "larger than any grid": (400, 201)}
 """(width, height)"""

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from tests.environments import Environment
-from tests.launch import ROOT
+from tests.support.environments import Environment
+from tests.support.launch import ROOT
 
 TRAINERS = ("megatron", "streaming", "boto3", "botocore", "tensorboard", "sentencepiece")
 

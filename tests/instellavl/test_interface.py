@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert.errors import ConversionError
 from checkpoint_convert.huggingface.instellavl import REMOTE_CODE, model_from_instellavl, write_companions
 from instellavl.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
@@ -35,9 +36,9 @@ from megatron_vlm.data.processing.tiling import ImageGeometry, image_to_tiles
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from tests.checkpoint_convert.whole_model import picture
 from tests.instellavl.exports import NEWLINE, SIZES, pictures, write_exports
-from tests.launch import ROOT
-from tests.random_models import LANGUAGE_SIZES, write_tokenizer
-from tests.real_tokenizer import real_tokenizer_folder
+from tests.support.launch import ROOT
+from tests.support.random_models import LANGUAGE_SIZES
+from tests.support.real_tokenizer import real_tokenizer_folder
 
 END = "|||IP_ADDRESS|||"
 

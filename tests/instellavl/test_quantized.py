@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint_convert.whole_model import picture
-from tests.environments import Environment
 from tests.instellavl.exports import write_exports
-from tests.launch import ROOT
-from tests.random_models import GROUPED_QUERY_SIZES, VISION_SIZES
+from tests.support.environments import Environment
+from tests.support.launch import ROOT
+from tests.support.random_models import GROUPED_QUERY_SIZES, VISION_SIZES
 
 # bitsandbytes quantizes in blocks of 64
 REGULAR_LANGUAGE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 320}

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.environments import Environment
 from tests.instellavl.exports import pictures, write_exports
-from tests.launch import ROOT, launch
+from tests.support.environments import Environment
+from tests.support.launch import ROOT, launch
 
 ANSWER = ROOT / "tests" / "instellavl" / "answer.py"
 EOS = "|||IP_ADDRESS|||"

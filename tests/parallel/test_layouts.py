@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.launch import launch
 from tests.parallel.layouts import LAYOUTS, Layout
+from tests.support.launch import launch
 
 GRADIENTS = 1e-5
 """|ours - reference| / |reference|, per tensor, fp32."""

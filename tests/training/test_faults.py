@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch import ROOT
+from tests.support.launch import ROOT
 from tests.training.tiny_run import LAYOUTS, metrics, run, write_recipe
 
 A_MINUTE = 60

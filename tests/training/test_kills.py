@@ -22,7 +22,7 @@ from megatron_vlm.data.loader import RowLoader, build_loader
 from megatron_vlm.data.prepare.shard_writer import prepare_shards
 from megatron_vlm.training.sample_log import read_samples
 from tests.data.helpers import mixed_folder
-from tests.launch import ROOT
+from tests.support.launch import ROOT
 from tests.training.tiny_run import LAYOUTS, metrics, run, write_recipe
 
 PATIENCE = 300

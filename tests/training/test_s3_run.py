@@ -17,8 +17,8 @@ from megatron_vlm.data.prepare.shard_writer import prepare_shards
 from megatron_vlm.data.shards.cache import ShardCache
 from megatron_vlm.training.sample_log import read_samples
 from tests.data.helpers import mixed_folder
-from tests.launch import ROOT
-from tests.s3_server import BUCKET, Fault, put_folder, store, wait_for
+from tests.support.launch import ROOT
+from tests.support.s3_server import BUCKET, Fault, put_folder, store, wait_for
 from tests.training.tiny_run import metrics, run, write_recipe
 
 ITERATIONS = 20

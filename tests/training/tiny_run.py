@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tests.data.helpers import mixed_folder, tiny_tokenizer_folder
-from tests.launch import launch
+from tests.support.launch import launch
 
 MODEL = {
     "vision": {

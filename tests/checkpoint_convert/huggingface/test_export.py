@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
+from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert.huggingface.config import llava_next_config, model_from_llava_next, model_from_parts
 from checkpoint_convert.huggingface.llava_next import write_companions
 from checkpoint_convert.huggingface.safetensors import write_weights
@@ -19,7 +20,7 @@ from megatron_vlm.data.processing.image_tokens import num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, image_to_tiles
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from tests.checkpoint_convert.whole_model import TALL, WIDE, canonical_tensors, model_config, picture
-from tests.random_models import GROUPED_QUERY_SIZES, llava_next_model, write_tokenizer
+from tests.support.random_models import GROUPED_QUERY_SIZES, llava_next_model
 
 
 @pytest.fixture(scope="module")

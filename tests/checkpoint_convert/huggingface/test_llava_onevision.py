@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer
 
+from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert import hf_to_megatron
 from checkpoint_convert.mapping.families import TOWERS
 from megatron_vlm.data.processing.conversation import Turn
@@ -20,7 +21,7 @@ from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from megatron_vlm.inference.engine import Prompt, load_engine, read_prompts
 from megatron_vlm.training.checkpoint import read_recipe
 from tests.checkpoint_convert.whole_model import our_logits, picture
-from tests.random_models import LANGUAGE_SIZES, QWEN2_SIZES, SIGLIP_SIZES, VISION_SIZES, randomize, write_tokenizer
+from tests.support.random_models import LANGUAGE_SIZES, QWEN2_SIZES, SIGLIP_SIZES, VISION_SIZES, randomize
 
 TOLERANCE = 1e-4
 PINPOINTS = [[28 * rows, 28 * columns] for rows in range(1, 5) for columns in range(1, 5)]

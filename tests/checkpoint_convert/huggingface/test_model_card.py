@@ -15,7 +15,7 @@ from checkpoint_convert.huggingface.safetensors import Planned
 from megatron_vlm.config import Recipe
 from megatron_vlm.training.checkpoint import Progress
 from tests.checkpoint_convert.whole_model import WIDE, picture
-from tests.random_models import write_llava_next
+from tests.support.random_models import write_llava_next
 
 PLAN = [Planned("a", (3, 5), torch.bfloat16), Planned("b", (7,), torch.bfloat16)]
 

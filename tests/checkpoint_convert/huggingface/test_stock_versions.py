@@ -11,9 +11,9 @@ import pytest
 from megatron_vlm.config import ModelConfig
 from tests.checkpoint_convert.huggingface.test_tiling_parity import PUBLISHED, assert_same, write_processor
 from tests.checkpoint_convert.whole_model import picture
-from tests.environments import Environment
 from tests.instellavl.exports import pictures, write_exports
-from tests.launch import ROOT
+from tests.support.environments import Environment
+from tests.support.launch import ROOT
 
 
 def in_environment(environment: Environment, folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert.huggingface.llava_next import write_companions
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
@@ -20,7 +21,6 @@ from megatron_vlm.data.processing.tiling import ImageGeometry, image_to_tiles
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from tests.checkpoint_convert.stock import pil_processor, tiles_and_positions
 from tests.checkpoint_convert.whole_model import picture
-from tests.random_models import write_tokenizer
 
 # (width, height) -> positions, base view included: the published system's own counts
 PUBLISHED = {

@@ -9,14 +9,14 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
+from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert.errors import ConversionError
 from checkpoint_convert.huggingface.llava_next import CHAT_TEMPLATE
 from checkpoint_convert.huggingface.tokenizer import export_tokenizer, import_tokenizer
 from megatron_vlm.config import LanguageConfig, ModelConfig
 from megatron_vlm.data.processing.conversation import Turn, encode_prompt
 from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
-from tests.random_models import write_tokenizer
-from tests.real_tokenizer import real_tokenizer_folder
+from tests.support.real_tokenizer import real_tokenizer_folder
 
 TEXTS = ("Is there a red circle?\n", "Describe  this image in detail.", "ünïcödé 日本 12345", " a\n\nb ")
 _CORPUS = (

@@ -24,7 +24,7 @@ from tests.checkpoint_convert.whole_model import (
     our_logits,
     prompt,
 )
-from tests.random_models import GROUPED_QUERY_SIZES, VISION_SIZES, llava_next_model
+from tests.support.random_models import GROUPED_QUERY_SIZES, VISION_SIZES, llava_next_model
 
 TOLERANCE = 1e-4
 UNUSED = "vision_model.unused."

@@ -14,7 +14,7 @@ from checkpoint_convert.huggingface.safetensors import FolderTensors
 from megatron_vlm.config import recipe_from_dict
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from tests.checkpoint_convert import resave
-from tests.launch import launch
+from tests.support.launch import launch
 from tests.training.tiny_run import MODEL, run, write_recipe
 
 LAYOUTS = ["1,1", "2,1", "4,1", "1,2", "1,4", "2,2"]

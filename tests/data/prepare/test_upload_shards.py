@@ -13,7 +13,7 @@ from megatron_vlm.data.shards import s3
 from megatron_vlm.data.shards.cache import ShardCache
 from megatron_vlm.data.shards.reader import ShardFolder
 from tests.data.helpers import mixed_folder
-from tests.s3_server import BUCKET, Fault, Proxy, store
+from tests.support.s3_server import BUCKET, Fault, Proxy, store
 
 URL = f"s3://{BUCKET}/up"
 

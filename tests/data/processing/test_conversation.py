@@ -17,7 +17,7 @@ from megatron_vlm.data.processing.conversation import (
 )
 from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
 from tests.data.helpers import tiny_sentencepiece
-from tests.real_tokenizer import real_tokenizer_folder
+from tests.support.real_tokenizer import real_tokenizer_folder
 
 IMAGE = 50280
 QUESTION = [29, 93, 4537, 49651, 187]  # <|user|>\n

@@ -10,7 +10,7 @@ import pytest
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from tests.data.helpers import EOS, tiny_sentencepiece, tiny_tokenizer_folder
-from tests.real_tokenizer import real_tokenizer_folder
+from tests.support.real_tokenizer import real_tokenizer_folder
 
 
 def test_real_tokenizer_has_the_published_special_ids() -> None:

@@ -22,7 +22,7 @@ from megatron_vlm.data.shards.cache import ShardCache
 from megatron_vlm.data.shards.mds_format import ShardSample
 from megatron_vlm.data.shards.reader import ShardFolder
 from tests.data.helpers import make_recipe, mixed_folder, tiny_tokenizer_folder
-from tests.s3_server import BUCKET, Fault, Proxy, put_folder, store, wait_for
+from tests.support.s3_server import BUCKET, Fault, Proxy, put_folder, store, wait_for
 
 URL = f"s3://{BUCKET}/train"
 

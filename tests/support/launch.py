@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def launch(*command: str | Path, ranks: int, timeout: float, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.launch import ROOT
+from tests.support.launch import ROOT
 
 PACKAGE_FILES = (
     "pyproject.toml",

@@ -1,15 +1,14 @@
-"""Small models and tokenizers with random numbers everywhere, so that nothing that is mixed up goes unseen."""
+"""Small models with random numbers in every parameter, so that no swapped or dropped tensor goes unseen."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-EOS, PAD = "|||IP_ADDRESS|||", "<|padding|>"
+from benchmarks.random_tokenizer import write_tokenizer
+
 VISION_SIZES: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 72,
@@ -68,11 +67,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Arguments of llava_next_model: the families besides CLIP and OLMo, each with what is its own."""
 # (height, width), in an order in which no pair is followed by its own mirror image
 GRID_PINPOINTS = [[28, 28], [56, 28], [84, 28], [28, 56], [56, 56], [28, 84]]
-_SENTENCES = (
-    "What is the colour of the circle in this image?",
-    "Describe this image.",
-    "A red dog. A blue dog. Is there a dog in the image? yes, no, yes",
-)
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
@@ -86,25 +80,6 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm_weight = "norm" in name and name.endswith("weight") and parameter.dim() == 1
             parameter.copy_(1 + 0.2 * noise if is_norm_weight else 0.05 * noise)
-
-
-def write_tokenizer(folder: Path, size: int = 270) -> int:
-    """A byte-level BPE tokenizer with the published special strings, as a Hugging Face folder; returns its length."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - 1, initial_alphabet=alphabet, special_tokens=["<|endoftext|>", PAD], show_progress=False
-    )
-    tokenizer.train_from_iterator(_SENTENCES, trainer)
-    tokenizer.add_special_tokens([AddedToken(EOS, normalized=False)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    assert tokenizer.get_vocab_size() == size
-    return size
 
 
 def clip_vision_model(sizes: dict[str, Any] = VISION_SIZES, seed: int = 1) -> Any:
