@@ -31,12 +31,22 @@ _NAMED = 5
 
 
 @dataclass
-class OpenedData:
-    """What rows are planned from and built with; n samples over all sources."""
+class DataSources:
+    """The data of a recipe and what its samples are encoded with. Nothing is measured yet."""
 
     mixture: Mixture
     tokenizer: Tokenizer
     geometry: ImageGeometry
+
+    def load_indexes(self, cache_dir: str | None) -> list[LengthIndex]:
+        """The length index of each source; samples that are not in the cache are measured now."""
+        return [load_or_build(s, self.tokenizer, self.geometry, cache_dir) for s in self.mixture.sources.sources]
+
+
+@dataclass
+class OpenedData(DataSources):
+    """What rows are planned from and built with; n samples over all sources."""
+
     indexes: list[LengthIndex]
     """One for each source."""
     tokens: np.ndarray
@@ -51,6 +61,18 @@ class OpenedData:
     """samples, usable, refused by reason, skipped, cut and what the cuts leave out, tokens and tiles per sample"""
 
 
+def open_sources(recipe: Recipe) -> DataSources:
+    """Open sources and tokenizer.
+
+    Raises:
+        DataError: something cannot be opened.
+    """
+    data = recipe.data
+    mixture = open_mixture(data.data_path, data.image_folder, data.data_root, data.cache_dir, data.cache_limit)
+    geometry = ImageGeometry.of(recipe.model, data.image_aspect_ratio)
+    return DataSources(mixture, load_tokenizer(data.tokenizer_model), geometry)
+
+
 def open_data(recipe: Recipe, is_logging_rank: bool) -> OpenedData:
     """Open sources and tokenizer, measure lengths or read them from the cache, sort out what cannot be used.
 
@@ -62,26 +84,23 @@ def open_data(recipe: Recipe, is_logging_rank: bool) -> OpenedData:
         DataError: something cannot be opened, nothing is usable, or a sample is longer than a row and
             oversized_samples is `refuse`.
     """
-    data = recipe.data
-    mixture = open_mixture(data.data_path, data.image_folder, data.data_root, data.cache_dir, data.cache_limit)
-    tokenizer = load_tokenizer(data.tokenizer_model)
+    data, opened_sources = recipe.data, open_sources(recipe)
+    mixture, tokenizer = opened_sources.mixture, opened_sources.tokenizer
     if len(tokenizer) > recipe.model.image_token_index:
         raise DataError(
             f"tokenizer {tokenizer.path} has {len(tokenizer)} ids and image_token_index is "
             f"{recipe.model.image_token_index}: image positions would be taken for text. "
             "Set it to an id that the tokenizer does not give."
         )
-    geometry = ImageGeometry.of(recipe.model, data.image_aspect_ratio)
-    sources = mixture.sources.sources
-    indexes = [load_or_build(source, tokenizer, geometry, data.cache_dir) for source in sources]
+    indexes = opened_sources.load_indexes(data.cache_dir)
     if is_logging_rank:
-        for source, index in zip(sources, indexes, strict=True):
+        for source, index in zip(mixture.sources.sources, indexes, strict=True):
             for line in describe_rejections(source, index):
                 logger.warning("%s", line)
     tokens = np.concatenate([index.tokens for index in indexes])
     tiles = np.concatenate([index.tiles for index in indexes])
     refused = Counter(rejection.reason for index in indexes for rejection in index.rejected)
-    opened = OpenedData(mixture, tokenizer, geometry, indexes, tokens, tiles, tokens != REJECTED, {}, {})
+    opened = OpenedData(mixture, tokenizer, opened_sources.geometry, indexes, tokens, tiles, tokens != REJECTED, {}, {})
     oversized = _fit_to_rows(opened, data, is_logging_rank)
     usable = opened.usable
     if not usable.any():

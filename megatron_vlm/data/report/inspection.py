@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from megatron_vlm.config import Recipe
+from megatron_vlm.data.dataset import open_sources
 from megatron_vlm.data.errors import SampleError
-from megatron_vlm.data.length_index import REJECTED, LengthIndex, load_or_build
+from megatron_vlm.data.length_index import REJECTED, LengthIndex
 from megatron_vlm.data.processing.conversation import IGNORE_INDEX, EncodedConversation, encode_conversation
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, Size, count_tiles, select_grid
-from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
-from megatron_vlm.data.sources.mixture import Mixture, open_mixture
 from megatron_vlm.data.sources.sample_source import Sample
 from megatron_vlm.data.worker_pool import map_numbers
 
@@ -84,18 +83,14 @@ class DataView:
         Raises:
             DataError: something of the data cannot be opened.
         """
-        data = recipe.data
         self.recipe = recipe
-        self.mixture: Mixture = open_mixture(
-            data.data_path, data.image_folder, data.data_root, data.cache_dir, data.cache_limit
-        )
-        self.tokenizer: Tokenizer = load_tokenizer(data.tokenizer_model)
-        self.geometry = ImageGeometry.of(recipe.model, data.image_aspect_ratio)
+        self._opened = open_sources(recipe)
+        self.mixture, self.geometry = self._opened.mixture, self._opened.geometry
+        self.tokenizer = self._opened.tokenizer
 
     def indexes(self) -> list[LengthIndex]:
-        """One for each source; measured now where they are not known."""
-        sources = self.mixture.sources.sources
-        return [load_or_build(source, self.tokenizer, self.geometry, self.recipe.data.cache_dir) for source in sources]
+        """One for each source; samples that are not in the cache are measured now."""
+        return self._opened.load_indexes(self.recipe.data.cache_dir)
 
     def find(self, sample_id: str) -> int | None:
         """The number of the first sample with this id."""
