@@ -57,6 +57,11 @@ def canonical_name(name: str, dialect: str) -> str | None:
     return name
 
 
+def unused_name(buffer: str) -> str:
+    """The Hugging Face name, inside `vision_model.`, of a buffer of megatron_vlm.model.unused_layers."""
+    return buffer.replace("__", ".")
+
+
 def instellavl_name(name: str) -> str:
     """The name in the published layout of the tensor that name_map.py calls `name`."""
     for ours, theirs in _INSTELLAVL:

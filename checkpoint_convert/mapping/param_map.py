@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint_convert.errors import ConversionError, some_of
+from checkpoint_convert.mapping.hf_names import unused_name
 from checkpoint_convert.mapping.lazy_tensors import NamedTensors, StoredTensors, dtype_of, shape_of
 from checkpoint_convert.mapping.transforms import Copy, InterleaveQKV, Rule, StackGateUp
 from megatron_vlm.config import LanguageConfig, ModelConfig
-from megatron_vlm.model.vision import unused_shapes
+from megatron_vlm.model.unused_layers import unused_shapes
 
 VISION = "vision_tower.vision_model."
 LANGUAGE = "language_model.model."
@@ -183,7 +184,7 @@ def name_map(model: ModelConfig) -> list[Entry]:
             _VISION_LAYER_TABLE, sizes, vision_rules, _VISION_LAYER, _HF_VISION_LAYER, layers=vision.num_layers_used
         ),
         *(
-            Entry(f"vision_model.unused.{name.replace('.', '__')}", (VISION + name,), Copy(), (shape,))
+            Entry(f"vision_model.unused.{name}", (VISION + unused_name(name),), Copy(), (shape,))
             for name, shape in unused_shapes(vision).items()
         ),
         *_entries(

@@ -26,7 +26,7 @@ from checkpoint_convert.megatron.writer import StreamingSave, layer_name, slice_
 from megatron_vlm.config import ConfigError, ModelConfig, ParallelConfig, Recipe, recipe_to_dict
 from megatron_vlm.config.check_model import check_language, check_vision
 from megatron_vlm.model.build import build_model
-from megatron_vlm.model.initialize import first_value
+from megatron_vlm.model.initialize import initial_value
 from megatron_vlm.model.sharding import model_sharded_state_dict
 from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.runtime.launch import distributed
@@ -64,7 +64,7 @@ def write_checkpoint(
 
         def value_of(shard: ShardedTensor) -> torch.Tensor:
             name = layer_name(shard)
-            return slice_for_shard(tensors[name], shard) if name in tensors else first_value(shard, recipe)
+            return slice_for_shard(tensors[name], shard) if name in tensors else initial_value(shard, recipe)
 
         ours = tensors_of(model)
         check_space(folder, sum(tensor.nbytes for tensor in ours.values()))

@@ -23,9 +23,9 @@ from megatron_vlm.data.processing.conversation import Turn, encode_prompt
 from megatron_vlm.data.processing.image_tokens import RowFeatures, num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, cut_tiles
 from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
+from megatron_vlm.inference.kv_cache import KVCache
 from megatron_vlm.inference.sampling import greedy
 from megatron_vlm.model.build import build_model
-from megatron_vlm.model.kv_cache import KVCache
 from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.launch import distributed

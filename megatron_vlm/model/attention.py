@@ -1,8 +1,8 @@
-"""Attention within the documents of a row: the one core attention of both towers.
+"""Attention within the documents of a packed row, used by the vision tower and the language model.
 
-Context parallelism is Ulysses (arXiv:2309.14509): around the kernel an all-to-all turns "my slice of the row, all
-heads" into "the whole row, my heads". So the kernel sees whole documents, rotary positions are the row's own, and any
-variable-length kernel serves.
+Context parallelism is Ulysses (arXiv:2309.14509). An all-to-all before the kernel exchanges "a slice of the row, all
+heads" for "the whole row, a slice of the heads"; another one after the kernel reverts it. The kernel therefore sees
+whole documents, and any variable-length kernel can be used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_vlm.runtime.device import fused
 
 
 class _SwapSequenceAndHeads(torch.autograd.Function):
-    """[s / cp, h, d] -> [s, h / cp, d] if to_heads, else the way back; each is the other's gradient."""
+    """[s / cp, h, d] -> [s, h / cp, d] if to_heads, else the inverse. Each direction is the other's backward."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, to_heads: bool, group: dist.ProcessGroup) -> torch.Tensor:
@@ -39,13 +39,13 @@ class _SwapSequenceAndHeads(torch.autograd.Function):
 
 @fused
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the halves of each head: x [s, h, d], tables [s, 1, d / 2]; in fp32, as transformers' OLMo does."""
+    """Rotary embedding of x [s, h, d] in fp32; cos and sin are [s, 1, d / 2]. Halves are paired as in transformers."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 class PackedAttention(MegatronModule):
-    """Core attention of a megatron-core layer, on rows described by a PackedSequence."""
+    """Core attention of a megatron-core layer on a packed row, which a PackedSequence describes."""
 
     def __init__(
         self,
@@ -70,21 +70,31 @@ class PackedAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSequence | None = None,
     ) -> torch.Tensor:
-        """query [s, heads, d], key and value [s, kv heads, d] of this rank's slice -> [s, heads * d]."""
-        layout = packed_seq_params
-        assert layout is not None
+        """Attend within documents.
+
+        Args:
+            query: [s, heads, d], this context rank's slice of the row.
+            key: [s, kv heads, d].
+            value: [s, kv heads, d].
+            packed_seq_params: the documents of the whole row.
+
+        Returns:
+            [s, heads * d].
+        """
+        packed = packed_seq_params
+        assert packed is not None
         ranks = self.context_group.size()
         if ranks > 1:
             repeats = -(-ranks // key.shape[1]) if key.shape[1] < ranks else 1
-            if repeats > 1:  # fewer key/value heads than ranks: each rank needs one, so some are sent more than once
+            if repeats > 1:  # every rank needs a key/value head: where ranks outnumber heads, heads are repeated
                 key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
             query, key, value = (_SwapSequenceAndHeads.apply(x, True, self.context_group) for x in (query, key, value))
-        if layout.cos is not None and layout.sin is not None:
-            query, key = rotate(query, layout.cos, layout.sin), rotate(key, layout.cos, layout.sin)
-        if layout.cache is not None:
-            out = layout.cache.attend(self.layer_number, query, key, value, layout)
+        if packed.cos is not None and packed.sin is not None:
+            query, key = rotate(query, packed.cos, packed.sin), rotate(key, packed.cos, packed.sin)
+        if packed.cache is not None:
+            out = packed.cache.attend(self.layer_number, query, key, value, packed)
         else:
-            out = attend(query, key, value, layout, self.scale)
+            out = attend(query, key, value, packed, self.scale)
         if ranks > 1:
             out = _SwapSequenceAndHeads.apply(out, False, self.context_group)
         return out.flatten(1)

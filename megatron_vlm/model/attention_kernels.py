@@ -1,8 +1,8 @@
-"""The kernels that attention may run on; all take a row and its layout and give the same numbers.
+"""Attention kernels for packed rows. All have the same signature and compute the same function.
 
-`sdpa` is torch's scaled_dot_product_attention over groups of documents and runs anywhere. `varlen` is torch's
-variable-length attention and needs a GPU, half precision, torch 2.11 and heads whose width is a multiple of 8. The
-fastest that can run is taken.
+`sdpa` calls torch's scaled_dot_product_attention on groups of documents and runs on every device. `varlen` calls
+torch's variable-length attention; it needs a GPU, bf16 or fp16, torch 2.11 and a head dimension divisible by 8.
+`attend` uses `varlen` where it is supported.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from megatron_vlm.model.packed_sequence import DocumentGroup, PackedSequence
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedSequence, scale: float | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequence, scale: float | None = None
 ) -> torch.Tensor:
-    """query [s, h, d], key and value [s, kv, d] over the whole row -> [s, h, d]; each document sees itself alone."""
-    return (varlen if _takes_varlen(query) else sdpa)(query, key, value, layout, scale)
+    """query [s, h, d], key and value [s, kv, d] of the whole row -> [s, h, d], each document by itself."""
+    return (varlen if _supports_varlen(query) else sdpa)(query, key, value, packed, scale)
 
 
-def _takes_varlen(query: torch.Tensor) -> bool:
-    """Whether torch's kernel serves these heads on this device."""
-    width = query.shape[-1]
+def _supports_varlen(query: torch.Tensor) -> bool:
+    """Whether torch's variable-length kernel supports this device, dtype and head dimension."""
+    head_dim = query.shape[-1]
     half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    return half and width % 8 == 0 and width <= 256 and "window_size" in _varlen_parameters()
+    return half and head_dim % 8 == 0 and head_dim <= 256 and "window_size" in _varlen_parameters()
 
 
 def _repeat_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,13 +39,13 @@ def _repeat_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
 
 def sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedSequence, scale: float | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequence, scale: float | None = None
 ) -> torch.Tensor:
-    """torch's scaled_dot_product_attention, one call per group of documents."""
+    """torch's scaled_dot_product_attention, one call per group of documents; arguments as in `attend`."""
     key, value = _repeat_heads(query, key, value)
-    parts = [_attend_group(query, key, value, group, layout.causal, scale) for group in layout.groups]
-    out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return out if layout.restore is None else out[layout.restore]
+    outputs = [_attend_group(query, key, value, group, packed.causal, scale) for group in packed.groups]
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return out if packed.restore is None else out[packed.restore]
 
 
 def _attend_group(
@@ -53,20 +53,18 @@ def _attend_group(
 ) -> torch.Tensor:
     size = group.count * group.length
 
-    def rectangle(x: torch.Tensor) -> torch.Tensor:
-        rows = x[group.start : group.start + size] if group.gather is None else x[group.gather]
-        return rows.view(group.count, group.length, *x.shape[1:]).transpose(1, 2)
+    def padded(x: torch.Tensor) -> torch.Tensor:
+        tokens = x[group.start : group.start + size] if group.gather is None else x[group.gather]
+        return tokens.view(group.count, group.length, *x.shape[1:]).transpose(1, 2)
 
-    out = F.scaled_dot_product_attention(
-        rectangle(query), rectangle(key), rectangle(value), is_causal=causal, scale=scale
-    )
+    out = F.scaled_dot_product_attention(padded(query), padded(key), padded(value), is_causal=causal, scale=scale)
     out = out.transpose(1, 2).flatten(0, 1)
     return out if group.real is None else out[group.real]
 
 
 @functools.cache
 def _varlen_parameters() -> frozenset[str]:
-    """What torch's variable-length attention can be told: none where it is missing, since 2.13 more than in 2.11."""
+    """Parameters of the installed torch's varlen_attn (2.13 has more than 2.11); empty where it is missing."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -75,27 +73,27 @@ def _varlen_parameters() -> frozenset[str]:
 
 
 def varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedSequence, scale: float | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequence, scale: float | None = None
 ) -> torch.Tensor:
-    """torch's variable-length attention (a flash kernel): one call for the row, no padding."""
+    """torch's variable-length attention (a flash kernel): one call per row, no padding; arguments as in `attend`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped: dict[str, Any] = {}
+    gqa: dict[str, Any] = {}
     if "enable_gqa" in _varlen_parameters():
-        grouped["enable_gqa"] = query.shape[1] != key.shape[1]
+        gqa["enable_gqa"] = query.shape[1] != key.shape[1]
     else:
         key, value = _repeat_heads(query, key, value)
     out = varlen_attn(
         query,
         key,
         value,
-        layout.cu_seqlens_q,
-        layout.cu_seqlens_kv,
-        layout.max_seqlen_q,
-        layout.max_seqlen_kv,
+        packed.cu_seqlens_q,
+        packed.cu_seqlens_kv,
+        packed.max_seqlen_q,
+        packed.max_seqlen_kv,
         scale=scale,
-        window_size=(-1, 0) if layout.causal else (-1, -1),
-        **grouped,
+        window_size=(-1, 0) if packed.causal else (-1, -1),
+        **gqa,
     )
     assert isinstance(out, torch.Tensor)
     return out

@@ -1,4 +1,4 @@
-"""From a recipe to this rank's model chunks."""
+"""Build this rank's model chunks from a recipe."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from megatron_vlm.runtime.process_groups import vision_groups
 
 @fused
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """CLIP's activation, x * sigmoid(1.702 x); megatron-core's is compiled on a CPU too."""
+    """CLIP's activation, x * sigmoid(1.702 x). megatron-core's own would be compiled on a CPU too."""
     return x * torch.sigmoid(1.702 * x)
 
 
 def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
-    """SigLIP's activation, GELU by its tanh approximation."""
+    """SigLIP's activation, the tanh approximation of GELU."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -39,7 +39,7 @@ def _shared_settings(recipe: Recipe) -> dict[str, Any]:
         "bf16": recipe.training.bf16,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        # Weights are drawn after building, by name, so that every layout starts alike: initialize.py.
+        # initialize.py samples the weights after building, so that they are the same in every parallel layout.
         "perform_initialization": False,
         "use_cpu_initialization": not on_gpu(),
         "gradient_accumulation_fusion": False,
@@ -52,7 +52,7 @@ def _shared_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def language_transformer_config(recipe: Recipe) -> TransformerConfig:
-    """megatron-core's settings for the language model in this layout."""
+    """megatron-core's settings for the language model in the recipe's parallel layout."""
     language, parallel = recipe.model.language, recipe.parallel
     virtual = parallel.virtual_pipeline_model_parallel_size
     return TransformerConfig(
@@ -66,7 +66,7 @@ def language_transformer_config(recipe: Recipe) -> TransformerConfig:
         layernorm_epsilon=language.layer_norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
-        bias_activation_fusion=on_gpu(),  # SwiGLU as one kernel that keeps its input alone; compiled, as in `fused`
+        bias_activation_fusion=on_gpu(),  # SwiGLU as one compiled kernel that saves only its input
         add_bias_linear=False,
         add_qkv_bias=language.attention_bias,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -74,8 +74,8 @@ def language_transformer_config(recipe: Recipe) -> TransformerConfig:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
-        # Interleaving over two ranks has one peer before and behind; batched messages to it are matched in the wrong
-        # order from the third micro-batch on, silently.
+        # With two stages the previous and the next rank are the same peer. Batched messages to it are silently matched
+        # in the wrong order from the third micro-batch on, so the interleaved schedule sends them one by one.
         overlap_p2p_comm=virtual > 1,
         batch_p2p_comm=virtual == 1,
         calculate_per_token_loss=True,
@@ -84,9 +84,9 @@ def language_transformer_config(recipe: Recipe) -> TransformerConfig:
 
 
 def vision_transformer_config(recipe: Recipe) -> TransformerConfig:
-    """megatron-core's settings for the tower; it is never cut over stages or context ranks."""
+    """megatron-core's settings for the vision tower, which has no pipeline or context parallelism."""
     vision, parallel = recipe.model.vision, recipe.parallel
-    split = parallel.vision_parallel == "tensor"
+    tensor_parallel = parallel.vision_parallel == "tensor"
     return TransformerConfig(
         num_layers=vision.num_layers_used,
         hidden_size=vision.hidden_size,
@@ -96,17 +96,17 @@ def vision_transformer_config(recipe: Recipe) -> TransformerConfig:
         activation_func=_ACTIVATIONS[vision.hidden_act],
         bias_activation_fusion=False,
         add_bias_linear=True,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size if split else 1,
-        sequence_parallel=split and parallel.sequence_parallel,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size if tensor_parallel else 1,
+        sequence_parallel=tensor_parallel and parallel.sequence_parallel,
         **_shared_settings(recipe),
     )
 
 
 def build_model(recipe: Recipe, device: torch.device | None = None) -> list[VisionLanguageModel]:
-    """This rank's model chunks: one, or one per virtual stage. Weights are not set yet.
+    """Build this rank's model chunks: one, or one per virtual stage. The weights are uninitialised.
 
-    Process groups must exist (see runtime.launch); the recipe must have passed check_recipe. On the meta `device` the
-    model has names and shapes and no memory; by default it is on this rank's own.
+    Process groups must exist (runtime.launch) and the recipe must have passed check_recipe. `device` is this rank's
+    own by default; on the meta device the model has names and shapes but no memory.
     """
     config, vision_config = language_transformer_config(recipe), vision_transformer_config(recipe)
     groups = vision_groups(recipe.parallel)

@@ -1,8 +1,7 @@
-"""First weights, drawn by name: every layout starts from the same numbers.
+"""Random initial weights that are the same in every parallel layout.
 
-megatron-core draws while it builds, so that what a weight starts as depends on the stages and ranks before it. Here
-each tensor of the whole model is drawn from its own generator, seeded by (seed, name, layer), and each rank keeps its
-shard.
+megatron-core samples weights while it builds the model, so they depend on the number of stages and ranks. Here each
+tensor of the whole model has a generator of its own, seeded by (seed, name, layer), and each rank keeps its shard.
 """
 
 from __future__ import annotations
@@ -19,26 +18,26 @@ from megatron_vlm.config import Recipe
 from megatron_vlm.model.sharding import model_sharded_state_dict
 from megatron_vlm.model.vlm import VisionLanguageModel
 
-_Draw = Callable[[torch.Size, torch.Generator, int], torch.Tensor]
+_Initializer = Callable[[torch.Size, torch.Generator, int], torch.Tensor]
 
 
 def _normal(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.Tensor:
-    """N(0, 1 / fan in): 0.022 at OLMo-1B's width, where its own initializer says 0.02."""
+    """N(0, 1 / fan in): a standard deviation of 0.022 at the width of OLMo-1B, whose own initializer uses 0.02."""
     return torch.randn(shape, generator=generator) * shape[1:].numel() ** -0.5
 
 
 def _residual(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.Tensor:
-    """What is added to the residual stream is scaled by 1 / sqrt(2 layers) (GPT-2)."""
+    """Projections into the residual stream are scaled by 1 / sqrt(2 layers), as in GPT-2."""
     return _normal(shape, generator, layers) * (2 * layers) ** -0.5
 
 
 def _small(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.Tensor:
-    """Position embeddings, N(0, 0.02) as CLIP's."""
+    """Position embeddings: standard deviation 0.02, as in CLIP."""
     return torch.randn(shape, generator=generator) * 0.02
 
 
 def _vector(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.Tensor:
-    """Learned single tokens, N(0, 1 / width): the class embedding and the newline."""
+    """The class embedding and the image newline: N(0, 1 / width)."""
     return torch.randn(shape, generator=generator) * shape.numel() ** -0.5
 
 
@@ -50,7 +49,7 @@ def _zeros(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.
     return torch.zeros(shape)
 
 
-_RULES: list[tuple[str, _Draw]] = [
+_RULES: list[tuple[str, _Initializer]] = [
     (r"\.unused\.", _zeros),
     (r"norm\.weight$", _ones),
     (r"\.bias$", _zeros),
@@ -61,15 +60,15 @@ _RULES: list[tuple[str, _Draw]] = [
 ]
 
 
-def _rule(key: str) -> _Draw:
-    for pattern, draw in _RULES:
+def _rule(key: str) -> _Initializer:
+    for pattern, initializer in _RULES:
         if re.search(pattern, key):
-            return draw
-    raise KeyError(f"no rule says how {key} starts; add one to {__name__}")
+            return initializer
+    raise KeyError(f"no rule initialises {key}: add one to _RULES in {__name__}")
 
 
-def first_value(tensor: ShardedTensor, recipe: Recipe) -> torch.Tensor:
-    """What a shard starts as; it follows from the recipe's seed, the tensor's name and its layer alone."""
+def initial_value(tensor: ShardedTensor, recipe: Recipe) -> torch.Tensor:
+    """Initial value of a shard, of its local shape; depends only on the seed and the tensor's name and layer."""
     vision, language = recipe.model.vision, recipe.model.language
     layers = vision.num_layers_used if tensor.key.startswith("vision_model.") else language.num_hidden_layers
     stacked = tensor.prepend_axis_num
@@ -82,16 +81,17 @@ def first_value(tensor: ShardedTensor, recipe: Recipe) -> torch.Tensor:
 
 
 def initialize_weights(chunks: list[VisionLanguageModel], recipe: Recipe) -> None:
-    """Set every parameter from the recipe's seed, alike in all layouts."""
+    """Initialise every parameter and buffer from the recipe's seed, in place; the same in all parallel layouts."""
     state = {f"chunk{i}": model_sharded_state_dict(chunk) for i, chunk in enumerate(chunks)}
     apply_factories(state)
     sharded, _ = extract_sharded_tensors(state)
     with torch.no_grad():
         for tensor in all_sharded_tensors(sharded):
-            tensor.data.copy_(first_value(tensor, recipe))
+            tensor.data.copy_(initial_value(tensor, recipe))
 
 
 def all_sharded_tensors(state: object) -> list[ShardedTensor]:
+    """The sharded tensors in a nested state dict, in order."""
     if isinstance(state, ShardedTensor):
         return [state]
     values = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []

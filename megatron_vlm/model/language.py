@@ -1,4 +1,4 @@
-"""The language model: megatron-core's embedding and transformer block, and our loss head."""
+"""The language model: megatron-core's embedding and transformer block with our loss head."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from megatron_vlm.model.packed_sequence import PackedSequence
 
 
 class LanguageModel(LanguageModule):
-    """One pipeline stage of a decoder of the Llama shape.
+    """One pipeline stage of a Llama-like decoder.
 
-    GPTModel is deprecated in megatron-core 0.19 and its successor is absent in 0.16; this small subclass works with
-    both and leaves room for a decoder input with image features and for a loss that never makes a row's logits.
+    GPTModel is deprecated in megatron-core 0.19 and its successor is absent in 0.16. This subclass works with both,
+    takes image features as decoder input, and computes the loss without the logits of a whole row.
     """
 
     def __init__(
@@ -57,20 +57,20 @@ class LanguageModel(LanguageModule):
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Token ids [s] of this context rank -> [s / tp, 1, H]; the embedding itself scatters over the tensor group."""
+        """Token ids [s] of this context rank -> [s / tp, 1, H]; the embedding scatters over the tensor group."""
         return self.embedding(input_ids=tokens[None], position_ids=None)
 
-    def decode(self, hidden: torch.Tensor | None, layout: PackedSequence) -> torch.Tensor:
-        """Run this stage's layers; `hidden` is None where the schedule has set the input tensor."""
-        return self.decoder(hidden, attention_mask=None, packed_seq_params=layout)
+    def decode(self, hidden: torch.Tensor | None, packed: PackedSequence) -> torch.Tensor:
+        """Run this stage's layers on [s / tp, 1, H]; `hidden` is None where the schedule has set the input tensor."""
+        return self.decoder(hidden, attention_mask=None, packed_seq_params=packed)
 
     def _tied_weight(self) -> torch.Tensor | None:
         return self.embedding.word_embeddings.weight if self.pre_process else None
 
     def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sum of the losses of this context rank's labelled tokens; labels [s], already shifted."""
+        """Sum of the losses of this context rank's supervised tokens; labels [s] are already shifted."""
         return self.output_layer(hidden, labels, self._tied_weight())
 
     def logits(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        """fp32 logits [n, V] at the positions `where` of this context rank's slice."""
+        """fp32 logits [n, V] at the positions `where` [n] of this context rank's slice."""
         return self.output_layer.logits(hidden, where, self._tied_weight())

@@ -1,4 +1,4 @@
-"""megatron-core's own transformer layer with our norm and our attention in it."""
+"""megatron-core's transformer layer with our norm and our attention."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from megatron_vlm.model.attention import PackedAttention
 
 
 def block_spec(norm: type[torch.nn.Module], num_layers: int) -> TransformerBlockSubmodules:
-    """A block of `num_layers` pre-norm layers, from the local spec: nothing of Transformer Engine is needed.
+    """A block of `num_layers` pre-norm layers from megatron-core's local spec, which needs no Transformer Engine.
 
-    megatron-core's own attention refuses packed rows and its norm refuses sequence parallelism: both are replaced.
+    megatron-core's local attention rejects packed sequences and its norm rejects sequence parallelism, so both are
+    replaced.
     """
     layer = get_gpt_layer_local_spec()
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
-    # Keys of norms stay their module names: the local spec would file them under Transformer Engine's fused layers.
+    # Checkpoint keys of norms are their module names; the local spec would use those of Transformer Engine's layers.
     layer.submodules.sharded_state_dict_keys_map = {}
     layer.submodules.self_attention.submodules.core_attention = PackedAttention
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -1,8 +1,8 @@
-"""The loss head: cross entropy over the loss tokens of a row, without the logits of the row.
+"""The loss head: cross entropy of a row's supervised tokens, without the logits of the whole row.
 
-32,768 tokens x 50,304 words in fp32 would be 6.6 GB, twice over in backward. Here only tokens that have a label count,
-a chunk of them at a time, and the gradient of a chunk is made while its logits are at hand (as Liger does,
-arXiv:2410.10989), each tensor rank holding its share of the vocabulary (Megatron-LM, arXiv:1909.08053).
+fp32 logits of 32,768 tokens x 50,304 vocabulary entries take 6.6 GB, and twice that in backward. Here logits are
+computed for supervised tokens only, in chunks, and the gradient of a chunk is computed in the forward pass (as in
+Liger, arXiv:2410.10989). The vocabulary is sharded over tensor ranks (Megatron-LM, arXiv:1909.08053).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_vlm.data.batch import IGNORE_INDEX
 
-LOGITS_AT_ONCE = 2**26
-"""fp32 logits held at a time on a rank, 256 MB: large enough for full speed, small beside the activations."""
+MAX_LOGITS_PER_CHUNK = 2**26
+"""fp32 logits of a chunk on a rank, 256 MB: large enough for full speed, small next to the activations."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -40,27 +40,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        first_word = group.rank() * len(weight)
-        chunk = max(1, LOGITS_AT_ONCE // len(weight))
+        vocab_start = group.rank() * len(weight)
+        chunk = max(1, MAX_LOGITS_PER_CHUNK // len(weight))
         for start in range(0, len(hidden), chunk):
-            part = hidden[start : start + chunk]
-            logits = (part @ weight.t()).float()
-            target = targets[start : start + chunk] - first_word
-            mine = (target >= 0) & (target < len(weight))
+            chunk_hidden = hidden[start : start + chunk]
+            logits = (chunk_hidden @ weight.t()).float()
+            target = targets[start : start + chunk] - vocab_start
+            in_shard = (target >= 0) & (target < len(weight))
             target = target.clamp(0, len(weight) - 1)[:, None]
             logits -= _all_reduce(logits.amax(1, keepdim=True), dist.ReduceOp.MAX, group)
-            wanted = _all_reduce(logits.gather(1, target)[:, 0] * mine, dist.ReduceOp.SUM, group)
+            target_logits = _all_reduce(logits.gather(1, target)[:, 0] * in_shard, dist.ReduceOp.SUM, group)
             probabilities = logits.exp_()
             normalizer = _all_reduce(probabilities.sum(1), dist.ReduceOp.SUM, group)
-            total += (normalizer.log() - wanted).sum()
+            total += (normalizer.log() - target_logits).sum()
             if need_hidden or need_weight:
                 probabilities /= normalizer[:, None]
-                probabilities.scatter_add_(1, target, -mine[:, None].float())
+                probabilities.scatter_add_(1, target, -in_shard[:, None].float())
                 grad_logits = probabilities.to(weight.dtype)
                 if grad_hidden is not None:
                     grad_hidden[start : start + chunk] = grad_logits @ weight
                 if grad_weight is not None:
-                    grad_weight += grad_logits.t() @ part
+                    grad_weight += grad_logits.t() @ chunk_hidden
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -84,19 +84,19 @@ def _all_reduce(values: torch.Tensor, op: Any, group: dist.ProcessGroup) -> torc
 
 
 class LossHead(MegatronModule):
-    """The output layer: its own weight, or none where the embedding's is at hand (tied, on the same stage)."""
+    """The output layer. It has a weight of its own unless that is tied to an embedding on the same stage."""
 
     def __init__(self, config: TransformerConfig, vocab_size: int, own_weight: bool, group: dist.ProcessGroup) -> None:
         super().__init__(config=config)
         self.group = group
         self.weight: torch.nn.Parameter | None = None
         if own_weight:
-            rows = vocab_size // group.size()
-            self.weight = torch.nn.Parameter(torch.empty(rows, config.hidden_size, dtype=config.params_dtype))
+            shard_size = vocab_size // group.size()
+            self.weight = torch.nn.Parameter(torch.empty(shard_size, config.hidden_size, dtype=config.params_dtype))
             set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
-    def _whole_slice(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[s / tp, 1, H] of this tensor rank -> [s, H]; backward sums what each vocabulary shard contributes."""
+    def _gather_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[s / tp, 1, H] of this tensor rank -> [s, H]; backward sums the gradients of the vocabulary shards."""
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=self.group
@@ -104,24 +104,30 @@ class LossHead(MegatronModule):
         return hidden[:, 0]
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor, tied: torch.Tensor | None) -> torch.Tensor:
-        """hidden [s / tp, 1, H], labels [s] with IGNORE_INDEX -> sum of the losses of labelled tokens, fp32."""
+        """Sum of the losses of supervised tokens, an fp32 scalar.
+
+        Args:
+            hidden: [s / tp, 1, H] of this tensor rank.
+            labels: [s], already shifted; IGNORE_INDEX where a token is not supervised.
+            tied: the embedding's weight [V / tp, H], used where this layer has none.
+        """
         weight = self.weight if self.weight is not None else tied
         assert weight is not None
-        chosen = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        supervised = (labels != IGNORE_INDEX).nonzero()[:, 0]
         return _ChunkedCrossEntropy.apply(
-            self._whole_slice(hidden)[chosen], weight, labels[chosen], self.group, torch.is_grad_enabled()
+            self._gather_sequence(hidden)[supervised], weight, labels[supervised], self.group, torch.is_grad_enabled()
         )
 
     def logits(self, hidden: torch.Tensor, where: torch.Tensor, tied: torch.Tensor | None) -> torch.Tensor:
-        """fp32 logits [n, V] of the positions `where` [n] of this context slice, on every tensor rank."""
+        """fp32 logits [n, V] at the positions `where` [n] of this context rank's slice, on every tensor rank."""
         weight = self.weight if self.weight is not None else tied
         assert weight is not None
-        mine = (self._whole_slice(hidden)[where] @ weight.t()).float().contiguous()
+        shard = (self._gather_sequence(hidden)[where] @ weight.t()).float().contiguous()
         if self.group.size() == 1:
-            return mine
-        shares = [torch.empty_like(mine) for _ in range(self.group.size())]
-        dist.all_gather(shares, mine, group=self.group)
-        return torch.cat(shares, dim=1)
+            return shard
+        shards = [torch.empty_like(shard) for _ in range(self.group.size())]
+        dist.all_gather(shards, shard, group=self.group)
+        return torch.cat(shards, dim=1)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""The norms of the two towers, in the calling convention of megatron-core's layer specs."""
+"""Norms of the vision tower and the language model, with the constructor that megatron-core's layer specs expect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_vlm.runtime.device import fused
 
 
 class LayerNormWithoutAffine(torch.nn.Module):
-    """OLMo-1's norm: no weight, no bias, computed in fp32 (as transformers' OlmoLayerNorm)."""
+    """OLMo-1's layer norm: no weight, no bias, computed in fp32 like transformers' OlmoLayerNorm."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
@@ -26,10 +26,10 @@ def _layer_norm(hidden: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class LayerNorm(torch.nn.Module):
-    """A layer norm with weight and bias that may run on a sequence-parallel slice.
+    """A layer norm with weight and bias that works under sequence parallelism, which megatron-core's wrapper rejects.
 
-    megatron-core's own wrapper of torch's norm refuses sequence parallelism. Under it each tensor rank normalises other
-    tokens, so that the parameters' gradients are summed over the tensor group: `sequence_parallel` says so.
+    Under sequence parallelism each tensor rank normalises different tokens. The attribute `sequence_parallel` makes
+    megatron-core sum the parameters' gradients over the tensor group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
@@ -45,9 +45,9 @@ class LayerNorm(torch.nn.Module):
 
 
 class RMSNorm(torch.nn.Module):
-    """A weight and no mean (arXiv:1910.07467), in fp32 as transformers' Llama, Qwen2 and Mistral compute it.
+    """RMSNorm (arXiv:1910.07467), computed in fp32 like transformers' Llama, Qwen2 and Mistral.
 
-    As for LayerNorm, `sequence_parallel` says that tensor ranks see other tokens.
+    `sequence_parallel` has the same meaning as in LayerNorm.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
@@ -67,4 +67,4 @@ def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
 
 
 LANGUAGE_NORMS: dict[str, type[torch.nn.Module]] = {"LayerNorm": LayerNormWithoutAffine, "RMSNorm": RMSNorm}
-"""What `model.language.normalization` means."""
+"""The norm for each value of `model.language.normalization`."""

@@ -1,4 +1,4 @@
-"""The two-layer MLP that takes image features to the width of the language model (LLaVA-1.5, arXiv:2310.03744)."""
+"""The two-layer MLP from the vision tower's width to the language model's (LLaVA-1.5, arXiv:2310.03744)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class Projector(MegatronModule):
     """Linear, exact GELU, Linear, with biases; [..., vision width] -> [..., language width].
 
-    It is whole on every rank and sees only that rank's tiles, so that its gradients are summed over the tensor group.
+    It is replicated on every tensor rank and each rank runs it on its own tiles, so its gradients are summed over the
+    tensor group (`sequence_parallel`).
     """
 
     def __init__(self, config: TransformerConfig, vision_width: int) -> None:

@@ -1,4 +1,4 @@
-"""The names and places of this rank's tensors in the whole model: what checkpoints, first weights and tests go by."""
+"""Names and offsets of this rank's tensors in the whole model, for checkpoints, initial weights and tests."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from megatron.core.tensor_parallel.layers import (
 )
 
 CHECKPOINT_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""The only optimizer format that loads in another layout."""
+"""The only optimizer format that can be loaded in another parallel layout."""
 
 
 def sharding_metadata() -> dict[str, Any]:
-    """What megatron-core's sharded_state_dict calls are told."""
+    """The `metadata` argument of megatron-core's sharded_state_dict methods."""
     return {**CHECKPOINT_FORMAT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
 def model_sharded_state_dict(model: Any) -> ShardedStateDict:
-    """Sharded state of a model chunk, wrapped or not, under layout-independent names."""
+    """Sharded state of a model chunk, wrapped in DDP or not, under names that do not depend on the parallel layout."""
     return unwrap(model).sharded_state_dict(metadata=sharding_metadata())
 
 
-def count_tensor_replicas(state: ShardedStateDict) -> ShardedStateDict:
-    """Number the copies of a tower that is whole on every tensor rank, so that one rank writes it and not all.
+def set_tensor_replica_ids(state: ShardedStateDict) -> ShardedStateDict:
+    """Set the replica ids of a vision tower that is replicated on all tensor ranks, so that only one of them writes it.
 
-    Its layers were built in a tensor group of one and each copy believes that it is the only one.
+    The tower was built in a tensor group of one, so every copy has replica id 0. Changes `state` in place.
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     for tensor in state.values():
@@ -48,18 +48,19 @@ def unwrap(model: torch.nn.Module) -> Any:
     return model
 
 
-def mark_split_weights(model: torch.nn.Module) -> None:
-    """Say which weights are split over tensor ranks: the gradient norm counts all others on one tensor rank alone.
+def mark_tensor_parallel_weights(model: torch.nn.Module) -> None:
+    """Mark weights that are sharded over tensor ranks; the gradient norm counts all others on one tensor rank only.
 
-    megatron-core says it while it draws first weights, which we do ourselves; left unsaid, the norm under tensor
-    parallelism is that of the first rank's shards (2.31 for 3.06 in the test model) and clipping is silently wrong.
+    megatron-core 0.16 marks them while it initialises weights, which initialize.py does instead. Without the mark, the
+    gradient norm under tensor parallelism is that of the first rank's shards (2.31 instead of 3.06 in the test model),
+    and clipping is silently wrong.
     """
     for module in model.modules():
-        split: int | None = None
+        dim: int | None = None
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
-            split = 0
+            dim = 0
         elif isinstance(module, RowParallelLinear):
-            split = 1
-        # megatron-core 0.19 says it at once, 0.16 only while drawing
-        if split is not None and not hasattr(module.weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=split, stride=1)
+            dim = 1
+        # megatron-core 0.19 has marked them already
+        if dim is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)

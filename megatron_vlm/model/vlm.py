@@ -1,10 +1,10 @@
-"""The vision-language model, one pipeline stage of it.
+"""One pipeline stage of the vision-language model.
 
-    my tiles - tower - projector - gather over TP x CP --------.
-    my slice of tokens - embedding - write my features into it - language layers - loss over my slice
+    this rank's tiles -> vision tower -> projector -> all-gather over TP x CP -.
+    this rank's slice of tokens -> embedding -> merge image features <---------' -> language layers -> loss of the slice
 
-A row has its final length before it comes here (the loader has reserved the image positions), so that no stage, slice
-or shape depends on images.
+The loader has put one image token into the row for every image feature, so the length of a row is final and no stage,
+slice or shape depends on its images.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.config import PARTS, Recipe
 from megatron_vlm.data.batch import PackedBatch
-from megatron_vlm.model.image_merge import encode_tiles, place_features
+from megatron_vlm.model.image_merge import encode_tiles, merge_image_features
 from megatron_vlm.model.language import LanguageModel
 from megatron_vlm.model.packed_sequence import PackedSequence, packed_sequence, rotary_tables
 from megatron_vlm.model.projector import Projector
-from megatron_vlm.model.sharding import mark_split_weights
+from megatron_vlm.model.sharding import mark_tensor_parallel_weights
 from megatron_vlm.model.vision import VisionTower, mark_as_replicated
 from megatron_vlm.runtime.device import current_device
 
 
 class VisionLanguageModel(MegatronModule):
-    """Tower, projector, newline and language model; the first three live on the first stage."""
+    """Vision tower, projector, image newline and language model; the first three are on the first stage."""
 
     def __init__(
         self,
@@ -49,12 +49,12 @@ class VisionLanguageModel(MegatronModule):
         # The pipeline schedule and the gradient finalizer read these from the outermost module.
         self.model_type = self.language_model.model_type
         self.share_embeddings_and_output_weights = self.language_model.share_embeddings_and_output_weights
-        mark_split_weights(self.language_model)
+        mark_tensor_parallel_weights(self.language_model)
         if pre_process:
             vision = recipe.model.vision
             self.vision_model = VisionTower(vision_config, vision, vision_groups)
             if recipe.parallel.vision_parallel == "tensor":
-                mark_split_weights(self.vision_model)
+                mark_tensor_parallel_weights(self.vision_model)
             elif config.sequence_parallel:
                 mark_as_replicated(self.vision_model)
             self.projector = Projector(config, vision.hidden_size)
@@ -63,7 +63,7 @@ class VisionLanguageModel(MegatronModule):
         self._freeze(recipe.training.trainable)
 
     def parts(self) -> dict[str, list[torch.nn.Parameter]]:
-        """Parameters of each part that a recipe can train; the newline belongs to the projector's side of the seam."""
+        """Parameters of this stage by model part, as in `training.trainable`; the newline belongs to the projector."""
         parts: dict[str, list[torch.nn.Parameter]] = {part: [] for part in PARTS}
         parts["language"] = list(self.language_model.parameters())
         if self.pre_process:
@@ -72,7 +72,7 @@ class VisionLanguageModel(MegatronModule):
         return parts
 
     def _freeze(self, trainable: list[str]) -> None:
-        """Decide, before anything wraps the model, what has gradients; and tag parameters for their learning rate."""
+        """Set requires_grad, before DDP wraps the model, and tag each parameter with its part for its learning rate."""
         for part, parameters in self.parts().items():
             for parameter in parameters:
                 parameter.requires_grad = part in trainable
@@ -85,19 +85,19 @@ class VisionLanguageModel(MegatronModule):
         self.language_model.set_input_tensor(input_tensor)
 
     def packed_sequence(self, batch: PackedBatch, cache: object = None) -> PackedSequence:
-        """What every language layer must know of this row."""
+        """The document boundaries and rotary tables that every language layer needs for this row."""
         language, device = self.recipe.model.language, current_device()
         cos, sin = rotary_tables(batch.positions.to(device), language.head_width, language.rope_theta)
         return packed_sequence(batch.cu_seqlens, causal=True, device=device, cos=cos, sin=sin, cache=cache)
 
     def context_slice(self, row: torch.Tensor) -> torch.Tensor:
-        """This context rank's contiguous part of a row-long tensor [S, ...]."""
+        """This context rank's contiguous slice of a tensor [S, ...] of the whole row."""
         ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-        each = len(row) // ranks
-        return row[rank * each : (rank + 1) * each]
+        length = len(row) // ranks
+        return row[rank * length : (rank + 1) * length]
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:
-        """Embeddings of this rank's slice of the row with image features in place, [s / tp, 1, H]."""
+        """Embeddings of this rank's slice of the row, image features merged in: [s / tp, 1, H]."""
         tokens = self.context_slice(batch.tokens).to(current_device())
         hidden = self.language_model.embed(tokens)
         frozen = "vision" not in self.recipe.training.trainable
@@ -105,13 +105,18 @@ class VisionLanguageModel(MegatronModule):
         first = parallel_state.get_context_parallel_rank() * len(tokens)
         if self.config.sequence_parallel:
             first += parallel_state.get_tensor_model_parallel_rank() * len(hidden)
-        return place_features(hidden, features, self.image_newline, batch, first)
+        return merge_image_features(hidden, features, self.image_newline, batch, first)
 
     def forward(self, batch: PackedBatch, cache: object = None) -> torch.Tensor:
         """Run this stage on a row.
 
-        Returns the hidden states [s / tp, 1, H] for the next stage; on the last stage the sum of the losses of this
-        context rank's labelled tokens (fp32 scalar), or the hidden states where a `cache` says that text is generated.
+        Args:
+            batch: the whole row.
+            cache: a KVCache during generation.
+
+        Returns:
+            The hidden states [s / tp, 1, H]; on the last stage, without a `cache`, the sum of the losses of this
+            context rank's supervised tokens (fp32 scalar).
         """
         hidden = self.embed(batch) if self.pre_process else None
         hidden = self.language_model.decode(hidden, self.packed_sequence(batch, cache))

@@ -1,4 +1,4 @@
-"""Attention over grouped documents against one dense attention with an explicit mask."""
+"""Attention over grouped documents equals dense attention with an explicit mask."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: list[int], causal: bool) -> torch.Tensor:
-    """softmax(q k / sqrt d) v over the whole row, with the mask written out."""
+    """softmax(q k / sqrt d) v over the whole row with a block-diagonal mask."""
     document = torch.bucketize(torch.arange(len(q)), torch.tensor(cu_seqlens[1:]), right=True)
     mask = document[:, None] == document[None]
     if causal:
@@ -35,12 +35,12 @@ def test_grouped_documents_equal_a_masked_row(lengths: list[int], causal: bool, 
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(cu_seqlens[-1], 4, 8, generator=generator, requires_grad=True)
     k, v = (torch.randn(cu_seqlens[-1], kv_heads, 8, generator=generator, requires_grad=True) for _ in range(2))
-    layout = packed_sequence(cu_seqlens, causal=causal, device=q.device)
+    packed = packed_sequence(cu_seqlens, causal=causal, device=q.device)
     upstream = torch.randn(cu_seqlens[-1], 4, 8, generator=generator)
-    out = sdpa(q, k, v, layout)
+    out = sdpa(q, k, v, packed)
     expected = _dense(q, k, v, cu_seqlens, causal)
     assert torch.allclose(out, expected, atol=1e-5)
-    ours = torch.autograd.grad(out, (q, k, v), upstream)
-    theirs = torch.autograd.grad(expected, (q, k, v), upstream)
-    for mine, other in zip(ours, theirs, strict=True):
-        assert torch.allclose(mine, other, atol=1e-4)
+    gradients = torch.autograd.grad(out, (q, k, v), upstream)
+    expected_gradients = torch.autograd.grad(expected, (q, k, v), upstream)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert torch.allclose(gradient, expected_gradient, atol=1e-4)

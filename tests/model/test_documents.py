@@ -1,4 +1,4 @@
-"""I2: a packed row is its documents one by one. I3: no document sees another. I9: rows without images or labels."""
+"""A packed row equals its documents one by one; documents do not affect each other; rows without images or labels."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def model(one_process: None) -> Any:
 
 
 def _documents(row: PackedBatch, patches: int) -> list[PackedBatch]:
-    """Each document of a row as a row of its own, with the tiles it uses."""
-    alone = []
+    """Each document of a row as a row of its own, with the tiles that it uses."""
+    documents = []
     for start, end in zip(row.cu_seqlens, row.cu_seqlens[1:], strict=False):
         here = (row.feature_positions >= start) & (row.feature_positions < end)
         sources = row.feature_sources[here]
         used = sorted({int(s) // patches for s in sources if s >= 0})
-        places = {tile: place for place, tile in enumerate(used)}
-        moved = [int(s) if s < 0 else places[int(s) // patches] * patches + int(s) % patches for s in sources]
+        new_index = {tile: index for index, tile in enumerate(used)}
+        moved = [int(s) if s < 0 else new_index[int(s) // patches] * patches + int(s) % patches for s in sources]
         assert row.tiles is not None
-        alone.append(
+        documents.append(
             PackedBatch(
                 tokens=row.tokens[start:end],
                 labels=row.labels[start:end],
@@ -47,7 +47,7 @@ def _documents(row: PackedBatch, patches: int) -> list[PackedBatch]:
                 tiles=row.tiles[used],
             )
         )
-    return alone
+    return documents
 
 
 def _loss_and_gradients(model: Any, rows: list[PackedBatch]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -61,11 +61,11 @@ def _loss_and_gradients(model: Any, rows: list[PackedBatch]) -> tuple[float, dic
 
 
 @pytest.mark.parametrize("index", range(6))
-def test_a_packed_row_is_its_documents_one_by_one(model: Any, index: int) -> None:
+def test_a_packed_row_equals_its_documents_one_by_one(model: Any, index: int) -> None:
     row = make_row(index)
     packed, gradients = _loss_and_gradients(model, [row])
-    apart, expected = _loss_and_gradients(model, _documents(row, model.vision_model.vision.patches_per_tile))
-    assert packed == pytest.approx(apart, rel=EQUAL, abs=1e-12)
+    separate, expected = _loss_and_gradients(model, _documents(row, model.vision_model.vision.patches_per_tile))
+    assert packed == pytest.approx(separate, rel=EQUAL, abs=1e-12)
     for name, gradient in gradients.items():
         norm = float(expected[name].norm())
         assert float((gradient - expected[name]).norm()) <= EQUAL * norm + 1e-9, name
@@ -78,8 +78,8 @@ def _logits(model: Any, row: PackedBatch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("index", range(6))
-def test_no_document_sees_another_bit_for_bit(model: Any, index: int) -> None:
-    """Words and image features of document 1 are changed: not one bit of another document's logits moves."""
+def test_a_document_does_not_affect_another_bit_for_bit(model: Any, index: int) -> None:
+    """Other tokens and image features in document 1 change no bit of the other documents' logits."""
     row, changed = make_row(index), make_row(index)
     start, end = row.cu_seqlens[1], row.cu_seqlens[2]
     changed.tokens[start:end] = (changed.tokens[start:end] + 1) % 250
@@ -93,7 +93,7 @@ def test_no_document_sees_another_bit_for_bit(model: Any, index: int) -> None:
 
 
 def test_positions_restart_in_every_document(model: Any) -> None:
-    """The same document twice in a row gives the same logits twice: rotary positions are the document's own."""
+    """The same document twice in a row gives the same logits twice: rotary positions restart at 0."""
     half = SEQ_LENGTH // 2
     row = make_row(1)
     row.tokens[half:] = row.tokens[:half]
@@ -103,18 +103,18 @@ def test_positions_restart_in_every_document(model: Any) -> None:
     assert torch.allclose(logits[:half], logits[half:], atol=1e-5)
 
 
-def test_a_row_of_text_leaves_every_parameter_with_a_gradient(model: Any) -> None:
+def test_a_row_without_images_gives_every_parameter_a_gradient(model: Any) -> None:
     row = make_row(1)
     assert row.num_tiles == 0
     _, gradients = _loss_and_gradients(model, [row])
     assert gradients.keys() == dict(model.named_parameters()).keys()
     for name, gradient in gradients.items():
         if not name.startswith("language_model."):
-            assert not gradient.any(), f"{name} moved by a row without images"
+            assert not gradient.any(), f"{name} has a nonzero gradient in a row without images"
     assert any(g.any() for name, g in gradients.items() if name.startswith("language_model."))
 
 
-def test_a_row_without_a_loss_token_gives_zero_gradients(model: Any) -> None:
+def test_a_row_without_supervised_tokens_gives_zero_gradients(model: Any) -> None:
     row = make_row(0)
     row.labels[:] = IGNORE_INDEX
     loss, gradients = _loss_and_gradients(model, [row])

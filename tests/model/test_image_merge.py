@@ -1,4 +1,4 @@
-"""Features written over a row's reserved positions."""
+"""Image features merged into the embeddings of a row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_vlm.data.batch import Document, assemble_row
 from megatron_vlm.data.processing.conversation import EncodedConversation
 from megatron_vlm.data.processing.image_tokens import bilinear_features, feature_order, num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry
-from megatron_vlm.model.image_merge import place_features
+from megatron_vlm.model.image_merge import merge_image_features
 from tests.data.helpers import tiny_model
 
 MODE = "anyres_max_1"
@@ -21,7 +21,7 @@ def document(size: tuple[int, int]) -> Document:
     return Document("d", EncodedConversation(ids, np.full(len(ids), -100), [1]), [size])
 
 
-def test_blends_are_placed_and_lead_gradients_back_in_every_slice() -> None:
+def test_blends_are_merged_and_pass_gradients_in_every_slice() -> None:
     geometry = ImageGeometry.of(tiny_model(), MODE)
     sizes = [(16, 16), (5, 5), (24, 8)]
     batch = assemble_row([document(size) for size in sizes], 60, 0, geometry)
@@ -29,14 +29,14 @@ def test_blends_are_placed_and_lead_gradients_back_in_every_slice() -> None:
     features = torch.randn(batch.num_tiles + 1, 4, 3, generator=generator, requires_grad=True)
     newline = torch.tensor([7.0, 8.0, 9.0], requires_grad=True)
     hidden = torch.zeros(60, 1, 3)
-    whole = place_features(hidden, features, newline, batch, 0)
-    slices = [place_features(hidden[at : at + 20], features, newline, batch, at) for at in (0, 20, 40)]
+    whole = merge_image_features(hidden, features, newline, batch, 0)
+    slices = [merge_image_features(hidden[at : at + 20], features, newline, batch, at) for at in (0, 20, 40)]
     torch.testing.assert_close(torch.cat(slices), whole)
 
     expected, table, first = torch.zeros(60, 3), features.flatten(0, 1), 0
     for start, size in zip(batch.cu_seqlens, sizes, strict=False):
         sources, weights = bilinear_features(size, geometry)
-        for place, source in enumerate(feature_order(size, geometry).tolist()):
+        for position, source in enumerate(feature_order(size, geometry).tolist()):
             if source >= 0:
                 value = table[4 * first + source]
             elif source == -1:
@@ -44,9 +44,9 @@ def test_blends_are_placed_and_lead_gradients_back_in_every_slice() -> None:
             else:
                 blend = torch.from_numpy(sources[-2 - source]) + 4 * first
                 value = torch.from_numpy(weights[-2 - source]) @ table[blend]
-            expected[start + 1 + place] = value
+            expected[start + 1 + position] = value
         first += {(16, 16): 5, (5, 5): 2, (24, 8): 4}[size]
     torch.testing.assert_close(whole[:, 0], expected)
-    for made in (whole, torch.cat(slices)):
-        gradient = torch.autograd.grad((made**2).sum(), features, retain_graph=True)[0]
+    for merged in (whole, torch.cat(slices)):
+        gradient = torch.autograd.grad((merged**2).sum(), features, retain_graph=True)[0]
         torch.testing.assert_close(gradient, torch.autograd.grad((expected**2).sum(), features, retain_graph=True)[0])

@@ -1,4 +1,4 @@
-"""The chunked loss head against torch's own cross entropy."""
+"""The chunked loss head equals torch's cross entropy."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def test_equals_cross_entropy(
 
     generator = torch.Generator().manual_seed(0)
     config = language_transformer_config(tiny_recipe(ParallelConfig()))
-    words = 53
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", chunk_tokens * words)
-    head = loss.LossHead(config, words, True, parallel_state.get_tensor_model_parallel_group())
-    weight = torch.randn(words, config.hidden_size, generator=generator)
+    vocab_size = 53
+    monkeypatch.setattr(loss, "MAX_LOGITS_PER_CHUNK", chunk_tokens * vocab_size)
+    head = loss.LossHead(config, vocab_size, True, parallel_state.get_tensor_model_parallel_group())
+    weight = torch.randn(vocab_size, config.hidden_size, generator=generator)
     head.weight.data.copy_(weight)
     head.weight.requires_grad = not frozen
     hidden = torch.randn(40, 1, config.hidden_size, generator=generator, requires_grad=True)
-    labels = torch.randint(0, words, (40,), generator=generator)
+    labels = torch.randint(0, vocab_size, (40,), generator=generator)
     labels[torch.rand(40, generator=generator) < 0.5] = IGNORE_INDEX
 
     total = head(hidden, labels, None)
     (total * 3).backward()
-    theirs, weight = hidden.detach().clone().requires_grad_(), weight.requires_grad_()
-    expected = F.cross_entropy(theirs[:, 0] @ weight.t(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    reference, weight = hidden.detach().clone().requires_grad_(), weight.requires_grad_()
+    expected = F.cross_entropy(reference[:, 0] @ weight.t(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
     (expected * 3).backward()
 
     assert float(total) == pytest.approx(float(expected), rel=1e-6)
-    assert torch.allclose(hidden.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(hidden.grad, reference.grad, rtol=1e-5, atol=1e-5)
     if frozen:
         assert head.weight.grad is None
     else:
