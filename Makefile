@@ -20,7 +20,7 @@ TEST_ENV  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 BENCHMARKS := train_step packing loader
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-full lint gpu-check bench clean
+.PHONY: help .venv demo test test-full lint words gpu-check bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F '\t' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ lint: $(READY)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+
+words: $(READY)  ## words that this project no longer uses, and the field's for them: tools/words.toml
+	$(PY) tools/check_words.py
 
 test: lint  ## style, types, and all tests that take seconds
 	$(TEST_ENV) $(PY) -m pytest -q -m "not full and not gpu"
