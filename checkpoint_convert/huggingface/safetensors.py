@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -172,8 +171,6 @@ def _write_file(path: Path, plan: list[Planned], coming: Iterator[tuple[str, tor
             _check_range(name, value, planned.dtype)
             file.write(value.to(planned.dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
             bar.update(planned.nbytes)
-        file.flush()
-        os.fsync(file.fileno())  # the folder is renamed when all is written: then it shall also be there
 
 
 def _check_range(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:

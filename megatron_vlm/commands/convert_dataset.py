@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from typing import Any
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.prepare.converters import KINDS
 from megatron_vlm.data.prepare.tables import ImageStore, RowError, read_rows
+from megatron_vlm.runtime.atomic_files import atomic_file
 
 
 def _load_plugins(argv: list[str]) -> None:
@@ -80,14 +80,12 @@ def convert(options: argparse.Namespace) -> tuple[int, int, Counter[str]]:
         refused[error.reason] += 1
         listed.append({"row": {name: repr(value)[:200] for name, value in row.items()}, "message": str(error)})
 
-    partial = options.output.with_name(options.output.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with atomic_file(options.output) as file:
         for entry in converter.entries(rows(), images, problem):
             k, n = options.part
             entry = {"id": f"{options.output.stem}-{written * n + k - 1}", **entry}
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
             written += 1
-    os.replace(partial, options.output)
     if listed:
         lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in listed)
         Path(f"{options.output}.quarantine.jsonl").write_text(lines, encoding="utf-8")

@@ -1,20 +1,19 @@
 """Named arrays in one file that is mapped into memory: processes of a machine that open it share its pages.
 
 The file is .npy data end to end, each array beginning at a multiple of 64 bytes; the first holds the others' names as
-JSON. It takes its name when it is whole.
+JSON.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+
+from megatron_vlm.runtime.atomic_files import atomic_file
 
 _ALIGNMENT = 64
 
@@ -22,7 +21,7 @@ _ALIGNMENT = 64
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write arrays under their names; a file of that name is replaced. Raises OSError."""
     names = np.frombuffer(json.dumps(list(arrays)).encode(), np.uint8)
-    with replacing(path) as file:
+    with atomic_file(path) as file:
         for array in (names, *arrays.values()):
             np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
             file.write(bytes(-file.tell() % _ALIGNMENT))
@@ -52,17 +51,3 @@ def _map_next(path: Path, file: IO[bytes]) -> np.ndarray:
     if not size:  # nothing cannot be mapped
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, "r", start, shape).view(np.ndarray)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the name `path` when it is whole; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.stem}.", suffix=".partial", delete=False) as file:
-        try:
-            yield file
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_vlm.data.array_files import map_arrays, replacing, write_arrays
+from megatron_vlm.data.array_files import map_arrays, write_arrays
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.processing.conversation import TEMPLATE, encode_conversation
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
@@ -28,6 +28,7 @@ from megatron_vlm.data.processing.tiling import ImageGeometry, count_tiles
 from megatron_vlm.data.processing.tokenizer import Tokenizer
 from megatron_vlm.data.sources.sample_source import SampleSource
 from megatron_vlm.data.worker_pool import map_numbers
+from megatron_vlm.runtime.atomic_files import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ def _write(path: Path, index: LengthIndex) -> None:
     refused = [asdict(rejection) for rejection in index.rejected]
     arrays = {name: getattr(index, name) for name in ("tokens", "tiles", "size_starts", "sizes")}
     try:
-        with replacing(index.listing) as file:
+        with atomic_file(index.listing) as file:
             file.write("".join(json.dumps(rejection) + "\n" for rejection in refused).encode())
         write_arrays(path, **arrays, refused=np.frombuffer(json.dumps(refused).encode(), np.uint8))
     except OSError as error:

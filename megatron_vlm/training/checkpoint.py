@@ -19,6 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vlm.config import Recipe, recipe_from_dict, recipe_to_dict
 from megatron_vlm.model.sharding import model_sharded_state_dict, sharding_metadata, unwrap
+from megatron_vlm.runtime.atomic_files import atomic_file, atomic_folder
 from megatron_vlm.training.param_groups import match_param_groups, recipe_lrs, restore_lrs
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -134,11 +135,11 @@ def save_checkpoint(
     dist.barrier()
     if dist.get_rank() == 0:
         written = {"recipe": recipe_to_dict(recipe), "tokenizer_fingerprint": progress.tokenizer_fingerprint}
-        (target / RECIPE).write_text(json.dumps(written, indent=1))
+        with atomic_file(target / RECIPE) as file:
+            file.write(json.dumps(written, indent=1).encode())
         _keep_tokenizer(recipe, folder)
-        temporary = folder / (TRACKER + ".tmp")
-        temporary.write_text(str(progress.iteration))
-        temporary.replace(folder / TRACKER)
+        with atomic_file(folder / TRACKER) as file:
+            file.write(str(progress.iteration).encode())
     dist.barrier()
     return target
 
@@ -146,11 +147,13 @@ def save_checkpoint(
 def _keep_tokenizer(recipe: Recipe, folder: Path) -> None:
     """A checkpoint is of no use without its tokenizer: it travels along."""
     source, kept = Path(recipe.data.tokenizer_model or "/nonexistent"), folder / "tokenizer"
-    if not kept.exists() and source.is_dir():
-        shutil.copytree(source, kept)
-    elif not kept.exists() and source.is_file():
-        kept.mkdir()
-        shutil.copy(source, kept)
+    if kept.exists() or not source.exists():
+        return
+    with atomic_folder(kept) as staging_dir:
+        if source.is_dir():
+            shutil.copytree(source, staging_dir, dirs_exist_ok=True)
+        else:
+            shutil.copy(source, staging_dir)
 
 
 def load_checkpoint(

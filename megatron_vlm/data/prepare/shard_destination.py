@@ -20,6 +20,7 @@ from pathlib import Path
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.shards import s3
 from megatron_vlm.data.shards.mds_format import INDEX
+from megatron_vlm.runtime.atomic_files import atomic_file, is_absent_or_empty
 
 _WORK, _WORK_FOR_S3 = ".work-", "megatron-vlm-shards-"
 _SECONDS_TO_LOCK = 60.0
@@ -89,7 +90,7 @@ class LocalDestination(Destination):
     """A folder on a disk."""
 
     def __init__(self, folder: Path) -> None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not is_absent_or_empty(folder):
             raise DataError(f"{folder} exists and is not empty. Choose another folder, or remove it first.")
         self.folder = folder
         self.partial = folder.with_name(folder.name + ".partial")
@@ -99,12 +100,8 @@ class LocalDestination(Destination):
         return path.read_bytes() if path.is_file() else None
 
     def write(self, name: str, data: bytes) -> None:
-        path = self.partial / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        with atomic_file(self.partial / name) as file:
             file.write(data)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
 
     @contextmanager
     def staging(self, name: str) -> Iterator[Path]:  # type: ignore[override]

@@ -27,6 +27,7 @@ from typing import Any
 
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.shards.streaming_shim import import_streaming
+from megatron_vlm.runtime.atomic_files import is_absent_or_empty
 
 COLUMNS = {
     "annotation": "json",
@@ -65,7 +66,7 @@ class ShardWriter:
             DataError: there is something in `folder` already.
         """
         self.folder = Path(folder)
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        if not is_absent_or_empty(self.folder):
             raise DataError(f"{self.folder} exists and is not empty. Choose another folder, or remove it first.")
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         if self.partial.exists():

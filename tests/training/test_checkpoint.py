@@ -1,0 +1,30 @@
+"""The files of a checkpoint beside its tensors."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.config import Recipe
+from megatron_vlm.training.checkpoint import _keep_tokenizer
+from tests.data.helpers import tiny_tokenizer_folder
+
+
+def test_an_interrupted_copy_of_the_tokenizer_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, save = Recipe(), tmp_path / "save"
+    source = tiny_tokenizer_folder(tmp_path / "source")
+    recipe.data.tokenizer_model = str(source)
+
+    def copy_one_file(_: Path, folder: Path, **__: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(next(source.iterdir()), folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "copytree", copy_one_file)
+        _keep_tokenizer(recipe, save)
+    _keep_tokenizer(recipe, save)
+    names = sorted(path.name for path in source.iterdir())
+    assert len(names) > 1 and sorted(path.name for path in (save / "tokenizer").iterdir()) == names
