@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = ("*.py", "*.md", "*.yaml", "*.yml", "*.toml", "*.cff", "*.sh", "Makefile", "Dockerfile*", ".ci/*")
 
 # What a space of a pattern matches: white space, and at a line's end also what a comment or a split string puts there.
-_GAP = r"""(?:["']?\s+(?:(?:#|f?["'])\s*)?)"""
+_GAP = r"""(?:[ \t]*["']?\s+(?:(?:#|f?["'])\s*)?)"""
 
 
 @dataclass(frozen=True)
