@@ -20,7 +20,7 @@ from checkpoint_convert.mapping.lazy_tensors import StoredTensors
 from checkpoint_convert.mapping.param_map import HuggingFaceTensors, name_map
 from checkpoint_convert.megatron.files import checkpoint_recipe, checkpoint_tensors
 from megatron_vlm.config import LanguageConfig, ModelConfig, VisionConfig
-from megatron_vlm.config.model import COLOURS
+from megatron_vlm.config.model import IMAGE_MEAN_STD
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from megatron_vlm.training.checkpoint import TRACKER
@@ -144,11 +144,11 @@ def _with_colours_of_processor(vision: VisionConfig, folder: Path) -> VisionConf
         if "image_mean" not in config:
             continue
         colours = tuple(config["image_mean"]), tuple(config.get("image_std", ()))
-        for known, values in COLOURS.items():
+        for known, values in IMAGE_MEAN_STD.items():
             if colours == values:
                 return replace(vision, image_normalization=known)
         raise ConversionError(
             f"{folder / name} normalises pixels by image_mean {colours[0]} and image_std {colours[1]}; supported: "
-            + " and ".join(f"{mean}, {std}" for mean, std in COLOURS.values())
+            + " and ".join(f"{mean}, {std}" for mean, std in IMAGE_MEAN_STD.values())
         )
     return vision

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (prepares the process before megatron.core is imported)
 from megatron_vlm.config import ConfigError, check_recipe, parse_command_line
@@ -21,6 +22,8 @@ from megatron_vlm.training.trainer import train
 def main(arguments: list[str]) -> int:
     """Exit status: 0 trained, 1 something failed, 2 the recipe is wrong."""
     is_logging_rank = os.environ.get("RANK", "0") == "0"
+    if not is_logging_rank:  # one rank warns of old names in the recipe
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron_vlm\.config")
     try:
         recipe, options = parse_command_line(arguments)
         check_recipe(recipe, world_size(), paths=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from checkpoint_convert.errors import ConversionError, some_of
 from megatron_vlm.config import LanguageConfig, VisionConfig
+from megatron_vlm.config.model import ImageNormalization
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,10 @@ TOWERS = {
         select_strategy="full",
     ),
 }
-_NORMALIZATIONS = {"clip_vision_model": "openai_clip", "siglip_vision_model": "imagenet_standard"}
+_NORMALIZATIONS: dict[str, ImageNormalization] = {
+    "clip_vision_model": "openai_clip",
+    "siglip_vision_model": "imagenet_standard",
+}
 """What pixels are normalised by."""
 TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 _ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")

@@ -1,13 +1,12 @@
-"""Settings that are wrong on their own: sizes below one, rates out of range, names that do not exist."""
+"""Checks of single settings: sizes below one, numbers out of range, unknown choices."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
-from megatron_vlm.config.errors import nearest
 from megatron_vlm.config.problems import Problem
-from megatron_vlm.config.recipe import Recipe, Setting, leaves
+from megatron_vlm.config.recipe import Recipe, Setting, iter_settings
+from megatron_vlm.config.values import to_type
 
 AT_LEAST_ONE = (
     "model.vision.hidden_size",
@@ -59,12 +58,12 @@ FRACTIONS = ("training.lr_warmup_fraction", "training.adam_beta1", "training.ada
 
 
 def check_values(recipe: Recipe) -> Iterator[Problem]:
-    """Each setting against its own range and choices."""
-    for leaf in leaves(recipe):
-        if leaf.choices:
-            yield from _check_choices(leaf)
-        elif leaf.default is not None:
-            yield from _check_range(leaf.key, leaf.default)
+    """Check each setting against its range or its choices."""
+    for setting in iter_settings(recipe):
+        if setting.choices:
+            yield from _check_choices(setting)
+        elif setting.value is not None:
+            yield from _check_range(setting.key, setting.value)
 
 
 def _check_range(key: str, value: float) -> Iterator[Problem]:
@@ -78,16 +77,11 @@ def _check_range(key: str, value: float) -> Iterator[Problem]:
         yield Problem(key, value, "out of range", "Give a number from 0 to below 1")
 
 
-def _check_choices(leaf: Setting) -> Iterator[Problem]:
-    given = leaf.default if isinstance(leaf.default, list) else [leaf.default]
-    for name in given:
-        if name is None and not isinstance(leaf.default, list):
-            continue
-        # A choice such as anyres_max_N stands for anyres_max_1, anyres_max_2, ...
-        if name in leaf.choices and not name.endswith("_N") or re.sub(r"_[1-9]\d*$", "_N", str(name)) in leaf.choices:
-            continue
-        guess = nearest(str(name), leaf.choices)
-        remedy = f"Choose from {', '.join(leaf.choices)}" + (f"; the nearest is {guess}" if guess else "")
-        yield Problem(leaf.key, name, "there is no such choice", remedy)
-    if leaf.default == []:
-        yield Problem(leaf.key, [], "empty", f"Name at least one of {', '.join(leaf.choices)}")
+def _check_choices(setting: Setting) -> Iterator[Problem]:
+    choices = ", ".join(setting.choices)
+    if setting.value == []:
+        yield Problem(setting.key, [], "empty", f"Name at least one of {choices}")
+    try:  # reading a recipe checks this too, but a recipe may be made in Python
+        to_type(setting.value, setting.hint)
+    except ValueError:
+        yield Problem(setting.key, setting.value, "not a valid choice", f"Choose from {choices}")

@@ -1,4 +1,4 @@
-"""The command line: a recipe by name, and a flag for every setting of it."""
+"""The command line of training: --config RECIPE.yaml, and a flag for every setting."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_vlm.config.errors import ConfigError, nearest_key
-from megatron_vlm.config.recipe import REPLACED, Recipe, Setting, apply, leaves, read_yaml
+from megatron_vlm.config.recipe import ABSENT_SETTINGS, Recipe, Setting, apply, iter_settings, read_yaml
 from megatron_vlm.config.values import without_none
 
 _INTRODUCTION = """\
 usage: python -m megatron_vlm.train --config RECIPE.yaml [--SETTING VALUE ...]
 
-Train a vision-language model. A setting on the command line beats the recipe, the recipe beats the default.
-Switches: --bf16, --bf16 true, --bf16 false and --no-bf16 all work. Lists take several values. `none` unsets.
-Defaults stand in [brackets].
+Train a vision-language model. The command line overrides the recipe, and the recipe overrides the defaults.
+Switches can be written --bf16, --bf16 true, --bf16 false or --no-bf16. Lists take several values. `none` unsets one.
+Defaults are in [brackets].
 
-  --config RECIPE.yaml   the recipe; its sections are those below
-  --dry-run              check everything, print the plan and stop before training
-  --help                 this text"""
+  --config RECIPE.yaml   YAML file with the sections below.
+  --dry-run              Check all settings and the data, print a summary of the run, and exit.
+  --help                 Print this text."""
 
 _HEADINGS = {
-    "data": "data: what is read and how it becomes rows",
-    "training": "training: how it is trained, logged and saved",
-    "parallel": "parallel: how the model is laid out over processes",
-    "model": "model: what the model is",
+    "data": "data: sources, tokenizer, tiling, packing and loading",
+    "training": "training: optimization, logging and checkpoints",
+    "parallel": "parallel: the parallel layout; the data-parallel size follows from the number of processes",
+    "model": "model: the model as a whole",
     "model.vision": "model.vision: the vision tower",
     "model.language": "model.language: the language model",
 }
@@ -38,13 +38,13 @@ _METAVARS = {int: "N", float: "X", str: "TEXT", list[str]: "TEXT ...", list[list
 
 
 def parse_command_line(argv: Sequence[str] | None = None) -> tuple[Recipe, argparse.Namespace]:
-    """The recipe that `argv` (without the program's name; default: this process's own) asks for.
+    """The recipe that `argv` describes (without the program's name; default: sys.argv).
 
-    The namespace holds what is not a setting: `config` (path or None) and `dry_run`. Raises ConfigError with every
-    unknown flag, unknown key and wrong value together; `--help` prints and exits.
+    The namespace holds the options that are not settings: `config` (path or None) and `dry_run`. Raises ConfigError
+    with all unknown flags, unknown keys and wrong values; `--help` prints the help and exits.
     """
     recipe = Recipe()
-    settings = list(leaves(recipe))
+    settings = list(iter_settings(recipe))
     parsed, unknown = _parser(settings).parse_known_args(sys.argv[1:] if argv is None else argv)
     options = argparse.Namespace(config=parsed.config, dry_run=parsed.dry_run)
 
@@ -52,13 +52,13 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[Recipe, argpa
     if options.config is not None:
         problems += apply(recipe, read_yaml(options.config), lambda key: f"{options.config}: {key}")
     tree: dict[str, Any] = {}
-    for leaf in settings:
-        if hasattr(parsed, leaf.key):
-            *parents, name = leaf.key.split(".")
+    for setting in settings:
+        if hasattr(parsed, setting.key):
+            *parents, name = setting.key.split(".")
             branch = tree
             for parent in parents:
                 branch = branch.setdefault(parent, {})
-            branch[name] = _as_yaml(getattr(parsed, leaf.key), leaf)
+            branch[name] = _as_yaml(getattr(parsed, setting.key), setting)
     problems += apply(recipe, tree, flag)
     if problems:
         raise ConfigError(problems)
@@ -66,14 +66,14 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[Recipe, argpa
 
 
 def flag(key: str) -> str:
-    """The flag of a setting: Megatron-LM's name, or the dotted name for what belongs to the model."""
+    """The flag of a setting: its own name as in Megatron-LM, or for the model its dotted name."""
     if not key.startswith("model."):
         key = key.rpartition(".")[2]
     return "--" + key.replace("_", "-")
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with our help and our error."""
+    """An argument parser that prints one line per setting and raises ConfigError."""
 
     def __init__(self, settings: list[Setting]) -> None:
         super().__init__(allow_abbrev=False)
@@ -90,15 +90,15 @@ def _parser(settings: list[Setting]) -> _Parser:
     parser = _Parser(settings)
     parser.add_argument("--config")
     parser.add_argument("--dry-run", action="store_true")
-    for leaf in settings:
-        options: dict[str, Any] = {"dest": leaf.key, "default": argparse.SUPPRESS}
-        if leaf.kind is bool:
-            parser.add_argument(flag(leaf.key), nargs="?", const="true", **options)
-            parser.add_argument(_negative(leaf.key), action="store_const", const="false", **options)
-        elif isinstance(leaf.default, list):
-            parser.add_argument(flag(leaf.key), nargs="+", **options)
+    for setting in settings:
+        options: dict[str, Any] = {"dest": setting.key, "default": argparse.SUPPRESS}
+        if setting.hint is bool:
+            parser.add_argument(flag(setting.key), nargs="?", const="true", **options)
+            parser.add_argument(_negative(setting.key), action="store_const", const="false", **options)
+        elif isinstance(setting.value, list):
+            parser.add_argument(flag(setting.key), nargs="+", **options)
         else:
-            parser.add_argument(flag(leaf.key), **options)
+            parser.add_argument(flag(setting.key), **options)
     return parser
 
 
@@ -108,19 +108,19 @@ def _negative(key: str) -> str:
     return f"--{parents}{dot}no-{name}"
 
 
-def _as_yaml(text: Any, leaf: Setting) -> Any:
-    """What a YAML file would have given for the words behind a flag."""
-    if leaf.kind == list[list[int]]:
+def _as_yaml(text: Any, setting: Setting) -> Any:
+    """The arguments of a flag, as a YAML file would give them."""
+    if setting.hint == list[list[int]]:
         if text[0].startswith("("):
             return "".join(text)
         return [re.split("[x,]", item) for item in text]
-    if without_none(leaf.kind)[1] and text.lower() in ("none", "null"):
+    if without_none(setting.hint)[1] and text.lower() in ("none", "null"):
         return None
     return text
 
 
 def _unknown_arguments(arguments: list[str], settings: list[Setting]) -> list[str]:
-    keys = ["config", "dry_run", *(leaf.key for leaf in settings)]
+    keys = ["config", "dry_run", *(setting.key for setting in settings)]
     problems = []
     for argument in arguments:
         if not argument.startswith("-"):
@@ -128,8 +128,8 @@ def _unknown_arguments(arguments: list[str], settings: list[Setting]) -> list[st
         name = argument.partition("=")[0]
         plain = name.lstrip("-").replace("-", "_")
         guess = nearest_key(plain, keys)
-        if plain in REPLACED:
-            remedy = f"About {plain}: {REPLACED[plain]}."
+        if plain in ABSENT_SETTINGS:
+            remedy = f"About {plain}: {ABSENT_SETTINGS[plain]}."
         elif guess:
             remedy = f"Did you mean {flag(guess)}?"
         else:
@@ -141,37 +141,37 @@ def _unknown_arguments(arguments: list[str], settings: list[Setting]) -> list[st
 
 
 def help_text(settings: list[Setting]) -> str:
-    """One line for each setting, under its section."""
-    columns = [_invocation(leaf) for leaf in settings]
-    # a few flags with long choices do not push everything else to the right
+    """The help text: one line per setting, grouped by section."""
+    columns = [_invocation(setting) for setting in settings]
+    # A few flags with many choices exceed the column, so that it stays narrow for the others.
     width = min(max(map(len, columns)), _FLAG_COLUMN)
     lines = [_INTRODUCTION]
     for section, heading in _HEADINGS.items():
         lines += ["", heading]
-        for leaf, invocation in zip(settings, columns, strict=True):
-            if leaf.key.rpartition(".")[0] == section:
-                lines.append(f"  {invocation:<{width}}  {leaf.help}{_default(leaf)}")
+        for setting, invocation in zip(settings, columns, strict=True):
+            if setting.key.rpartition(".")[0] == section:
+                lines.append(f"  {invocation:<{width}}  {setting.help}{_default(setting)}")
     return "\n".join(lines) + "\n"
 
 
-def _invocation(leaf: Setting) -> str:
-    if leaf.kind is bool:
-        parents, dot, name = flag(leaf.key)[2:].rpartition(".")
+def _invocation(setting: Setting) -> str:
+    if setting.hint is bool:
+        parents, dot, name = flag(setting.key)[2:].rpartition(".")
         return f"--{parents}{dot}[no-]{name}"
-    if leaf.choices:
-        several = " ..." if isinstance(leaf.default, list) else ""
-        return f"{flag(leaf.key)} {{{','.join(leaf.choices)}}}{several}"
-    inner, _ = without_none(leaf.kind)
-    return f"{flag(leaf.key)} {_METAVARS[inner]}"
+    if setting.choices:
+        several = " ..." if isinstance(setting.value, list) else ""
+        return f"{flag(setting.key)} {{{','.join(setting.choices)}}}{several}"
+    inner, _ = without_none(setting.hint)
+    return f"{flag(setting.key)} {_METAVARS[inner]}"
 
 
-def _default(leaf: Setting) -> str:
-    default = leaf.default
+def _default(setting: Setting) -> str:
+    default = setting.value
     if default is None:
-        return "" if "default:" in leaf.help else " [none]"
+        return "" if "default:" in setting.help else " [none]"
     if default in ("", []):
         return " [required]"
-    if leaf.kind == list[list[int]]:
+    if setting.hint == list[list[int]]:
         return f" [{len(default)} from {'x'.join(map(str, default[0]))} to {'x'.join(map(str, default[-1]))}]"
     if isinstance(default, list):
         return f" [{' '.join(default)}]"

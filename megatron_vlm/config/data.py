@@ -1,61 +1,66 @@
-"""What is read and how it becomes rows."""
+"""Settings of the data: where samples come from and how they are packed into rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+# N is a number, which Literal cannot express.
+AspectRatio = Annotated[str, "anyres", "anyres_max_N", "square", "pad"]
 
 
 @dataclass
 class DataConfig:
-    """Where samples come from and how they are packed."""
+    """Data sources, tokenizer, tiling, packing and the data loader."""
 
     data_path: list[str] = field(
         default_factory=list,
-        metadata={"help": "annotation files (.json, .jsonl), shard folders, or one mixture (.yaml)"},
+        metadata={"help": "Annotation files (.json, .jsonl), shard folders, or one mixture file (.yaml)."},
     )
     image_folder: str | None = field(
-        default=None, metadata={"help": "folder that image paths in annotations start from"}
+        default=None, metadata={"help": "Folder that image paths in annotations start from."}
     )
     data_root: str | None = field(
-        default=None, metadata={"help": "folder or s3:// prefix that relative paths inside mixtures start from"}
+        default=None, metadata={"help": "Folder or s3:// prefix that relative paths in a mixture file start from."}
     )
     tokenizer_model: str = field(
-        default="", metadata={"help": "folder of a Hugging Face tokenizer, or a sentencepiece .model file"}
+        default="", metadata={"help": "Folder of a Hugging Face tokenizer, or a sentencepiece .model file."}
     )
-    seq_length: int = field(default=32768, metadata={"help": "tokens in a row, image positions included"})
-    max_tiles_per_row: int = field(default=64, metadata={"help": "image tiles in a row at most"})
-    image_aspect_ratio: str = field(
+    seq_length: int = field(default=32768, metadata={"help": "Tokens per row, image tokens included."})
+    max_tiles_per_row: int = field(default=64, metadata={"help": "Maximum number of image tiles in a row."})
+    image_aspect_ratio: AspectRatio = field(
         default="anyres",
         metadata={
-            "choices": ("anyres", "anyres_max_N", "square", "pad"),
-            "help": "base view and tiles, if need be reduced to N tiles' positions; or one tile",
+            "help": "Base view and tiles (anyres), at most N tiles' tokens (anyres_max_N), or one tile (square, pad)."
         },
     )
-    oversized_samples: str = field(
-        default="refuse",
-        metadata={
-            "choices": ("refuse", "skip", "cut"),
-            "help": "longer than a row: an error, left out, or cut after an answer",
-        },
+    oversized_samples: Literal["error", "skip", "truncate"] = field(
+        default="error",
+        metadata={"help": "A sample longer than a row is an error, is skipped, or is truncated after an answer."},
     )
-    packing_window: int = field(default=50_000, metadata={"help": "samples that are packed together"})
+    packing_window: int = field(
+        default=50_000, metadata={"help": "Samples packed together; no row has samples of two windows."}
+    )
     cost_per_token_squared: float | None = field(
-        default=None, metadata={"help": "a of a row's cost a*sum(l*l) + b*sum(l) + c*tiles; default: its FLOPs"}
+        default=None,
+        metadata={"help": "Coefficient a of a row's cost a*sum(l*l) + b*sum(l) + c*tiles; default: the model's FLOPs."},
     )
-    cost_per_token: float | None = field(default=None, metadata={"help": "b of it; default: FLOPs"})
-    cost_per_tile: float | None = field(default=None, metadata={"help": "c of it; default: FLOPs"})
+    cost_per_token: float | None = field(default=None, metadata={"help": "Coefficient b; default: the model's FLOPs."})
+    cost_per_tile: float | None = field(default=None, metadata={"help": "Coefficient c; default: the model's FLOPs."})
     allow_changed_order: bool = field(
         default=False,
-        metadata={"help": "go on from a checkpoint though data or packing changed, and with them the order"},
+        metadata={"help": "Resume from a checkpoint even if changed data or packing settings change the sample order."},
     )
     log_samples: bool = field(
-        default=False, metadata={"help": "each data rank lists the samples it trains on, in the save folder"}
+        default=False,
+        metadata={"help": "Each data-parallel rank writes the ids of the samples it trains on to the save folder."},
     )
-    num_workers: int = field(default=2, metadata={"help": "processes per rank that read and decode"})
+    num_workers: int = field(default=2, metadata={"help": "Data loader worker processes per rank."})
     cache_dir: str | None = field(
         default=None,
-        metadata={"help": "where length indexes and shards of S3 are kept; default: indexes next to the data"},
+        metadata={"help": "Folder for length indexes and downloaded shards; default: indexes are next to the data."},
     )
     cache_limit: str | None = field(
-        default=None, metadata={"help": "what shards of S3 may take in cache_dir, as in 100gb; default: no limit"}
+        default=None,
+        metadata={"help": "Disk space for downloaded shards in cache_dir, such as 100gb; default: no limit."},
     )

@@ -1,36 +1,44 @@
-"""How the model is laid out over processes, in Megatron-LM's own flag names."""
+"""Settings of the parallel layout, under Megatron-LM's flag names."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron_vlm.config.errors import ConfigError
 
 
 @dataclass
 class ParallelConfig:
-    """Parallel degrees. Data parallelism is what is left of the world; TP > 1 always means sequence parallel."""
+    """Parallel sizes. The data-parallel size follows from the world size; sequence parallelism is on when TP > 1."""
 
-    tensor_model_parallel_size: int = field(default=1, metadata={"help": "ranks a layer is split over"})
-    pipeline_model_parallel_size: int = field(default=1, metadata={"help": "stages"})
+    tensor_model_parallel_size: int = field(
+        default=1, metadata={"help": "Tensor-parallel ranks; above 1, sequence parallelism is on too."}
+    )
+    pipeline_model_parallel_size: int = field(default=1, metadata={"help": "Pipeline stages."})
     virtual_pipeline_model_parallel_size: int = field(
-        default=1, metadata={"help": "model chunks per stage; above 1 the schedule is interleaved"}
+        default=1, metadata={"help": "Model chunks per pipeline stage; above 1, the schedule is interleaved."}
     )
-    context_parallel_size: int = field(default=1, metadata={"help": "ranks a row is split over (Ulysses)"})
-    vision_parallel: str = field(
+    context_parallel_size: int = field(
+        default=1, metadata={"help": "Context-parallel ranks that share a row (Ulysses)."}
+    )
+    vision_parallel: Literal["data", "tensor"] = field(
         default="data",
-        metadata={
-            "choices": ("data", "tensor"),
-            "help": "data: whole tower on every rank, tiles dealt out; tensor: split over tensor ranks",
-        },
+        metadata={"help": "Vision tower: replicated with sharded tiles (data), or sharded over tensor ranks (tensor)."},
     )
-    use_distributed_optimizer: bool = field(default=True, metadata={"help": "shard optimizer state over data ranks"})
-    overlap_grad_reduce: bool = field(default=False, metadata={"help": "reduce gradients while backward runs"})
-    overlap_param_gather: bool = field(default=False, metadata={"help": "gather parameters while forward runs"})
+    use_distributed_optimizer: bool = field(
+        default=True, metadata={"help": "Shard the optimizer state over data-parallel ranks."}
+    )
+    overlap_grad_reduce: bool = field(
+        default=False, metadata={"help": "Overlap the reduction of gradients with the backward pass."}
+    )
+    overlap_param_gather: bool = field(
+        default=False, metadata={"help": "Overlap the all-gather of parameters with the forward pass."}
+    )
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that together hold one copy of the model and one row."""
+        """Ranks that hold one copy of the model: tensor x pipeline x context parallel."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
@@ -38,7 +46,7 @@ class ParallelConfig:
         return self.tensor_model_parallel_size > 1
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Copies of the model in a world of that many processes. Raises ConfigError where the world does not divide."""
+        """Copies of the model. Raises ConfigError if `world_size` is not a multiple of `model_parallel_size`."""
         copies, rest = divmod(world_size, self.model_parallel_size)
         if rest or not copies:
             raise ConfigError(

@@ -1,8 +1,9 @@
-"""A recipe: everything one run is made of, read from YAML with every key and type checked."""
+"""A recipe: all settings of a run, read from YAML with every key and type checked."""
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +17,16 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.parallel import ParallelConfig
 from megatron_vlm.config.pinpoints import expand_pinpoints
 from megatron_vlm.config.training import TrainingConfig
-from megatron_vlm.config.values import field_types, to_type
+from megatron_vlm.config.values import choices_of, field_types, to_type
 
-# Names that people who know Megatron-LM look for, and what stands in their place here.
-REPLACED = {
+ABSENT_SETTINGS = {
     "sequence_parallel": "it is always on when tensor_model_parallel_size > 1; leave it out",
     "micro_batch_size": "a micro-batch is always one packed row; set global_batch_size in rows",
     "data_parallel_size": "it is the world size divided by the model-parallel sizes; leave it out",
 }
+"""Settings of Megatron-LM that do not exist here, and why."""
+RENAMED_VALUES = {"data.oversized_samples": {"refuse": "error", "cut": "truncate"}}
+"""Setting -> old value -> new value. Old values are accepted for one release, with a warning."""
 
 
 @dataclass
@@ -38,33 +41,35 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its key (`training.lr`), its type, its default and what the field says about itself."""
+    """One setting of a recipe: its dotted key (`training.lr`), type hint, value and help text."""
 
     key: str
-    kind: Any
-    default: Any
+    hint: Any
+    value: Any
     help: str
-    choices: tuple[str, ...]
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Allowed values; () where the type does not list them."""
+        return choices_of(self.hint)
 
 
-def leaves(section: Any, prefix: str = "") -> Iterator[Setting]:
-    """All settings of a dataclass instance and of those inside it, in the order they are declared."""
-    kinds = field_types(type(section))
+def iter_settings(section: Any, prefix: str = "") -> Iterator[Setting]:
+    """All settings of a section and of the sections inside it, in the order of declaration."""
+    hints = field_types(type(section))
     for item in dataclasses.fields(section):
         value = getattr(section, item.name)
         if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{prefix}{item.name}.")
+            yield from iter_settings(value, f"{prefix}{item.name}.")
         else:
-            about = item.metadata
-            key = prefix + item.name
-            yield Setting(key, kinds[item.name], value, about.get("help", ""), tuple(about.get("choices", ())))
+            yield Setting(prefix + item.name, hints[item.name], value, item.metadata["help"])
 
 
 def load_recipe(path: str | Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
-    """The defaults, changed by the YAML file, changed by `overrides` (a dict of the same shape as the file).
+    """The defaults, overridden by the YAML file, overridden by `overrides` (a dict with the file's structure).
 
-    Relative paths inside the file are relative to the working directory. Raises ConfigError with every unknown key and
-    every wrong type.
+    Relative paths in the file start from the working directory. Raises ConfigError with all unknown keys and wrong
+    values.
     """
     recipe = Recipe()
     problems = []
@@ -77,57 +82,76 @@ def load_recipe(path: str | Path | None, overrides: dict[str, Any] | None = None
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Plain dicts, lists, numbers and text, fit for JSON and YAML."""
+    """Dicts, lists, numbers and text that JSON and YAML can store."""
     return dataclasses.asdict(recipe)
 
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
-    """The recipe `recipe_to_dict` was given. Settings that are missing keep their defaults; unknown ones are errors."""
-    return load_recipe(None, values)
+    """The inverse of `recipe_to_dict`. Missing settings get their defaults; unknown settings are a ConfigError.
+
+    Old values are read without a warning: a user cannot change what a checkpoint stores.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return load_recipe(None, values)
 
 
 def apply(section: Any, values: Any, describe: Callable[[str], str], prefix: str = "") -> list[str]:
-    """Write a tree of values into a section, in place, and return what was wrong with it.
+    """Set a section's settings from nested dicts, in place. Returns the problems found.
 
-    `describe` turns a key into how the user wrote it, file included.
+    Args:
+        section: a Recipe or one of its sections.
+        values: setting -> value, or section -> dict.
+        describe: turns a dotted key into what the user wrote (file and key, or flag).
+        prefix: of the section's keys, such as `model.vision.`.
     """
-    if values is None:  # a section whose settings are all commented out
+    if values is None:  # all settings of the section are commented out
         return []
     if not isinstance(values, dict):
         where = describe(prefix.rstrip(".") or "the whole file")
         return [f"{where}: expected settings, one `name: value` a line, got {values!r}."]
     problems = []
-    kinds = field_types(type(section))
-    # A range of pinpoints counts tiles, whose size is another setting: that one first.
+    hints = field_types(type(section))
+    # A range of pinpoints needs model.vision.image_size, which must be set before.
     for name, value in sorted(values.items(), key=lambda item: item[0] == "image_grid_pinpoints"):
         key = f"{prefix}{name}"
-        if name not in kinds:
-            problems.append(f"{describe(key)}: there is no such setting. {right_name(key)}")
-        elif dataclasses.is_dataclass(kinds[name]):
+        if name not in hints:
+            problems.append(f"{describe(key)}: there is no such setting. {_right_name(key)}")
+        elif dataclasses.is_dataclass(hints[name]):
             problems += apply(getattr(section, name), value, describe, f"{key}.")
         else:
             try:
                 if name == "image_grid_pinpoints" and isinstance(value, str):
                     value = expand_pinpoints(value, section.vision.image_size)
-                setattr(section, name, to_type(value, kinds[name]))
+                setattr(section, name, to_type(_new_value(key, value, describe), hints[name]))
             except ValueError as wrong:
                 problems.append(f"{describe(key)}: {wrong}.")
     return problems
 
 
-def right_name(key: str) -> str:
-    """What to write instead of a key that does not exist, as a sentence."""
+def _new_value(key: str, value: Any, describe: Callable[[str], str]) -> Any:
+    """The new name of a value of RENAMED_VALUES, with a warning; any other value unchanged."""
+    new = RENAMED_VALUES.get(key, {}).get(value) if isinstance(value, str) else None
+    if new is None:
+        return value
+    message = f"{describe(key)}: {value!r} was renamed to {new!r} and will be an error in the next release"
+    warnings.warn(message, FutureWarning, stacklevel=2)
+    return new
+
+
+def _right_name(key: str) -> str:
+    """A sentence that helps a user who wrote a key that does not exist."""
     name = key.rpartition(".")[2]
-    if name in REPLACED:
-        return f"About {name}: {REPLACED[name]}."
-    keys = [leaf.key for leaf in leaves(Recipe())]
+    if name in ABSENT_SETTINGS:
+        return f"About {name}: {ABSENT_SETTINGS[name]}."
+    keys = [setting.key for setting in iter_settings(Recipe())]
     keys += sorted({parent for known in keys if (parent := known.rpartition(".")[0])})
     guess = nearest_key(key, keys)
     return f"Did you mean {guess}?" if guess else "All settings: python -m megatron_vlm.train --help"
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where YAML would quietly take the last."""
+    """A SafeLoader that rejects duplicate keys; PyYAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -142,7 +166,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What the file holds. Raises ConfigError where it cannot be read or is no YAML."""
+    """The content of a YAML file. Raises ConfigError if it cannot be read or is not valid YAML."""
     try:
         with open(path, encoding="utf-8") as file:
             return yaml.load(file, Loader=_UniqueKeyLoader)

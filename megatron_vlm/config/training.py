@@ -1,58 +1,71 @@
-"""How it is trained, logged and saved, in Megatron-LM's own flag names where it has one."""
+"""Settings of training, logging and checkpoints, under Megatron-LM's flag names where it has one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-PARTS = ("vision", "projector", "language")
+Part = Literal["vision", "projector", "language"]
+PARTS: tuple[Part, ...] = get_args(Part)
+"""The parts of a model, in the order of computation."""
 
 
 @dataclass
 class TrainingConfig:
-    """Optimization, numerics, logging and checkpoints."""
+    """Optimization, precision, logging and checkpoints."""
 
-    train_iters: int = field(default=1000, metadata={"help": "optimizer steps in the whole run"})
-    global_batch_size: int = field(default=16, metadata={"help": "rows per optimizer step, over all data ranks"})
-    seed: int = field(default=42, metadata={"help": "seed of the weights and of the data order"})
-    bf16: bool = field(default=False, metadata={"help": "compute in bfloat16 with fp32 master weights"})
-    trainable: list[str] = field(
-        default_factory=lambda: list(PARTS),
-        metadata={"choices": PARTS, "help": "parts that are trained; all others stay bit for bit the same"},
+    train_iters: int = field(default=1000, metadata={"help": "Optimizer steps of the whole run."})
+    global_batch_size: int = field(
+        default=16, metadata={"help": "Rows per optimizer step, over all data-parallel ranks."}
     )
-    optimizer: str = field(default="adam", metadata={"choices": ("adam", "sgd"), "help": "adam is AdamW"})
-    lr: float = field(default=1e-5, metadata={"help": "peak learning rate"})
-    vision_lr: float | None = field(default=None, metadata={"help": "peak learning rate of the tower; default: lr"})
+    seed: int = field(default=42, metadata={"help": "Seed of the initial weights and of the sample order."})
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16, with fp32 master weights."})
+    trainable: list[Part] = field(
+        default_factory=lambda: list(PARTS), metadata={"help": "Model parts that are trained; the others are frozen."}
+    )
+    optimizer: Literal["adam", "sgd"] = field(default="adam", metadata={"help": "Optimizer; adam is AdamW."})
+    lr: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
+    vision_lr: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the vision tower; default: lr."}
+    )
     projector_lr: float | None = field(
-        default=None, metadata={"help": "peak learning rate of the projector; default: lr"}
+        default=None, metadata={"help": "Peak learning rate of the projector; default: lr."}
     )
-    min_lr: float = field(default=0.0, metadata={"help": "learning rate at the end"})
-    lr_decay_style: str = field(
-        default="cosine", metadata={"choices": ("cosine", "linear", "constant"), "help": "decay"}
+    min_lr: float = field(default=0.0, metadata={"help": "Learning rate at the end of the decay."})
+    lr_decay_style: Literal["cosine", "linear", "constant"] = field(
+        default="cosine", metadata={"help": "Shape of the learning rate's decay after warmup."}
     )
-    lr_warmup_fraction: float = field(default=0.03, metadata={"help": "share of the run in which the rate rises"})
-    weight_decay: float = field(default=0.0, metadata={"help": "decoupled weight decay; not on biases and norms"})
-    adam_beta1: float = field(default=0.9, metadata={"help": "Adam's beta 1"})
-    adam_beta2: float = field(default=0.999, metadata={"help": "Adam's beta 2"})
-    adam_eps: float = field(default=1e-8, metadata={"help": "Adam's epsilon"})
-    sgd_momentum: float = field(default=0.9, metadata={"help": "momentum of sgd"})
-    clip_grad: float = field(default=1.0, metadata={"help": "gradient norm is clipped to this; 0: not clipped"})
-    recompute_granularity: str | None = field(
-        default=None, metadata={"choices": ("full", "selective"), "help": "activations recomputed in backward"}
+    lr_warmup_fraction: float = field(
+        default=0.03, metadata={"help": "Fraction of train_iters over which the learning rate warms up."}
+    )
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "Decoupled weight decay; not applied to biases and norms."}
+    )
+    adam_beta1: float = field(default=0.9, metadata={"help": "Adam's beta 1."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "Adam's beta 2."})
+    adam_eps: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
+    sgd_momentum: float = field(default=0.9, metadata={"help": "Momentum of sgd."})
+    clip_grad: float = field(default=1.0, metadata={"help": "Maximum gradient norm; 0 disables clipping."})
+    recompute_granularity: Literal["full", "selective"] | None = field(
+        default=None,
+        metadata={
+            "help": "Activations to recompute in backward: all of a layer (full), or only core attention (selective)."
+        },
     )
     save: str | None = field(
-        default=None, metadata={"help": "folder for checkpoints, metrics.jsonl and TensorBoard logs"}
+        default=None, metadata={"help": "Folder for checkpoints, metrics.jsonl and TensorBoard logs."}
     )
     load: str | None = field(
         default=None,
-        metadata={"help": "checkpoint folder to go on from: weights, optimizer, data position; default: save"},
+        metadata={"help": "Checkpoint folder to resume from: weights, optimizer, data position; default: save."},
     )
     pretrained_checkpoint: str | None = field(
-        default=None, metadata={"help": "checkpoint folder whose weights a new run starts from"}
+        default=None, metadata={"help": "Checkpoint folder that a new run takes its initial weights from."}
     )
     save_interval: int = field(
-        default=1000, metadata={"help": "iterations between checkpoints; one is always saved last"}
+        default=1000, metadata={"help": "Iterations between checkpoints; the last iteration is always saved."}
     )
-    log_interval: int = field(default=1, metadata={"help": "iterations between progress lines"})
+    log_interval: int = field(default=1, metadata={"help": "Iterations between progress lines."})
     distributed_timeout_minutes: int = field(
-        default=10, metadata={"help": "a collective that waits longer is an error"}
+        default=10, metadata={"help": "Minutes that a collective may wait for other ranks before it is an error."}
     )

@@ -1,16 +1,19 @@
-"""Values as they come from YAML, JSON or the command line, made into the types of the dataclass fields."""
+"""Conversion of values from YAML, JSON or the command line to the types of the dataclass fields."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from megatron_vlm.config.errors import nearest
 
 _TYPE_NAMES = {
     bool: "true or false",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     str: "text",
 }
@@ -29,66 +32,96 @@ def to_bytes(text: str) -> int:
     except (KeyError, ValueError):
         count = 0
     if count <= 0:
-        raise ValueError(f"{text!r} is no size: expected a number and a unit, as in 100gb or 64MiB")
+        raise ValueError(f"{text!r} is not a size: expected a number and a unit, such as 100gb or 64MiB")
     return count
 
 
 def field_types(cls: type[Any]) -> dict[str, Any]:
-    """The resolved type of each field of a dataclass, by name."""
-    hints = typing.get_type_hints(cls)
+    """The resolved type hint of each field of a dataclass, by name."""
+    hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def without_none(kind: Any) -> tuple[Any, bool]:
+def without_none(hint: Any) -> tuple[Any, bool]:
     """`T | None` as (T, True); every other type as (type, False)."""
-    if isinstance(kind, types.UnionType):
-        (inner,) = (member for member in typing.get_args(kind) if member is not types.NoneType)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (inner,) = (member for member in typing.get_args(hint) if member is not types.NoneType)
         return inner, True
-    return kind, False
+    return hint, False
 
 
-def type_name(kind: Any) -> str:
-    """A type in words, as error messages name it."""
-    inner, optional = without_none(kind)
+def choices_of(hint: Any) -> tuple[str, ...]:
+    """The allowed texts of a Literal, or of a list of it; () for a type without choices.
+
+    `Annotated[str, "a", "b_N"]` stands for what Literal cannot express: "b_N" allows b_1, b_2, ...
+    """
+    inner, _ = without_none(hint)
+    if typing.get_origin(inner) is list:
+        return choices_of(typing.get_args(inner)[0])
+    if typing.get_origin(inner) is Literal:
+        return typing.get_args(inner)
+    return inner.__metadata__ if typing.get_origin(inner) is Annotated else ()
+
+
+def type_name(hint: Any) -> str:
+    """A type in words, for error messages."""
+    inner, optional = without_none(hint)
     if typing.get_origin(inner) is list:
         (element,) = typing.get_args(inner)
         name = "a list, each element " + type_name(element)
+    elif choices := choices_of(inner):
+        name = "one of " + ", ".join(choices)
     else:
         name = _TYPE_NAMES[inner]
     return name + " or nothing (null)" if optional else name
 
 
-def to_type(value: Any, kind: Any) -> Any:
-    """`value` as `kind`, or a ValueError that says in words what was expected.
+def to_type(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`. Raises a ValueError that says in words what was expected.
 
-    Numbers may come as text, because YAML 1.1 reads 1e-5 (no dot) as text and a command line has nothing else.
+    Numbers may come as text: YAML 1.1 reads 1e-5 (no dot) as text, and the command line gives only text.
     """
-    inner, optional = without_none(kind)
+    inner, optional = without_none(hint)
     if value is None and optional:
         return None
     if typing.get_origin(inner) is list:
         if not isinstance(value, list | tuple):
-            raise _wrong(value, kind)
+            raise _wrong(value, hint)
         (element,) = typing.get_args(inner)
         try:
             return [to_type(item, element) for item in value]
         except ValueError:
-            raise _wrong(value, kind) from None
-    converters = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str}
-    converted = converters[inner](value)
+            raise _wrong(value, hint) from None
+    if choices := choices_of(inner):
+        converted = value if _is_choice(value, choices) else None
+    else:
+        converters = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str}
+        converted = converters[inner](value)
     if converted is None:
-        raise _wrong(value, kind)
+        raise _wrong(value, hint)
     return converted
 
 
-def _wrong(value: Any, kind: Any) -> ValueError:
+def _is_choice(value: Any, choices: tuple[str, ...]) -> bool:
+    if not isinstance(value, str):
+        return False
+    numbered = re.sub(r"_[1-9]\d*$", "_N", value)
+    return numbered in choices if numbered != value else value in choices and not value.endswith("_N")
+
+
+def _wrong(value: Any, hint: Any) -> ValueError:
     got = "nothing (null)" if value is None else repr(value)
-    advice = ""
-    if without_none(kind)[0] is str and isinstance(value, bool | int | float):
+    inner, _ = without_none(hint)
+    choices, advice = choices_of(hint), ""
+    if inner is str and isinstance(value, bool | int | float):
         advice = "; put it in quotes if it is meant as text"
-    elif typing.get_origin(without_none(kind)[0]) is list and isinstance(value, str | int):
+    elif typing.get_origin(inner) is list and isinstance(value, str | int):
         advice = f"; a list of one is [{value}]"
-    return ValueError(f"expected {type_name(kind)}, got {got}{advice}")
+    elif choices:
+        given = value if isinstance(value, list | tuple) else [value]
+        guesses = [nearest(str(item), choices) for item in given if not _is_choice(item, choices)]
+        advice = f"; the nearest is {guesses[0]}" if guesses and guesses[0] else ""
+    return ValueError(f"expected {type_name(hint)}, got {got}{advice}")
 
 
 def _to_bool(value: Any) -> bool | None:

@@ -82,7 +82,7 @@ def open_data(recipe: Recipe, is_logging_rank: bool) -> OpenedData:
 
     Raises:
         DataError: something cannot be opened, nothing is usable, or a sample is longer than a row and
-            oversized_samples is `refuse`.
+            oversized_samples is `error`.
     """
     data, opened_sources = recipe.data, open_sources(recipe)
     mixture, tokenizer = opened_sources.mixture, opened_sources.tokenizer
@@ -130,9 +130,9 @@ def _fit_to_rows(opened: OpenedData, data: DataConfig, is_logging_rank: bool) ->
     if not len(oversized):
         return {"skipped": 0, "cut": 0, "tokens_cut_off": 0}
     told = _name(opened, data, oversized)
-    if data.oversized_samples == "refuse":
-        raise DataError(f"{told}. Raise seq_length or max_tiles_per_row, or set oversized_samples to cut or skip.")
-    cut_off = _cut(opened, data) if data.oversized_samples == "cut" else 0
+    if data.oversized_samples == "error":
+        raise DataError(f"{told}. Raise seq_length or max_tiles_per_row, or set oversized_samples to truncate or skip.")
+    cut_off = _cut(opened, data) if data.oversized_samples == "truncate" else 0
     skipped = len(oversized) - len(opened.cuts)
     opened.usable[[number for number in oversized.tolist() if number not in opened.cuts]] = False
     if is_logging_rank:

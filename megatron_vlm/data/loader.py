@@ -218,7 +218,7 @@ def build_loader(
 
     Raises:
         DataError: something of the data cannot be opened, nothing usable is in it, or a sample is longer than a row and
-            oversized_samples is `refuse`.
+            oversized_samples is `error`.
     """
     if recipe.training.global_batch_size % dp_size:
         raise DataError(f"global_batch_size {recipe.training.global_batch_size} is no multiple of {dp_size} data ranks")

@@ -9,6 +9,8 @@ slice or shape depends on its images.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -71,7 +73,7 @@ class VisionLanguageModel(MegatronModule):
             parts["projector"] = [*self.projector.parameters(), self.image_newline]
         return parts
 
-    def _freeze(self, trainable: list[str]) -> None:
+    def _freeze(self, trainable: Sequence[str]) -> None:
         """Set requires_grad, before DDP wraps the model, and tag each parameter with its part for its learning rate."""
         for part, parameters in self.parts().items():
             for parameter in parameters:

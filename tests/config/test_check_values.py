@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_vlm.config import Recipe
-from megatron_vlm.config.check_values import AT_LEAST_ONE, FRACTIONS, NOT_NEGATIVE, POSITIVE
-from megatron_vlm.config.recipe import leaves
+from megatron_vlm.config.check_values import AT_LEAST_ONE, FRACTIONS, NOT_NEGATIVE, POSITIVE, check_values
+from megatron_vlm.config.recipe import iter_settings
 
 # Written out a second time, so that a name lost from the check's own lists is noticed.
 FREE = {"model.vision.vision_feature_layer", "model.image_token_index"}
@@ -28,20 +28,26 @@ UNCOUPLED_WRONG_VALUES = [
     ("training.adam_beta2", -0.1),
     ("training.sgd_momentum", 1.0),
     ("training.lr_warmup_fraction", 1.0),
-    ("training.optimizer", "adamw"),
-    ("training.lr_decay_style", "exponential"),
-    ("training.recompute_granularity", "some"),
     ("data.seq_length", 0),
     ("data.max_tiles_per_row", 0),
     ("data.packing_window", 0),
     ("data.num_workers", -1),
-    ("data.image_aspect_ratio", "any"),
-    ("data.oversized_samples", "clip"),
-    ("parallel.vision_parallel", "pipeline"),
-    ("model.vision.hidden_act", "relu"),
     ("model.vision.layer_norm_eps", 0.0),
     ("model.language.layer_norm_eps", 0.0),
     ("model.language.rope_theta", 0.0),
+]
+
+
+UNKNOWN_CHOICES = [
+    ("training.optimizer", "adamw"),
+    ("training.lr_decay_style", "exponential"),
+    ("training.recompute_granularity", "some"),
+    ("data.image_aspect_ratio", "any"),
+    ("data.image_aspect_ratio", "anyres_max_N"),
+    ("data.image_aspect_ratio", "anyres_max_0"),
+    ("data.oversized_samples", "clip"),
+    ("parallel.vision_parallel", "pipeline"),
+    ("model.vision.hidden_act", "relu"),
 ]
 
 
@@ -57,8 +63,26 @@ def test_a_size_of_zero_is_a_problem(problems_of, key):
 
 
 def test_every_number_has_a_range():
-    numbers = {leaf.key for leaf in leaves(Recipe()) if leaf.kind in (int, float, float | None)}
+    numbers = {setting.key for setting in iter_settings(Recipe()) if setting.hint in (int, float, float | None)}
     assert numbers == FREE.union(AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, FRACTIONS)
+
+
+@pytest.mark.parametrize(("key", "value"), UNKNOWN_CHOICES)
+def test_unknown_choice_is_the_only_problem(problems_of, key, value):
+    (problem,) = problems_of({key: value})
+    assert problem.startswith(f"{key}: expected one of ") and f"got {value!r}" in problem
+
+
+@pytest.mark.parametrize(("key", "value"), UNKNOWN_CHOICES)
+def test_unknown_choice_in_a_recipe_made_in_python(small_recipe, key, value):
+    recipe = small_recipe({})
+    section, name = recipe, key
+    while "." in name:
+        parent, _, name = name.partition(".")
+        section = getattr(section, parent)
+    setattr(section, name, value)
+    (problem,) = check_values(recipe)
+    assert str(problem).startswith(f"{key} = {value}: not a valid choice. Choose from ")
 
 
 def test_unknown_choice_names_the_nearest(problems_of):
@@ -67,9 +91,14 @@ def test_unknown_choice_names_the_nearest(problems_of):
     assert "the nearest is cosine" in problem
 
 
+@pytest.mark.parametrize("value", ["anyres", "anyres_max_9", "anyres_max_16", "square", "pad"])
+def test_choices_with_a_number(problems_of, value):
+    assert problems_of({"data.image_aspect_ratio": value}) == []
+
+
 def test_an_unknown_part_and_no_part_at_all_are_problems(problems_of):
     (unknown,) = problems_of({"training.trainable": ["projector", "visoin"]})
-    assert unknown.startswith("training.trainable = visoin:")
+    assert unknown.startswith("training.trainable: expected a list") and "'visoin'" in unknown
     assert "the nearest is vision" in unknown
     (empty,) = problems_of({"training.trainable": []})
     assert empty.startswith("training.trainable = nothing: empty")

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_vlm.config import ConfigError, Recipe, parse_command_line
 from megatron_vlm.config.command_line import flag
-from megatron_vlm.config.recipe import leaves
+from megatron_vlm.config.recipe import iter_settings
 
 
 def parse(line: str) -> Recipe:
@@ -34,23 +34,27 @@ def test_without_arguments_it_is_the_defaults():
 
 
 def test_every_setting_has_a_flag_that_sets_it_and_nothing_else():
-    defaults = {leaf.key: leaf.default for leaf in leaves(Recipe())}
-    for leaf in leaves(Recipe()):
-        if leaf.kind is bool:
+    defaults = {setting.key: setting.value for setting in iter_settings(Recipe())}
+    for setting in iter_settings(Recipe()):
+        if setting.hint is bool:
             words, expected = [], True
-        elif leaf.kind == list[list[int]]:
+        elif setting.hint == list[list[int]]:
             words, expected = ["28x56", "56x28"], [[28, 56], [56, 28]]
-        elif leaf.kind == list[str]:
+        elif setting.hint == list[str]:
             words, expected = ["one", "two"], ["one", "two"]
-        elif leaf.kind in (int, int | None, float, float | None):
-            whole = leaf.kind in (int, int | None)
+        elif setting.hint in (int, int | None, float, float | None):
+            whole = setting.hint in (int, int | None)
             words, expected = ["-3" if whole else "1e-7"], -3 if whole else 1e-7
+        elif setting.choices:
+            words, expected = [setting.choices[-1]], setting.choices[-1]
+            if isinstance(setting.value, list):
+                expected = words
         else:
-            words, expected = ["words"], "words"
-        recipe, _ = parse_command_line([flag(leaf.key), *words])
-        found = {other.key: other.default for other in leaves(recipe)}
-        assert found[leaf.key] == expected, leaf.key
-        assert {**found, leaf.key: leaf.default} == defaults, leaf.key
+            words, expected = ["text"], "text"
+        recipe, _ = parse_command_line([flag(setting.key), *words])
+        found = {other.key: other.value for other in iter_settings(recipe)}
+        assert found[setting.key] == expected, setting.key
+        assert {**found, setting.key: setting.value} == defaults, setting.key
 
 
 def test_names_are_those_of_megatron_lm():
@@ -113,7 +117,10 @@ def test_none_unsets_what_the_recipe_set(tmp_path):
         ("--bf16 maybe", "--bf16: expected true or false, got 'maybe'"),
         ("--lr none", "--lr: expected a number, got 'none'"),
         ("--model.image-grid-pinpoints 28x", "--model.image-grid-pinpoints: expected a list"),
-        ("--model.language.vocab-size 1.5", "--model.language.vocab-size: expected a whole number"),
+        ("--model.language.vocab-size 1.5", "--model.language.vocab-size: expected an integer"),
+        ("--optimizer adamw", "--optimizer: expected one of adam, sgd, got 'adamw'; the nearest is adam"),
+        ("--recompute-granularity fll", "full, selective or nothing (null), got 'fll'; the nearest is full"),
+        ("--trainable vision decoder", "each element one of vision, projector, language, got ['vision', 'decoder']"),
     ],
 )
 def test_wrong_arguments(line, words):
@@ -137,14 +144,14 @@ def test_help_is_one_line_for_each_setting_under_its_section(capsys):
     assert all(len(line) <= 175 for line in lines)
     headings = [line.split(":")[0] for line, above in zip(lines[1:], lines, strict=False) if not above and ":" in line]
     assert headings == ["data", "training", "parallel", "model", "model.vision", "model.language"]
-    for leaf in leaves(Recipe()):
-        shown = flag(leaf.key)
-        if leaf.kind is bool:
+    for setting in iter_settings(Recipe()):
+        shown = flag(setting.key)
+        if setting.hint is bool:
             cut = max(shown.rfind("."), 1) + 1
             shown = f"{shown[:cut]}[no-]{shown[cut:]}"
         (line,) = (line for line in lines if line.startswith(f"  {shown} "))
-        assert leaf.help in line
-    assert any(line.startswith("  --lr X ") and line.endswith("peak learning rate [1e-05]") for line in lines)
+        assert setting.help in line
+    assert any(line.startswith("  --lr X ") and line.endswith("Peak learning rate. [1e-05]") for line in lines)
     assert any(line.startswith("  --[no-]bf16 ") and line.endswith("[false]") for line in lines)
     assert any(line.startswith("  --data-path TEXT ...") and line.endswith("[required]") for line in lines)
     assert "--dry-run" in text

@@ -9,7 +9,15 @@ import sys
 import pytest
 import yaml
 
-from megatron_vlm.config import ConfigError, ParallelConfig, Recipe, load_recipe, recipe_from_dict, recipe_to_dict
+from megatron_vlm.config import (
+    ConfigError,
+    ParallelConfig,
+    Recipe,
+    load_recipe,
+    parse_command_line,
+    recipe_from_dict,
+    recipe_to_dict,
+)
 
 
 def write(folder, text: str) -> str:
@@ -117,6 +125,20 @@ def test_round_trip_through_json_and_yaml():
     recipe.model.image_grid_pinpoints = [[28, 56]]
     assert recipe_from_dict(json.loads(json.dumps(recipe_to_dict(recipe)))) == recipe
     assert recipe_from_dict(yaml.safe_load(yaml.safe_dump(recipe_to_dict(recipe)))) == recipe
+
+
+@pytest.mark.parametrize(("old", "new"), [("refuse", "error"), ("cut", "truncate")])
+def test_renamed_values_are_accepted_with_a_warning(tmp_path, old, new):
+    path = write(tmp_path, f"data: {{oversized_samples: {old}}}\n")
+    with pytest.warns(FutureWarning, match=f"{path}: data.oversized_samples: '{old}' was renamed to '{new}'"):
+        assert load_recipe(path).data.oversized_samples == new
+    with pytest.warns(FutureWarning, match=f"--oversized-samples: '{old}' was renamed to '{new}'"):
+        assert parse_command_line(["--oversized-samples", old])[0].data.oversized_samples == new
+
+
+def test_a_checkpoint_with_renamed_values_is_read_without_a_warning(recwarn):
+    assert recipe_from_dict({"data": {"oversized_samples": "cut"}}).data.oversized_samples == "truncate"
+    assert not recwarn
 
 
 def test_recipes_share_no_lists():

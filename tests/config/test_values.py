@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import pytest
 
-from megatron_vlm.config.values import to_type, without_none
+from megatron_vlm.config.values import choices_of, to_type, without_none
 
 
 @pytest.mark.parametrize(
@@ -18,6 +20,10 @@ from megatron_vlm.config.values import to_type, without_none
         ("True", bool, True),
         ("false", bool, False),
         (None, str | None, None),
+        ("b", Literal["a", "b"], "b"),
+        (None, Literal["a", "b"] | None, None),
+        (("b", "a"), list[Literal["a", "b"]], ["b", "a"]),
+        ("x_12", Annotated[str, "x_N"], "x_12"),
         ("2e-6", float | None, 2e-6),
         (("a", "b"), list[str], ["a", "b"]),
         ([["28", 56]], list[list[int]], [[28, 56]]),
@@ -35,9 +41,9 @@ def test_accepted(value, kind, expected):
         ("abc", float, "expected a number, got 'abc'"),
         ("nan", float, "expected a number"),
         (True, float, "expected a number, got True"),
-        (True, int, "expected a whole number, got True"),
-        (1.5, int, "expected a whole number, got 1.5"),
-        (2**0.5, int, "expected a whole number"),
+        (True, int, "expected an integer, got True"),
+        (1.5, int, "expected an integer, got 1.5"),
+        (2**0.5, int, "expected an integer"),
         (1, bool, "expected true or false, got 1"),
         ("yes", bool, "expected true or false, got 'yes'"),
         (None, str, "expected text, got nothing"),
@@ -45,8 +51,16 @@ def test_accepted(value, kind, expected):
         ([], float, "expected a number, got []"),
         ("projector", list[str], "a list of one is [projector]"),
         ([1], list[str], "expected a list, each element text"),
-        ([28, 28], list[list[int]], "expected a list, each element a list, each element a whole number"),
+        ([28, 28], list[list[int]], "expected a list, each element a list, each element an integer"),
         ("x", float | None, "expected a number or nothing (null)"),
+        ("B", Literal["a", "b"], "expected one of a, b, got 'B'"),
+        (1, Literal["a", "b"], "expected one of a, b, got 1"),
+        (None, Literal["a", "b"], "expected one of a, b, got nothing (null)"),
+        ("c", Literal["a", "b"] | None, "expected one of a, b or nothing (null), got 'c'"),
+        ("a", list[Literal["a", "b"]], "a list of one is [a]"),
+        (["a", "c"], list[Literal["a", "b"]], "expected a list, each element one of a, b, got ['a', 'c']"),
+        ("x_N", Annotated[str, "x_N"], "expected one of x_N, got 'x_N'"),
+        ("x_01", Annotated[str, "x_N"], "expected one of x_N, got 'x_01'"),
     ],
 )
 def test_refused_in_words(value, kind, words):
@@ -55,6 +69,13 @@ def test_refused_in_words(value, kind, words):
     assert words in str(caught.value)
 
 
+def test_choices_of():
+    assert choices_of(Literal["a", "b"]) == choices_of(Literal["a", "b"] | None) == ("a", "b")
+    assert choices_of(list[Literal["a", "b"]]) == ("a", "b")
+    assert choices_of(str) == choices_of(float | None) == choices_of(list[str]) == ()
+
+
 def test_without_none():
+    assert without_none(Literal["a"] | None) == (Literal["a"], True)
     assert without_none(float | None) == (float, True)
     assert without_none(list[str]) == (list[str], False)

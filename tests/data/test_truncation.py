@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Folder:
 def read(folder: Folder, **settings: object) -> tuple[dict[str, str], dict[str, int], dict[str, object]]:
     """Answers and tiles of each sample as the model is taught them, and the summary."""
     recipe = make_recipe(
-        folder.root / "train.json", folder.images, folder.root / "tokenizer", oversized_samples="cut", **settings
+        folder.root / "train.json", folder.images, folder.root / "tokenizer", oversized_samples="truncate", **settings
     )
     loader = build_loader(recipe, dp_rank=0, dp_size=1, consumed_rows=0, need_tiles=True)
     tokenizer = load_tokenizer(folder.root / "tokenizer")
