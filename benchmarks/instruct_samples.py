@@ -13,7 +13,7 @@ from megatron_vlm.data.packing.epoch_plan import Budget, plan_epoch
 from megatron_vlm.data.packing.row_cost import cost_of_model
 from megatron_vlm.data.processing.conversation import EncodedConversation
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
-from megatron_vlm.data.processing.tiling import ImageGeometry, Size, count_tiles
+from megatron_vlm.data.processing.tiling import ImageGeometry, Size, num_image_tiles
 
 POOL = 4000
 """Samples that rows are packed from."""
@@ -34,13 +34,13 @@ class InstructRows:
         shown = np.array([sum(num_image_tokens(size, self.geometry) for size in sizes) for sizes in self._images])
         self._words = np.minimum(np.maximum(mix.tokens - shown, FEWEST_WORDS), seq_length - shown)
         tokens = shown + self._words
-        tiles = np.array([sum(count_tiles(size, self.geometry) for size in sizes) for sizes in self._images])
+        tiles = np.array([sum(num_image_tiles(size, self.geometry) for size in sizes) for sizes in self._images])
         budget = Budget(seq_length, max_tiles, POOL, cost_of_model(model))
         self._plan = plan_epoch(np.arange(POOL), tokens, tiles, budget, seed, epoch=0)
 
     def _sizes(self) -> dict[int, Size]:
         """An image that has so many tiles: one that fills a grid."""
-        return {count_tiles(size, self.geometry): size for size in self.geometry.pinpoints}
+        return {num_image_tiles(size, self.geometry): size for size in self.geometry.pinpoints}
 
     def _split(self, tiles: int) -> list[Size]:
         """Images with about as many tiles together."""
@@ -73,7 +73,7 @@ class InstructRows:
         whole = np.concatenate(ids)
         labels = np.full(len(whole), IGNORE_INDEX)
         labels[len(whole) - answered :] = whole[len(whole) - answered :]
-        counts = [count_tiles(size, self.geometry) for size in sizes]
+        counts = [num_image_tiles(size, self.geometry) for size in sizes]
         side = self.geometry.tile_size
         pixels = self.rng.integers(0, 256, (sum(counts), 3, side, side), np.uint8)
         document = Document(str(number), EncodedConversation(whole, labels, starts), sizes)

@@ -29,7 +29,7 @@ from benchmarks import loader_peers
 from benchmarks.pictures import shards_of_pictures
 from benchmarks.report import RESULTS, machine, save, table
 from megatron_vlm.config import DataConfig, ModelConfig, ParallelConfig, Recipe, TrainingConfig
-from megatron_vlm.data.dataset import OpenedData, open_data, open_plan
+from megatron_vlm.data.dataset import MixtureDataset, open_dataset, open_plan_cache
 from megatron_vlm.data.loader import RowLoader
 from megatron_vlm.data.packing.row_plan import RowPlan
 from megatron_vlm.data.plan_fingerprint import plan_inputs
@@ -58,8 +58,8 @@ class Work:
 
     def __init__(self, folder: Path, samples: int) -> None:
         self.recipe = _recipe(folder, samples)
-        self.opened: OpenedData = open_data(self.recipe, is_logging_rank=False)
-        self.plan = RowPlan(open_plan(self.recipe, self.opened, plan_inputs(self.recipe, self.opened)))
+        self.opened: MixtureDataset = open_dataset(self.recipe, is_logging_rank=False)
+        self.plan = RowPlan(open_plan_cache(self.recipe, self.opened, plan_inputs(self.recipe, self.opened)))
         self.geometry = self.opened.geometry
         rows = [self.plan.row(counter).members.tolist() for counter in range(self.plan.rows)]
         sources = self.opened.mixture.sources

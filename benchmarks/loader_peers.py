@@ -24,7 +24,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from megatron_vlm.data.processing.conversation import encode_conversation
 from megatron_vlm.data.processing.image_io import decode_image
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
-from megatron_vlm.data.processing.tiling import ImageGeometry, cut_tiles, normalise_tiles, select_grid
+from megatron_vlm.data.processing.tiling import ImageGeometry, extract_tiles, normalise_tiles, select_best_resolution
 from megatron_vlm.data.processing.tokenizer import Tokenizer
 from megatron_vlm.data.shards.streaming_shim import import_streaming
 from megatron_vlm.data.sources.annotations import parse_annotation
@@ -82,7 +82,7 @@ class PureLimit:
         """LLaVA-NeXT's anyres."""
         side = self.geometry.tile_size
         yield image.resize((side, side), Image.Resampling.BICUBIC)
-        width, height = select_grid(image.size, self.geometry.pinpoints)
+        width, height = select_best_resolution(image.size, self.geometry.pinpoints)
         scale = min(width / image.width, height / image.height)
         size = min(ceil(image.width * scale), width), min(ceil(image.height * scale), height)
         canvas = Image.new("RGB", (width, height))
@@ -161,7 +161,7 @@ def streamed_samples(folder: Path, tokenizer: Tokenizer, geometry: ImageGeometry
             positions = [num_image_tokens(image.size, geometry) for image in images]
             encoded = encode_conversation(turns, tokenizer, positions, image_token)
             side = geometry.tile_size
-            tiles = [np.empty((0, 3, side, side), np.uint8), *(cut_tiles(image, geometry) for image in images)]
+            tiles = [np.empty((0, 3, side, side), np.uint8), *(extract_tiles(image, geometry) for image in images)]
             return torch.from_numpy(encoded.ids), torch.from_numpy(encoded.labels), _joined(tiles)
 
     dataset = Samples(local=str(folder), shuffle=False, batch_size=1)

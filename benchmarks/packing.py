@@ -27,7 +27,7 @@ from benchmarks.packing_peers import PEERS
 from benchmarks.packing_plan import measure_plan
 from benchmarks.report import RESULTS, save, table
 from megatron_vlm.data.packing.epoch_plan import Budget, plan_epoch
-from megatron_vlm.data.packing.exchange import least_rows
+from megatron_vlm.data.packing.exchange import min_rows
 
 RANKS, ROWS_PER_RANK = 256, (1, 4, 16)
 OURS = "megatron-vlm"
@@ -76,7 +76,7 @@ def describe(samples: Samples, packed: Packed, budget: Budget) -> dict[str, Any]
     return {
         "rows": rows,
         "fill": float(samples.tokens.sum() / (rows * budget.seq_length)),
-        "of_the_best": least_rows(samples.tokens, samples.tiles, budget.seq_length, budget.max_tiles) / rows,
+        "of_the_best": min_rows(samples.tokens, samples.tiles, budget.seq_length, budget.max_tiles) / rows,
         "balance": balance,
         "second_half_over_first": halves[1] / halves[0],
     }

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.packing_lengths import draw_mix
 from megatron_vlm.data.packing.epoch_plan import Budget, EpochPlan, plan_epoch
-from megatron_vlm.data.packing.plan_cache import PlanStore
+from megatron_vlm.data.packing.plan_cache import PlanCache
 from megatron_vlm.data.packing.row_plan import RowPlan
 from megatron_vlm.data.sources.mixture import Mixture
 from megatron_vlm.data.sources.mixture_file import SamplingRule
@@ -57,14 +57,14 @@ def _make_plan(answer: Connection, folder: Path, count: int, budget: Budget, see
         return plan_epoch(mixture.draw(usable, seed, epoch), tokens, tiles, budget, seed, epoch)
 
     started, worked = time.perf_counter(), time.process_time()
-    plan = PlanStore(folder, "benchmark", compute)(0)
+    plan = PlanCache(folder, "benchmark", compute)(0)
     answer.send(
         {
             "seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - worked,
             "peak_bytes": _peak_bytes(),
             "rows": plan.rows,
-            "fill": plan.fill,
+            "fill": plan.packing_efficiency,
         }
     )
 
@@ -77,7 +77,7 @@ def _open_plan(answer: Connection, folder: Path, counter: int) -> None:
 
     before = _peak_bytes()
     started = time.perf_counter()
-    row = RowPlan(PlanStore(folder, "benchmark", compute)).row(counter)
+    row = RowPlan(PlanCache(folder, "benchmark", compute)).row(counter)
     seconds = time.perf_counter() - started
     answer.send({"seconds": seconds, "samples": len(row.members), "added_bytes": _peak_bytes() - before})
 

@@ -17,7 +17,7 @@ from megatron_vlm.data.batch import IGNORE_INDEX, Document, PackedBatch, assembl
 from megatron_vlm.data.packing.epoch_plan import Budget, plan_epoch
 from megatron_vlm.data.processing.conversation import EncodedConversation
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
-from megatron_vlm.data.processing.tiling import ImageGeometry, count_tiles
+from megatron_vlm.data.processing.tiling import ImageGeometry, num_image_tiles
 
 IMAGES_BY_QUESTIONS = {
     2: 9, 3: 31, 4: 72, 5: 180, 6: 251, 7: 380, 8: 518, 9: 531, 10: 538, 11: 490, 12: 382, 13: 240, 14: 159, 15: 111,
@@ -55,7 +55,7 @@ class SampleMaker:
         self.model, self.rng = model, np.random.default_rng(seed)
         self.geometry = ImageGeometry.of(model, "anyres")
         self.positions = num_image_tokens(IMAGE_SIZE, self.geometry)
-        self.tiles = count_tiles(IMAGE_SIZE, self.geometry)
+        self.tiles = num_image_tiles(IMAGE_SIZE, self.geometry)
         self.questions = np.repeat(list(IMAGES_BY_QUESTIONS), list(IMAGES_BY_QUESTIONS.values()))
 
     def _between(self, bounds: tuple[int, int]) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vlm.config import ConfigError, Recipe, parse_command_line
-from megatron_vlm.data.dataset import open_data, open_plan
+from megatron_vlm.data.dataset import open_dataset, open_plan_cache
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.length_index import REJECTED, LengthIndex
 from megatron_vlm.data.packing.epoch_plan import EpochPlan
@@ -126,15 +126,15 @@ class Report:
 
     def _packing(self) -> str:
         try:
-            opened = open_data(self.recipe, is_logging_rank=False)
-            plan = open_plan(self.recipe, opened, plan_inputs(self.recipe, opened))(0)
+            opened = open_dataset(self.recipe, is_logging_rank=False)
+            plan = open_plan_cache(self.recipe, opened, plan_inputs(self.recipe, opened))(0)
         except DataError as error:
             return section("Packing", f"<p>Cannot be packed: {report_page.text(error)}</p>")
         data = self.recipe.data
         fill, tiles, cost = row_sums(self.recipe, plan, opened.tokens, opened.tiles)
         told = (
             f"<p>{plan.rows:,} rows of {data.seq_length:,} tokens hold {len(plan.members):,} samples, "
-            f"{len(plan.members) / plan.rows:.1f} each; they are filled to {100 * plan.fill:.2f} %.</p>"
+            f"{len(plan.members) / plan.rows:.1f} each; they are filled to {100 * plan.packing_efficiency:.2f} %.</p>"
         )
         balance = [(f"{ranks}", f"{plan.rows // ranks:,}", f"{balance_over(cost, ranks):.3f}")
                    for ranks in _RANKS if plan.rows >= ranks]  # fmt: skip

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_vlm.data.errors import DataError
-from megatron_vlm.data.length_index import REJECTED, LengthIndex, cache_folder, describe_rejections, load_or_build
+from megatron_vlm.data.length_index import REJECTED, LengthIndex, cache_folder, describe_rejections, load_length_index
 from megatron_vlm.data.packing.epoch_plan import Budget, EpochPlan, plan_epoch
-from megatron_vlm.data.packing.plan_cache import PlanStore
+from megatron_vlm.data.packing.plan_cache import PlanCache
 from megatron_vlm.data.packing.row_cost import row_cost
 from megatron_vlm.data.processing.tiling import ImageGeometry
 from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.data.sources.mixture import Mixture, describe_mixture, open_mixture
-from megatron_vlm.data.truncation import load_or_truncate
+from megatron_vlm.data.truncation import load_truncations
 
 if TYPE_CHECKING:
     from megatron_vlm.config import Recipe
@@ -40,11 +40,11 @@ class DataSources:
 
     def load_indexes(self, cache_dir: str | None) -> list[LengthIndex]:
         """The length index of each source; samples that are not in the cache are measured now."""
-        return [load_or_build(s, self.tokenizer, self.geometry, cache_dir) for s in self.mixture.sources.sources]
+        return [load_length_index(s, self.tokenizer, self.geometry, cache_dir) for s in self.mixture.sources.sources]
 
 
 @dataclass
-class OpenedData(DataSources):
+class MixtureDataset(DataSources):
     """What rows are planned from and built with; n samples over all sources."""
 
     indexes: list[LengthIndex]
@@ -55,7 +55,7 @@ class OpenedData(DataSources):
     """[n]"""
     usable: np.ndarray
     """[n] bool"""
-    cuts: dict[int, tuple[int, int]]
+    truncations: dict[int, tuple[int, int]]
     """(turns that are kept, their tokens) of the samples that are cut, by number."""
     counts: dict[str, Any]
     """samples, usable, refused by reason, skipped, cut and what the cuts leave out, tokens and tiles per sample"""
@@ -73,7 +73,7 @@ def open_sources(recipe: Recipe) -> DataSources:
     return DataSources(mixture, load_tokenizer(data.tokenizer_model), geometry)
 
 
-def open_data(recipe: Recipe, is_logging_rank: bool) -> OpenedData:
+def open_dataset(recipe: Recipe, is_logging_rank: bool) -> MixtureDataset:
     """Open sources and tokenizer, measure lengths or read them from the cache, sort out what cannot be used.
 
     Args:
@@ -100,7 +100,9 @@ def open_data(recipe: Recipe, is_logging_rank: bool) -> OpenedData:
     tokens = np.concatenate([index.tokens for index in indexes])
     tiles = np.concatenate([index.tiles for index in indexes])
     refused = Counter(rejection.reason for index in indexes for rejection in index.rejected)
-    opened = OpenedData(mixture, tokenizer, opened_sources.geometry, indexes, tokens, tiles, tokens != REJECTED, {}, {})
+    opened = MixtureDataset(
+        mixture, tokenizer, opened_sources.geometry, indexes, tokens, tiles, tokens != REJECTED, {}, {}
+    )
     oversized = _fit_to_rows(opened, data, is_logging_rank)
     usable = opened.usable
     if not usable.any():
@@ -123,7 +125,7 @@ def open_data(recipe: Recipe, is_logging_rank: bool) -> OpenedData:
     return opened
 
 
-def _fit_to_rows(opened: OpenedData, data: DataConfig, is_logging_rank: bool) -> dict[str, int]:
+def _fit_to_rows(opened: MixtureDataset, data: DataConfig, is_logging_rank: bool) -> dict[str, int]:
     """Cut, skip or refuse what is longer than a row, as the settings say. Returns what was done, counted."""
     too_long = opened.usable & ((opened.tokens > data.seq_length) | (opened.tiles > data.max_tiles_per_row))
     oversized = np.flatnonzero(too_long)
@@ -133,17 +135,17 @@ def _fit_to_rows(opened: OpenedData, data: DataConfig, is_logging_rank: bool) ->
     if data.oversized_samples == "error":
         raise DataError(f"{told}. Raise seq_length or max_tiles_per_row, or set oversized_samples to truncate or skip.")
     cut_off = _cut(opened, data) if data.oversized_samples == "truncate" else 0
-    skipped = len(oversized) - len(opened.cuts)
-    opened.usable[[number for number in oversized.tolist() if number not in opened.cuts]] = False
+    skipped = len(oversized) - len(opened.truncations)
+    opened.usable[[number for number in oversized.tolist() if number not in opened.truncations]] = False
     if is_logging_rank:
         done = [f"{skipped} are skipped"] if skipped else []
-        if opened.cuts:
-            done.insert(0, f"{len(opened.cuts)} are cut after an answer, {cut_off} tokens are left out")
+        if opened.truncations:
+            done.insert(0, f"{len(opened.truncations)} are cut after an answer, {cut_off} tokens are left out")
         logger.warning("%s; %s", told, ", ".join(done))
-    return {"skipped": skipped, "cut": len(opened.cuts), "tokens_cut_off": cut_off}
+    return {"skipped": skipped, "cut": len(opened.truncations), "tokens_cut_off": cut_off}
 
 
-def _name(opened: OpenedData, data: DataConfig, oversized: np.ndarray) -> str:
+def _name(opened: MixtureDataset, data: DataConfig, oversized: np.ndarray) -> str:
     named = []
     for number in oversized[:_NAMED].tolist():
         place, index = opened.mixture.sources.locate(number)
@@ -156,11 +158,11 @@ def _name(opened: OpenedData, data: DataConfig, oversized: np.ndarray) -> str:
     )
 
 
-def _cut(opened: OpenedData, data: DataConfig) -> int:
+def _cut(opened: MixtureDataset, data: DataConfig) -> int:
     """Replace lengths by those of what is kept. Returns the tokens that are left out."""
     starts, cut_off = opened.mixture.sources.starts, 0
     for start, source, index in zip(starts[:-1].tolist(), opened.mixture.sources.sources, opened.indexes, strict=True):
-        cuts = load_or_truncate(
+        cuts = load_truncations(
             source, index, opened.tokenizer, opened.geometry, data.seq_length, data.max_tiles_per_row
         )
         kept = cuts.turns > 0
@@ -168,11 +170,11 @@ def _cut(opened: OpenedData, data: DataConfig) -> int:
         cut_off += int((opened.tokens[numbers] - cuts.tokens[kept]).sum())
         opened.tokens[numbers], opened.tiles[numbers] = cuts.tokens[kept], cuts.tiles[kept]
         pairs = zip(cuts.turns[kept].tolist(), cuts.tokens[kept].tolist(), strict=True)
-        opened.cuts.update(zip(numbers.tolist(), pairs, strict=True))
+        opened.truncations.update(zip(numbers.tolist(), pairs, strict=True))
     return cut_off
 
 
-def open_plan(recipe: Recipe, opened: OpenedData, inputs: dict[str, Any]) -> PlanStore:
+def open_plan_cache(recipe: Recipe, opened: MixtureDataset, inputs: dict[str, Any]) -> PlanCache:
     """The plans of all epochs, kept in the folder of the first source's length index under a name made of `inputs`."""
     data, seed = recipe.data, recipe.training.seed
     budget = Budget(data.seq_length, data.max_tiles_per_row, data.packing_window, row_cost(recipe))
@@ -183,4 +185,4 @@ def open_plan(recipe: Recipe, opened: OpenedData, inputs: dict[str, Any]) -> Pla
         return plan_epoch(samples, opened.tokens, opened.tiles, budget, seed, epoch)
 
     folder = cache_folder(opened.mixture.sources.sources[0].name, data.cache_dir)
-    return PlanStore(folder, key, compute)
+    return PlanCache(folder, key, compute)

@@ -24,10 +24,10 @@ from megatron_vlm.data.array_files import map_arrays, write_arrays
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.processing.conversation import TEMPLATE, encode_conversation
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
-from megatron_vlm.data.processing.tiling import ImageGeometry, count_tiles
+from megatron_vlm.data.processing.tiling import ImageGeometry, num_image_tiles
 from megatron_vlm.data.processing.tokenizer import Tokenizer
 from megatron_vlm.data.sources.sample_source import SampleSource
-from megatron_vlm.data.worker_pool import map_numbers
+from megatron_vlm.data.worker_pool import parallel_map
 from megatron_vlm.runtime.atomic_files import atomic_file
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class LengthIndex:
     """Where it is kept. Its arrays are mapped from there: the ranks of a machine share their memory."""
 
     @property
-    def listing(self) -> Path:
+    def rejected_file(self) -> Path:
         """File beside the index that lists the refused samples, one JSON object per line."""
         return self.file.with_suffix(".refused.jsonl")
 
@@ -105,10 +105,12 @@ class _Measurer:
         positions = sum(num_image_tokens(size, self.geometry) for size in sizes)
         # The text alone, and any image token does: only the number of ids is of interest.
         encoded = encode_conversation(sample.turns, self.tokenizer, [0] * len(sizes), 0)
-        return _Measure(len(encoded.ids) + positions, sum(count_tiles(size, self.geometry) for size in sizes), sizes)
+        return _Measure(
+            len(encoded.ids) + positions, sum(num_image_tiles(size, self.geometry) for size in sizes), sizes
+        )
 
 
-def load_or_build(
+def load_length_index(
     source: SampleSource,
     tokenizer: Tokenizer,
     geometry: ImageGeometry,
@@ -134,7 +136,7 @@ def load_or_build(
     index = _read(path)
     changed = index is None
     if index is None:
-        measures = map_numbers(measurer.measure, len(source), processes, f"measuring {source.name}")
+        measures = parallel_map(measurer.measure, len(source), processes, f"measuring {source.name}")
         index = _collect(measures, len(source))
     elif index.rejected:
         again = {rejection.index: measurer.measure(rejection.index) for rejection in index.rejected}
@@ -192,7 +194,7 @@ def _write(path: Path, index: LengthIndex) -> None:
     refused = [asdict(rejection) for rejection in index.rejected]
     arrays = {name: getattr(index, name) for name in ("tokens", "tiles", "size_starts", "sizes")}
     try:
-        with atomic_file(index.listing) as file:
+        with atomic_file(index.rejected_file) as file:
             file.write("".join(json.dumps(rejection) + "\n" for rejection in refused).encode())
         write_arrays(path, **arrays, refused=np.frombuffer(json.dumps(refused).encode(), np.uint8))
     except OSError as error:
@@ -210,6 +212,6 @@ def describe_rejections(source: SampleSource, index: LengthIndex) -> list[str]:
     ]
     return [
         f"{source.name}: {len(index.rejected)} of {len(index.tokens)} samples refused: {reasons}; "
-        f"all are listed in {index.listing}. For example:",
+        f"all are listed in {index.rejected_file}. For example:",
         *examples,
     ]

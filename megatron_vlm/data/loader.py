@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from megatron_vlm.data.batch import PackedBatch
-from megatron_vlm.data.dataset import open_data, open_plan
+from megatron_vlm.data.dataset import open_dataset, open_plan_cache
 from megatron_vlm.data.errors import DataError, RowError
 from megatron_vlm.data.packing.row_plan import PlannedRow, RowPlan
 from megatron_vlm.data.plan_fingerprint import plan_inputs
@@ -166,7 +166,7 @@ class RowLoader(Iterator[PackedBatch]):
     def summary(self) -> dict[str, Any]:
         """Samples, usable, refused (by reason), skipped and cut (too long); rows and fill of this epoch."""
         epoch = {"rows_per_epoch": self.plan.rows, "samples_per_epoch": len(self.plan.current.members)}
-        return {**self._counts, **epoch, "pack_fill": self.plan.fill}
+        return {**self._counts, **epoch, "pack_fill": self.plan.packing_efficiency}
 
     def close(self) -> None:
         """End the workers. Nothing can be read afterwards."""
@@ -223,15 +223,15 @@ def build_loader(
     if recipe.training.global_batch_size % dp_size:
         raise DataError(f"global_batch_size {recipe.training.global_batch_size} is no multiple of {dp_size} data ranks")
     is_logging_rank = dp_rank == 0 and need_tiles and tile_rank == 0  # one process of the whole run
-    opened = open_data(recipe, is_logging_rank)
+    opened = open_dataset(recipe, is_logging_rank)
     inputs = plan_inputs(recipe, opened)
-    store = open_plan(recipe, opened, inputs)
+    store = open_plan_cache(recipe, opened, inputs)
     if plan_ahead and recipe.data.num_workers:
         store.plan_ahead()
     plan = RowPlan(store)
     builder = RowBuilder(
         opened.mixture.sources, opened.indexes, opened.tokenizer, opened.geometry, recipe.model.image_token_index,
-        recipe.data.seq_length, (tile_rank, tile_ranks) if need_tiles else None, opened.cuts,
+        recipe.data.seq_length, (tile_rank, tile_ranks) if need_tiles else None, opened.truncations,
     )  # fmt: skip
-    rows = plan.share(consumed_rows, dp_rank, dp_size)
+    rows = plan.rows_of_rank(consumed_rows, dp_rank, dp_size)
     return RowLoader(plan, builder, opened.counts, rows, recipe.data.num_workers, inputs)

@@ -17,13 +17,13 @@ from megatron_vlm.data.packing.row_cost import row_cost
 
 if TYPE_CHECKING:
     from megatron_vlm.config import Recipe
-    from megatron_vlm.data.dataset import OpenedData
+    from megatron_vlm.data.dataset import MixtureDataset
 
 _DATA_SET = "data set"
 _DIGITS = 16
 
 
-def plan_inputs(recipe: Recipe, opened: OpenedData) -> dict[str, Any]:
+def plan_inputs(recipe: Recipe, opened: MixtureDataset) -> dict[str, Any]:
     """Of the rows of a run; plain values, fit for JSON."""
     data, cost, mixture = recipe.data, row_cost(recipe), opened.mixture
     return {
@@ -40,7 +40,7 @@ def plan_inputs(recipe: Recipe, opened: OpenedData) -> dict[str, Any]:
     }
 
 
-def _describe_source(opened: OpenedData, place: int) -> str:
+def _describe_source(opened: MixtureDataset, place: int) -> str:
     """How many samples, and a fingerprint of their lengths, of which can be used, and of their shards."""
     sources = opened.mixture.sources
     start, stop = sources.starts[place : place + 2].tolist()

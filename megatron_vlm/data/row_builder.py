@@ -23,7 +23,7 @@ from megatron_vlm.data.packing.row_plan import PlannedRow
 from megatron_vlm.data.processing.conversation import encode_conversation
 from megatron_vlm.data.processing.image_io import ImageUnreadable, decode_image
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
-from megatron_vlm.data.processing.tiling import ImageGeometry, count_tiles, cut_into
+from megatron_vlm.data.processing.tiling import ImageGeometry, extract_tiles_into, num_image_tiles
 from megatron_vlm.data.processing.tokenizer import Tokenizer
 from megatron_vlm.data.sources.sample_source import Sample, SourceList
 from megatron_vlm.data.truncation import count_images
@@ -40,9 +40,9 @@ class RowBuilder:
     geometry: ImageGeometry
     image_token_index: int
     seq_length: int
-    tile_share: tuple[int, int] | None
+    tile_shard: tuple[int, int] | None
     """(member, members) among the ranks that encode a row's tiles; None: this rank decodes no image."""
-    cuts: dict[int, tuple[int, int]] = field(default_factory=dict)
+    truncations: dict[int, tuple[int, int]] = field(default_factory=dict)
     """(turns that are kept, their tokens) of the samples that are cut, by number."""
 
     def build(self, row: PlannedRow) -> PackedBatch:
@@ -57,8 +57,8 @@ class RowBuilder:
             documents.append(document)
         batch = assemble_row(documents, self.seq_length, self.tokenizer.pad_id, self.geometry)
         batch.row_index = row.row_index
-        if self.tile_share is not None:
-            batch.tiles = self._tiles(row, samples, documents, *tile_range(batch.num_tiles, *self.tile_share))
+        if self.tile_shard is not None:
+            batch.tiles = self._tiles(row, samples, documents, *tile_range(batch.num_tiles, *self.tile_shard))
         return batch
 
     def _read(self, row: PlannedRow, number: int) -> tuple[Sample, Document]:
@@ -71,8 +71,8 @@ class RowBuilder:
                 f"row {row.row_index}: sample {index} of {source.name} cannot be read any more: {error}"
             ) from error
         turns, sizes, expected = sample.turns, lengths.image_sizes(index), int(lengths.tokens[index])
-        if number in self.cuts:
-            kept, expected = self.cuts[number]
+        if number in self.truncations:
+            kept, expected = self.truncations[number]
             turns = turns[:kept]
             sizes = sizes[: count_images(turns)]
         positions = [num_image_tokens(size, self.geometry) for size in sizes]
@@ -93,11 +93,11 @@ class RowBuilder:
         first = 0
         for sample, document in zip(samples, documents, strict=True):
             for place, size in enumerate(document.image_sizes):
-                last = first + count_tiles(size, self.geometry)
+                last = first + num_image_tiles(size, self.geometry)
                 begin, end = max(start, first), min(stop, last)
                 if begin < end:
                     image = self._decode(row, sample, place, size)
-                    cut_into(pixels[begin - start : end - start], image, self.geometry, begin - first)
+                    extract_tiles_into(pixels[begin - start : end - start], image, self.geometry, begin - first)
                 first = last
         return torch.from_numpy(pixels)
 

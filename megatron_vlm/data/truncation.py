@@ -16,10 +16,10 @@ from megatron_vlm.data.errors import SampleError
 from megatron_vlm.data.length_index import LengthIndex
 from megatron_vlm.data.processing.conversation import IMAGE_PLACEHOLDER, Turn, encode_conversation
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
-from megatron_vlm.data.processing.tiling import ImageGeometry, Size, count_tiles
+from megatron_vlm.data.processing.tiling import ImageGeometry, Size, num_image_tiles
 from megatron_vlm.data.processing.tokenizer import Tokenizer
 from megatron_vlm.data.sources.sample_source import SampleSource
-from megatron_vlm.data.worker_pool import map_numbers
+from megatron_vlm.data.worker_pool import parallel_map
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class _Cutter:
         shown = sizes[: count_images(turns)]
         positions = [num_image_tokens(size, self.geometry) for size in shown]
         encoded = encode_conversation(turns, self.tokenizer, positions, 0)
-        return len(encoded.ids), sum(count_tiles(size, self.geometry) for size in shown)
+        return len(encoded.ids), sum(num_image_tiles(size, self.geometry) for size in shown)
 
 
 def count_images(turns: list[Turn]) -> int:
@@ -82,7 +82,7 @@ def count_images(turns: list[Turn]) -> int:
     return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
 
 
-def load_or_truncate(
+def load_truncations(
     source: SampleSource,
     index: LengthIndex,
     tokenizer: Tokenizer,
@@ -111,7 +111,7 @@ def load_or_truncate(
         logger.warning("%s is damaged (%s) and is made anew", path, error)
     oversized = np.flatnonzero((index.tokens > seq_length) | (index.tiles > max_tiles))
     cutter = _Cutter(source, index, oversized, tokenizer, geometry, seq_length, max_tiles)
-    found = map_numbers(cutter.cut, len(oversized), processes, f"cutting long samples of {source.name}", _CHUNK)
+    found = parallel_map(cutter.cut, len(oversized), processes, f"cutting long samples of {source.name}", _CHUNK)
     table = np.array(list(found), np.int64).reshape(-1, 3)
     cuts = Truncations(oversized.astype(np.int64), *(np.ascontiguousarray(column) for column in table.T))
     try:

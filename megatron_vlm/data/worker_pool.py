@@ -27,7 +27,8 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class _Work:
-    """What `map_numbers` does. Processes are forked with it: a function that holds a large annotation file is not sent.
+    """What `parallel_map` does. Processes are forked with it: a function that holds a large annotation file is never
+    pickled.
 
     Each chunk has a place in `done` that only its process writes to, so that no lock is needed: one that is killed
     could take it along.
@@ -54,13 +55,13 @@ _work: _Work | None = None
 """Of this process."""
 
 
-def tell_progress(samples: int) -> None:
-    """For a function of `map_numbers` whose numbers stand for several samples, given singly: how many are done."""
+def report_progress(samples: int) -> None:
+    """For a function of `parallel_map` whose numbers stand for several samples, given singly: how many are done."""
     if _work is not None:
         _work.done[_work.place] = samples
 
 
-def map_numbers(
+def parallel_map(
     function: Callable[[int], Result],
     total: int,
     processes: int | None,
@@ -77,7 +78,7 @@ def map_numbers(
         processes: default: as many as this machine's cores; never more than there is work for.
         label: what is being done, for progress and errors.
         chunk: numbers that a process is given at a time.
-        samples: for progress, how many the numbers stand for, which the function then tells with `tell_progress`;
+        samples: for progress, how many the numbers stand for, which the function then tells with `report_progress`;
             default: one each.
         samples_before: that were done by an earlier call, for progress.
 

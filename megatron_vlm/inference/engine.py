@@ -21,7 +21,7 @@ from megatron_vlm.config import ModelConfig, ParallelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
 from megatron_vlm.data.processing.conversation import Turn, encode_prompt
 from megatron_vlm.data.processing.image_tokens import RowFeatures, num_image_tokens
-from megatron_vlm.data.processing.tiling import ImageGeometry, cut_tiles
+from megatron_vlm.data.processing.tiling import ImageGeometry, extract_tiles
 from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.inference.kv_cache import KVCache
 from megatron_vlm.inference.sampling import greedy
@@ -106,7 +106,7 @@ def read_prompts(prompts: Sequence[Prompt], model: ModelConfig, aspect_ratio: st
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from error
         for image, start in zip(prompt.images, encoded.image_starts, strict=True):
-            tiles.append(cut_tiles(image, geometry))
+            tiles.append(extract_tiles(image, geometry))
             features.add(image.size, cu_seqlens[-1] + start)
         ids.append(encoded.ids)
         positions.append(np.arange(len(encoded.ids)))

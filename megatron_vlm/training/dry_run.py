@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_vlm.config import Recipe
-from megatron_vlm.data.dataset import open_data, open_plan
+from megatron_vlm.data.dataset import open_dataset, open_plan_cache
 from megatron_vlm.data.packing.row_plan import RowPlan
 from megatron_vlm.data.plan_fingerprint import plan_inputs
 
@@ -15,8 +15,8 @@ def describe_run(recipe: Recipe, world_size: int) -> str:
     rows, and published recipes count samples.
     """
     parallel, training = recipe.parallel, recipe.training
-    opened = open_data(recipe, is_logging_rank=True)
-    summary, plan = opened.counts, RowPlan(open_plan(recipe, opened, plan_inputs(recipe, opened)))
+    opened = open_dataset(recipe, is_logging_rank=True)
+    summary, plan = opened.counts, RowPlan(open_plan_cache(recipe, opened, plan_inputs(recipe, opened)))
     rows, samples = plan.rows, len(plan.current.members)
     per_step = samples / rows * training.global_batch_size
     steps = rows / training.global_batch_size
@@ -27,8 +27,8 @@ def describe_run(recipe: Recipe, world_size: int) -> str:
             f"{parallel.context_parallel_size}",
             f"data       {summary['samples']} samples, {summary['usable']} usable, refused {summary['refused'] or 0}, "
             f"too long {summary['skipped']}",
-            f"rows       {rows} per epoch of {recipe.data.seq_length} tokens, fill {100 * plan.fill:.1f} %, "
-            f"{samples / rows:.1f} samples per row",
+            f"rows       {rows} per epoch of {recipe.data.seq_length} tokens, "
+            f"packing efficiency {100 * plan.packing_efficiency:.1f} %, {samples / rows:.1f} samples per row",
             f"step       {training.global_batch_size} rows = {per_step:.0f} samples",
             f"run        {training.train_iters} steps = {training.train_iters / steps:.2f} epochs of {steps:.0f} steps",
             f"trainable  {', '.join(training.trainable)}; {training.optimizer}, lr {training.lr:g} "

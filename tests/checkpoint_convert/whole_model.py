@@ -17,7 +17,7 @@ from checkpoint_convert.megatron.files import tensors_of
 from megatron_vlm.config import ModelConfig, Recipe
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
 from megatron_vlm.data.processing.image_tokens import feature_order
-from megatron_vlm.data.processing.tiling import ImageGeometry, cut_tiles, image_to_tiles
+from megatron_vlm.data.processing.tiling import ImageGeometry, extract_tiles, image_to_tiles
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.image_merge import encode_tiles
 from megatron_vlm.model.vlm import VisionLanguageModel
@@ -79,7 +79,7 @@ def prompt(model: ModelConfig, sizes: list[tuple[int, int]], seed: int = 0) -> t
         positions.append(sum(map(len, ids)) + np.arange(len(order)))
         sources.append(np.where(order < 0, -1, order + per_tile * sum(map(len, tiles))))
         tiles.append(image_to_tiles(image, model, "anyres"))
-        pixels.append(cut_tiles(image, ImageGeometry.of(model, "anyres")))
+        pixels.append(extract_tiles(image, ImageGeometry.of(model, "anyres")))
         ids += [np.full(len(order), model.image_token_index), generator.integers(2, model.image_token_index, 4)]
     tokens = torch.from_numpy(np.concatenate(ids))
     none = np.empty(0, dtype=np.int64)

@@ -12,10 +12,10 @@ import pytest
 
 from megatron_vlm.data import length_index as lengths
 from megatron_vlm.data.errors import DataError
-from megatron_vlm.data.length_index import REJECTED, LengthIndex, describe_rejections, load_or_build
+from megatron_vlm.data.length_index import REJECTED, LengthIndex, describe_rejections, load_length_index
 from megatron_vlm.data.processing.conversation import encode_conversation
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
-from megatron_vlm.data.processing.tiling import ImageGeometry, count_tiles
+from megatron_vlm.data.processing.tiling import ImageGeometry, num_image_tiles
 from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.data.sources.sample_source import AnnotationSource
 from tests.data.helpers import Folder, image_bytes, mixed_folder, tiny_model, tiny_tokenizer_folder
@@ -29,7 +29,7 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 
 
 def build(folder: Folder, tokenizer: Tokenizer, **kwargs: object) -> LengthIndex:
-    return load_or_build(AnnotationSource(folder.write(), folder.images), tokenizer, GEOMETRY, **kwargs)  # type: ignore
+    return load_length_index(AnnotationSource(folder.write(), folder.images), tokenizer, GEOMETRY, **kwargs)  # type: ignore
 
 
 def same(a: LengthIndex, b: LengthIndex) -> bool:
@@ -47,7 +47,7 @@ def test_lengths_are_those_of_the_encoded_samples(tmp_path: Path, tokenizer: Tok
         positions = [num_image_tokens(size, GEOMETRY) for size in sizes]
         assert index.image_sizes(i) == sizes
         assert index.tokens[i] == len(encode_conversation(sample.turns, tokenizer, positions, 500).ids)
-        assert index.tiles[i] == sum(count_tiles(size, GEOMETRY) for size in sizes)
+        assert index.tiles[i] == sum(num_image_tiles(size, GEOMETRY) for size in sizes)
 
 
 def test_kept_and_measured_anew_on_change(
@@ -56,16 +56,16 @@ def test_kept_and_measured_anew_on_change(
     folder = mixed_folder(tmp_path, 4)
     first = build(folder, tokenizer)
     measured = []
-    real = lengths.map_numbers
-    monkeypatch.setattr(lengths, "map_numbers", lambda *args: measured.append(1) or real(*args))
+    real = lengths.parallel_map
+    monkeypatch.setattr(lengths, "parallel_map", lambda *args: measured.append(1) or real(*args))
     assert same(build(folder, tokenizer), first) and not measured
     folder.entries[3]["conversations"][1]["value"] = "a longer answer"
     assert build(folder, tokenizer).tokens[3] > first.tokens[3] and len(measured) == 1
     source = AnnotationSource(folder.write(), folder.images)
-    load_or_build(source, tokenizer, replace(GEOMETRY, aspect_ratio="pad"))
+    load_length_index(source, tokenizer, replace(GEOMETRY, aspect_ratio="pad"))
     assert len(measured) == 2
     tokenizer.fingerprint = "another"
-    load_or_build(source, tokenizer, GEOMETRY)
+    load_length_index(source, tokenizer, GEOMETRY)
     assert len(measured) == 3
 
 
@@ -82,7 +82,7 @@ def test_built_by_several_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = mixed_folder(tmp_path, 8)
     source = AnnotationSource(folder.write(), folder.images)
     with ThreadPoolExecutor(4) as pool:
-        built = list(pool.map(lambda _: load_or_build(source, tokenizer, GEOMETRY, tmp_path / "c", 1), range(4)))
+        built = list(pool.map(lambda _: load_length_index(source, tokenizer, GEOMETRY, tmp_path / "c", 1), range(4)))
     assert all(same(index, built[0]) for index in built)
     assert len(list((tmp_path / "c").iterdir())) == 2  # the index and its listing; no partial file is left
 
@@ -96,9 +96,9 @@ def test_refusals_are_told_listed_and_looked_at_again(tmp_path: Path, tokenizer:
     index = build(folder, tokenizer)
     assert [int(tokens) == REJECTED for tokens in index.tokens] == [False, True, True, True]
     told = describe_rejections(AnnotationSource(folder.write(), folder.images), index)
-    assert "3 of 4 samples refused: empty answer 2, missing image 1" in told[0] and str(index.listing) in told[0]
+    assert "3 of 4 samples refused: empty answer 2, missing image 1" in told[0] and str(index.rejected_file) in told[0]
     assert "'empty'" in told[1] and "'gone'" in told[2] and len(told) == 3
-    listed = [json.loads(line) for line in index.listing.read_text().splitlines()]
+    listed = [json.loads(line) for line in index.rejected_file.read_text().splitlines()]
     assert [item["sample_id"] for item in listed] == ["gone", "empty", "empty2"]
     (folder.images / "gone.png").write_bytes(image_bytes(9, 9))
     index = build(folder, tokenizer)

@@ -21,7 +21,7 @@ from megatron_vlm.data.errors import DataError, RowError
 from megatron_vlm.data.loader import RowLoader, build_loader
 from megatron_vlm.data.prepare.shard_writer import prepare_shards
 from megatron_vlm.data.processing import image_io as images
-from megatron_vlm.data.processing.tiling import ImageGeometry, cut_tiles, tile_count
+from megatron_vlm.data.processing.tiling import ImageGeometry, extract_tiles, num_image_tiles
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from tests.data.helpers import Folder, image_bytes, make_recipe, mixed_folder, tiny_sentencepiece, tiny_tokenizer_folder
 
@@ -91,7 +91,7 @@ def test_batches_hold_what_the_samples_say(folder: Folder, tokenizer: Path) -> N
             assert words.decode(labels[labels != IGNORE_INDEX].tolist()) == "\n".join([*answers, ""])
             paths = entry.get("image", [])
             for path in [paths] if isinstance(paths, str) else paths:
-                expected_tiles.append(cut_tiles(Image.open(folder.images / path), geometry))
+                expected_tiles.append(extract_tiles(Image.open(folder.images / path), geometry))
         np.testing.assert_array_equal(batch.tiles, np.concatenate([no_tiles, *expected_tiles]))
 
 
@@ -165,11 +165,11 @@ def test_an_image_is_decoded_once_and_by_those_who_need_it(
 
 def _tiles_of_images(batch: PackedBatch, folder: Folder, recipe: Any) -> list[int]:
     """Of each image of a row in their order, by the file's own size."""
-    counts = []
+    geometry, counts = ImageGeometry.of(recipe.model, "anyres"), []
     for name in batch.sample_ids:
         paths = folder.entries[int(name[1:])].get("image", [])
         for path in [paths] if isinstance(paths, str) else paths:
-            counts.append(tile_count(Image.open(folder.images / path).size, recipe.model, "anyres"))
+            counts.append(num_image_tiles(Image.open(folder.images / path).size, geometry))
     return counts
 
 

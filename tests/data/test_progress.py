@@ -10,13 +10,13 @@ import time
 import pytest
 
 from megatron_vlm.data import progress
-from megatron_vlm.data.worker_pool import map_numbers, tell_progress
+from megatron_vlm.data.worker_pool import parallel_map, report_progress
 
 
 def work(number: int) -> int:
     """Of 50 samples each."""
     for done in range(50):
-        tell_progress(done + 1)
+        report_progress(done + 1)
         time.sleep(0.002)
     return number
 
@@ -24,7 +24,7 @@ def work(number: int) -> int:
 def test_lines_in_a_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.05)
     with caplog.at_level(logging.INFO):
-        assert list(map_numbers(work, 4, 2, "working", 1, samples=300, samples_before=100)) == [0, 1, 2, 3]
+        assert list(parallel_map(work, 4, 2, "working", 1, samples=300, samples_before=100)) == [0, 1, 2, 3]
     told = [int(message.split()[1]) for message in caplog.messages]
     assert len(told) > 1 and told == sorted(told) and told[0] > 100 and told[-1] <= 300
     assert all("of 300 samples" in message and "to go" in message for message in caplog.messages)
@@ -40,7 +40,7 @@ def test_a_bar_on_a_terminal(processes: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(progress, "_SECONDS_WITHOUT", 0.0)
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    list(map_numbers(work, 4, processes, "working", 1, samples=200))
+    list(parallel_map(work, 4, processes, "working", 1, samples=200))
     assert "working" in terminal.getvalue() and "200/200" in terminal.getvalue()
 
 

@@ -16,7 +16,7 @@ import torch
 from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.data.loader import RowLoader
 from megatron_vlm.data.packing.epoch_plan import Budget, EpochPlan, plan_epoch
-from megatron_vlm.data.packing.plan_cache import PlanStore
+from megatron_vlm.data.packing.plan_cache import PlanCache
 from megatron_vlm.data.packing.row_plan import PlannedRow, RowPlan
 from megatron_vlm.data.sources.mixture import Mixture
 from megatron_vlm.data.sources.mixture_file import SamplingRule
@@ -74,7 +74,7 @@ class Mix:
 
     def plan(self) -> RowPlan:
         """As a process that has just started makes it, some through files."""
-        return RowPlan(PlanStore(self.folder, "k", self.compute) if self.folder else self.compute)
+        return RowPlan(PlanCache(self.folder, "k", self.compute) if self.folder else self.compute)
 
     def compute(self, epoch: int) -> EpochPlan:
         samples = self.mixture.draw(self.usable, self.seed, epoch)
@@ -141,7 +141,7 @@ def _through_loaders(mix: Mix, counter: int, ranks: int, steps: int, rows: int) 
     loaders = []
     for rank in range(ranks):
         plan = mix.plan()
-        share = plan.share(counter, rank, ranks)
+        share = plan.rows_of_rank(counter, rank, ranks)
         loaders.append(RowLoader(plan, _Echo(), {}, share, mix.draw.randint(0, 4)))  # type: ignore[arg-type]
     for _, row in itertools.product(range(steps), range(rows)):
         batch = next(loaders[row % ranks])
@@ -173,7 +173,7 @@ def test_a_thousand_mixes(tmp_path: Path, numbers: range) -> None:
                 seen += _through_loaders(mix, counter, ranks, steps, rows)
             else:
                 plan = mix.plan()
-                shares = [plan.share(counter, rank, ranks) for rank in range(ranks)]
+                shares = [plan.rows_of_rank(counter, rank, ranks) for rank in range(ranks)]
                 seen += [next(shares[row % ranks]).members.tolist() for row in range(steps * rows)]
             counter += steps * rows
         assert seen[:wanted] == expected, f"mix {number}"
@@ -189,5 +189,5 @@ def test_going_to_a_counter_replays_nothing(tmp_path: Path) -> None:
         raise AssertionError(f"epoch {epoch} is planned again")
 
     assert mix.folder is not None
-    found = RowPlan(PlanStore(mix.folder, "k", compute)).row(500)
+    found = RowPlan(PlanCache(mix.folder, "k", compute)).row(500)
     assert found.members.tolist() == far.members.tolist() and found.epoch == far.epoch > 0 and not made

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_vlm.data.errors import RowError
-from megatron_vlm.data.length_index import load_or_build
+from megatron_vlm.data.length_index import load_length_index
 from megatron_vlm.data.packing.row_plan import PlannedRow
 from megatron_vlm.data.processing.tiling import ImageGeometry
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
@@ -29,7 +29,7 @@ def builder(folder: Folder) -> RowBuilder:
     tokenizer = load_tokenizer(tiny_tokenizer_folder(folder.root / "tokenizer"))
     geometry = ImageGeometry.of(tiny_model(), "anyres")
     source = AnnotationSource(folder.write(), folder.images)
-    index = load_or_build(source, tokenizer, geometry)
+    index = load_length_index(source, tokenizer, geometry)
     return RowBuilder(SourceList([source]), [index], tokenizer, geometry, 500, 300, (0, 1))
 
 
@@ -47,7 +47,7 @@ def test_a_damaged_image(folder: Folder, builder: RowBuilder, damage: str) -> No
         victim.write_bytes(contents[damage])
     with pytest.raises(RowError, match=r"row 17: sample 's5' of .*train\.json: image .*5_0\.png"):
         builder.build(ROW)
-    builder.tile_share = None  # a rank that decodes nothing goes on; the one that does ends the run
+    builder.tile_shard = None  # a rank that decodes nothing goes on; the one that does ends the run
     assert builder.build(ROW).tiles is None
 
 
@@ -57,7 +57,7 @@ def test_an_image_of_another_size_says_how_to_measure_anew(folder: Folder, build
     with pytest.raises(RowError, match=f"is 29x3 pixels, was .* remove {file}"):
         builder.build(ROW)
     file.unlink()
-    builder.indexes = [load_or_build(builder.sources.sources[0], builder.tokenizer, builder.geometry)]
+    builder.indexes = [load_length_index(builder.sources.sources[0], builder.tokenizer, builder.geometry)]
     assert builder.build(ROW).sample_ids == ["s5", "s3"]
 
 

@@ -9,12 +9,12 @@ import pytest
 
 from megatron_vlm.data import truncation
 from megatron_vlm.data.batch import IGNORE_INDEX
-from megatron_vlm.data.length_index import load_or_build
+from megatron_vlm.data.length_index import load_length_index
 from megatron_vlm.data.loader import build_loader
 from megatron_vlm.data.processing.tiling import ImageGeometry
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from megatron_vlm.data.sources.sample_source import AnnotationSource
-from megatron_vlm.data.truncation import load_or_truncate
+from megatron_vlm.data.truncation import load_truncations
 from tests.data.helpers import Folder, make_recipe, tiny_model, tiny_tokenizer_folder
 
 LONG = "word " * 30
@@ -66,10 +66,10 @@ def test_no_answer_is_half_there(folder: Folder) -> None:
 def test_one_more_answer_would_not_fit(folder: Folder) -> None:
     tokenizer, geometry = load_tokenizer(folder.root / "tokenizer"), ImageGeometry.of(tiny_model(), "anyres")
     source = AnnotationSource(folder.root / "train.json", folder.images)
-    index = load_or_build(source, tokenizer, geometry)
+    index = load_length_index(source, tokenizer, geometry)
     whole = int(index.tokens[1])
     for seq_length in range(150, whole, 97):
-        cuts = load_or_truncate(source, index, tokenizer, geometry, seq_length, 1000)
+        cuts = load_truncations(source, index, tokenizer, geometry, seq_length, 1000)
         turns, tokens = int(cuts.turns[cuts.samples == 1][0]), int(cuts.tokens[cuts.samples == 1][0])
         assert tokens <= seq_length and turns % 2 == 0
         assert tokens + (whole - tokens) / (18 - turns) * 2 > seq_length - 20
@@ -77,7 +77,7 @@ def test_one_more_answer_would_not_fit(folder: Folder) -> None:
 
 def test_kept_beside_the_length_index(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     first = read(folder)
-    monkeypatch.setattr(truncation, "map_numbers", lambda *args: pytest.fail("cut again"))
+    monkeypatch.setattr(truncation, "parallel_map", lambda *args: pytest.fail("cut again"))
     assert read(folder) == first
     damaged = next((folder.root / ".lengths").glob("*.cut-*"))
     damaged.write_bytes(b"nonsense")

@@ -8,13 +8,13 @@ import signal
 import pytest
 
 from megatron_vlm.data.errors import DataError
-from megatron_vlm.data.worker_pool import map_numbers
+from megatron_vlm.data.worker_pool import parallel_map
 
 
 @pytest.mark.parametrize("processes", [1, 2, None])
 @pytest.mark.parametrize("total", [0, 1, 700])
 def test_order(processes: int | None, total: int) -> None:
-    assert list(map_numbers(lambda n: n * n, total, processes, "squaring")) == [n * n for n in range(total)]
+    assert list(parallel_map(lambda n: n * n, total, processes, "squaring")) == [n * n for n in range(total)]
 
 
 def test_a_process_that_dies() -> None:
@@ -24,4 +24,4 @@ def test_a_process_that_dies() -> None:
         return number
 
     with pytest.raises(DataError, match="dying: a process died"):
-        list(map_numbers(die, 700, 2, "dying"))
+        list(parallel_map(die, 700, 2, "dying"))

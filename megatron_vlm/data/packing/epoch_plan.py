@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.data.packing.exchange import Lengths, even_rows
+from megatron_vlm.data.packing.exchange import Lengths, balance_rows
 from megatron_vlm.data.packing.row_cost import RowCost, cost_of_model
 
 PLAN_VERSION = 4
@@ -41,7 +41,7 @@ class EpochPlan:
     """[rows + 1] int64: row r has the members row_starts[r] to row_starts[r + 1]."""
     members: np.ndarray
     """[samples] int64: sample numbers, row after row."""
-    fill: float
+    packing_efficiency: float
     """Tokens over places, 0 to 1."""
 
     @property
@@ -67,15 +67,15 @@ def pack_window(
     Returns:
         (members [n]: sample numbers, row after row; counts [rows]: samples of each row).
     """
-    cost = budget.cost.whole(tokens, tiles, budget.seq_length, budget.max_tiles)
+    cost = budget.cost.quantized(tokens, tiles, budget.seq_length, budget.max_tiles)
     lengths = Lengths.of(tokens, tiles, cost, budget.seq_length, budget.max_tiles)
-    rows = even_rows(lengths, rng.permutation(len(tokens)), rng)
+    rows = balance_rows(lengths, rng.permutation(len(tokens)), rng)
     rows = rows[_rise_and_fall(lengths.cost[rows].sum(1))]
     # Within a row, any order: the free places go to the end and are left out.
     keys = rng.random(rows.shape)
-    keys[rows == lengths.free] = 2
+    keys[rows == lengths.empty] = 2
     rows = np.take_along_axis(rows, np.argsort(keys, axis=1, kind="stable"), 1)
-    taken = rows != lengths.free
+    taken = rows != lengths.empty
     return rows[taken], taken.sum(1)
 
 

@@ -62,12 +62,12 @@ class Lengths:
         return cls(tokens, tiles, cost, seq_length, max_tiles)
 
     @property
-    def free(self) -> int:
+    def empty(self) -> int:
         """The number that stands for a free place."""
         return len(self.tokens) - 1
 
 
-def least_rows(tokens: np.ndarray, tiles: np.ndarray, seq_length: int, max_tiles: int) -> int:
+def min_rows(tokens: np.ndarray, tiles: np.ndarray, seq_length: int, max_tiles: int) -> int:
     """A number of rows, at least one, that no packing of samples can go below.
 
     Tokens and tiles need as many rows as they fill; and of samples larger than the (m + 1)-th part of a row at most m
@@ -89,7 +89,7 @@ def least_rows(tokens: np.ndarray, tiles: np.ndarray, seq_length: int, max_tiles
     return least
 
 
-def even_rows(lengths: Lengths, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def balance_rows(lengths: Lengths, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Share samples out to rows of equal cost within both budgets.
 
     Args:
@@ -98,19 +98,19 @@ def even_rows(lengths: Lengths, samples: np.ndarray, rng: np.random.Generator) -
         rng: decides which rows are paired.
 
     Returns:
-        [rows, places] int64: each sample number once, `lengths.free` where there is none. No row is empty.
+        [rows, places] int64: each sample number once, `lengths.empty` where there is none. No row is empty.
     """
     rows, changed = np.empty((0, 1), np.int64), False
     while len(samples):
         dealt = _deal(lengths, samples)
         _Exchange(lengths, dealt, rng).run()
         dealt, taken = _within_budgets(lengths, dealt)
-        rows = _stack([rows, dealt], lengths.free)
+        rows = _stack([rows, dealt], lengths.empty)
         samples = _put_back(lengths, rows, taken)
         changed |= len(taken) > 0
     if changed:
         _Exchange(lengths, rows, rng).run()
-    return rows[(rows != lengths.free).any(1)]
+    return rows[(rows != lengths.empty).any(1)]
 
 
 def _stack(parts: list[np.ndarray], free: int) -> np.ndarray:
@@ -124,13 +124,13 @@ def _deal(lengths: Lengths, samples: np.ndarray) -> np.ndarray:
     owners, placed, rows = [], [], 0
     while len(left):
         tokens, tiles = lengths.tokens[left].astype(np.int64), lengths.tiles[left].astype(np.int64)
-        count = least_rows(tokens, tiles, lengths.seq_length, lengths.max_tiles)
+        count = min_rows(tokens, tiles, lengths.seq_length, lengths.max_tiles)
         owner = _deal_round(tokens, tiles, count, lengths)
         owners.append(owner[owner >= 0] + rows)
         placed.append(left[owner >= 0])
         rows += count
         left = left[owner < 0]
-    return _table(np.concatenate(owners), np.concatenate(placed), rows, lengths.free)
+    return _table(np.concatenate(owners), np.concatenate(placed), rows, lengths.empty)
 
 
 def _deal_round(tokens: np.ndarray, tiles: np.ndarray, rows: int, lengths: Lengths) -> np.ndarray:
@@ -286,14 +286,14 @@ def _within_budgets(lengths: Lengths, rows: np.ndarray) -> tuple[np.ndarray, np.
         enough = (tokens >= over[wrong, None]) & (tiles >= over_tiles[wrong, None])
         place = np.where(enough.any(1), np.where(enough, tokens, np.inf).argmin(1), (tokens + tiles).argmax(1))
         taken.append(rows[wrong, place])
-        rows[wrong, place] = lengths.free
+        rows[wrong, place] = lengths.empty
 
 
 def _put_back(lengths: Lengths, rows: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """Put samples into the free places of rows that have room, in place. Returns those that fit nowhere."""
     while len(samples):
         room, room_tiles = lengths.seq_length - lengths.tokens[rows].sum(1), lengths.tiles[rows].sum(1)
-        room[(rows != lengths.free).all(1)] = -1
+        room[(rows != lengths.empty).all(1)] = -1
         by_room = np.argsort(room, kind="stable")
         samples = samples[np.argsort(lengths.tokens[samples], kind="stable")]
         # As many of the shortest as fit, each in its turn, into as many of the emptiest rows.
@@ -308,7 +308,7 @@ def _put_back(lengths: Lengths, rows: np.ndarray, samples: np.ndarray) -> np.nda
         fits = room_tiles[chosen] + lengths.tiles[samples[:fewest]] <= lengths.max_tiles
         if not fits.any():
             break
-        place = (rows[chosen] == lengths.free).argmax(1)
+        place = (rows[chosen] == lengths.empty).argmax(1)
         rows[chosen[fits], place[fits]] = samples[:fewest][fits]
         samples = np.concatenate([samples[:fewest][~fits], samples[fewest:]])
     return samples

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _NICENESS = 10
 
 
-class PlanStore:
+class PlanCache:
     """Gives the plan of an epoch, from its file if there is one."""
 
     def __init__(self, folder: Path, key: str, compute: Callable[[int], EpochPlan]) -> None:
@@ -86,8 +86,8 @@ class PlanStore:
                 if not mine or self._open(epoch) is not None:
                     return None
                 plan = self._compute(epoch)
-                arrays = {"row_starts": plan.row_starts, "members": plan.members, "fill": np.array([plan.fill])}
-                write_arrays(self._path(epoch), **arrays)
+                fill = np.array([plan.packing_efficiency])
+                write_arrays(self._path(epoch), row_starts=plan.row_starts, members=plan.members, fill=fill)
         except OSError as error:
             if not wait:
                 return None

@@ -54,7 +54,7 @@ class RowCost:
         length = tokens.astype(np.float64)
         return self.per_token_squared * (length * length) + self.per_token * length + self.per_tile * tiles
 
-    def whole(self, tokens: np.ndarray, tiles: np.ndarray, seq_length: int, max_tiles: int) -> np.ndarray:
+    def quantized(self, tokens: np.ndarray, tiles: np.ndarray, seq_length: int, max_tiles: int) -> np.ndarray:
         """The same as whole numbers, float32, in a unit in which no row within its budgets exceeds 2**23."""
         largest = float(self.of(np.array([seq_length]), np.array([max_tiles]))[0])
         if not largest > 0:

@@ -48,9 +48,9 @@ class RowPlan:
         return self.current.rows
 
     @property
-    def fill(self) -> float:
+    def packing_efficiency(self) -> float:
         """Tokens over places of the current epoch, 0 to 1."""
-        return self.current.fill
+        return self.current.packing_efficiency
 
     def _plan(self, epoch: int) -> EpochPlan:
         if epoch != self._epoch:
@@ -70,7 +70,7 @@ class RowPlan:
         start = self._ends[epoch - 1] if epoch else 0
         return PlannedRow(row_index, epoch, np.array(self._plan(epoch).row(row_index - start)))
 
-    def share(self, consumed_rows: int, rank: int, size: int) -> Iterator[PlannedRow]:
+    def rows_of_rank(self, consumed_rows: int, rank: int, size: int) -> Iterator[PlannedRow]:
         """Every size-th row from `consumed_rows` + `rank` on, for ever: what one of `size` data ranks reads."""
         row_index = consumed_rows + rank
         while True:

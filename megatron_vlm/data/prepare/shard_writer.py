@@ -19,7 +19,7 @@ from megatron_vlm.data.prepare.shard_destination import LocalDestination, S3Dest
 from megatron_vlm.data.shards.mds_format import INDEX, ShardSample, ShardWriter, merge_indexes
 from megatron_vlm.data.shards.streaming_shim import import_streaming
 from megatron_vlm.data.sources.sample_source import AnnotationSource, SourceList
-from megatron_vlm.data.worker_pool import map_numbers, tell_progress
+from megatron_vlm.data.worker_pool import parallel_map, report_progress
 
 QUARANTINE = "quarantine.jsonl"
 MOST_SAMPLES_PER_PART = 4096
@@ -108,7 +108,7 @@ def prepare_shards(
     maker = _PartMaker(sources, destination, samples_per_part, size_limit)
     import_streaming()  # once, before the processes are forked: it takes seconds
     amounts = [sum(len(maker.members(number)) for number in numbers) for numbers in (mine, todo)]
-    for _ in map_numbers(
+    for _ in parallel_map(
         lambda place: maker(todo[place]), len(todo), processes, f"writing {output}", chunk=1, samples=amounts[0],
         samples_before=amounts[0] - amounts[1],
     ):  # fmt: skip
@@ -224,7 +224,7 @@ class _PartMaker:
                     else:
                         writer.write(sample)
                         images += len(sample.images)
-                    tell_progress(done)
+                    report_progress(done)
             if writer.written:
                 index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
                 (folder / INDEX).unlink()  # a part is no set

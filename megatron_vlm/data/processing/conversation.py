@@ -47,7 +47,7 @@ class EncodedConversation:
     """Where each image's run of positions begins."""
 
 
-def place_image_first(question: str) -> str:
+def move_image_first(question: str) -> str:
     """The published rule for a question's placeholder: a single one that is not at the start is moved there.
 
     The rest of a question that is changed is stripped; others are left as they are.
@@ -90,7 +90,7 @@ class _Writer:
         open_text = ""  # a question and the role after it are one span, as one text they are tokenized together
         for role, text in turns:
             if role == "human":
-                open_text += f"{_USER}{place_image_first(text)}{_TURN_END}"
+                open_text += f"{_USER}{move_image_first(text)}{_TURN_END}"
             elif role == "gpt":
                 self.add_question(open_text + _ASSISTANT)
                 open_text = ""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from megatron_vlm.data.processing.tiling import ImageGeometry, Size, count_tiles, select_grid
+from megatron_vlm.data.processing.tiling import ImageGeometry, Size, num_image_tiles, select_best_resolution
 
 if TYPE_CHECKING:
     pass
@@ -43,9 +43,9 @@ def unpadded_window(size: Size, columns: int, rows: int) -> tuple[int, int, int,
 
 def _reduced(columns: int, rows: int, geometry: ImageGeometry) -> tuple[int, int]:
     """(columns, rows) that the patches of an image are reduced to; the same where they are few enough."""
-    if geometry.most_patches is None:
+    if geometry.max_patches is None:
         return columns, rows
-    times = sqrt(columns * rows / geometry.most_patches)
+    times = sqrt(columns * rows / geometry.max_patches)
     if times <= _WORTH_REDUCING:
         return columns, rows
     return max(int(columns // times), 1), max(int(rows // times), 1)
@@ -54,7 +54,7 @@ def _reduced(columns: int, rows: int, geometry: ImageGeometry) -> tuple[int, int
 def _mosaic(size: Size, geometry: ImageGeometry) -> np.ndarray:
     """[rows, columns] features of the tiles as one grid, without the black around the image."""
     grid, patches = geometry.grid, geometry.patches_per_tile
-    width, height = select_grid(size, geometry.pinpoints)
+    width, height = select_best_resolution(size, geometry.pinpoints)
     across, down = width // geometry.tile_size, height // geometry.tile_size
     tiles = np.arange(patches, patches * (1 + across * down), dtype=np.int64)
     # [tile row, tile column, patch row, patch column] -> one grid of patches
@@ -84,7 +84,7 @@ def feature_order(size: Size, geometry: ImageGeometry) -> np.ndarray:
 def bilinear_features(size: Size, geometry: ImageGeometry) -> tuple[np.ndarray, np.ndarray]:
     """What each blend of an image is made of: [blends, 4] features and [blends, 4] float32 weights, of sum 1."""
     none = np.empty((0, 4), np.int64), np.empty((0, 4), np.float32)
-    if geometry.most_patches is None:
+    if geometry.max_patches is None:
         return none
     mosaic = _mosaic(size, geometry)
     columns, rows = _reduced(mosaic.shape[1], mosaic.shape[0], geometry)
@@ -113,7 +113,7 @@ def num_image_tokens(size: Size, geometry: ImageGeometry) -> int:
     """Positions that an image of `size` (width, height) fills: the length of `feature_order`, without building it."""
     if not geometry.tiled:
         return geometry.patches_per_tile
-    width, height = select_grid(size, geometry.pinpoints)
+    width, height = select_best_resolution(size, geometry.pinpoints)
     columns = width // geometry.tile_size * geometry.grid
     rows = height // geometry.tile_size * geometry.grid
     left, top, right, bottom = unpadded_window(size, columns, rows)
@@ -144,7 +144,7 @@ class RowFeatures:
         self._blends.append(blends + before)
         self._weights.append(weights)
         self._num_blends += len(blends)
-        self.num_tiles += count_tiles(size, self.geometry)
+        self.num_tiles += num_image_tiles(size, self.geometry)
 
     def fields(self) -> dict[str, Any]:
         """Those of PackedBatch: feature_positions, feature_sources, and where there are blends theirs."""

@@ -63,13 +63,13 @@ class ImageGeometry:
         return self.aspect_ratio.startswith("anyres")
 
     @property
-    def most_patches(self) -> int | None:
+    def max_patches(self) -> int | None:
         """Patches that an image's grid is reduced to under anyres_max_N, roughly; None: it is left as it is."""
         tiles = self.aspect_ratio.removeprefix("anyres_max_")
         return int(tiles) * self.patches_per_tile if tiles.isdigit() else None
 
 
-def select_grid(size: Size, pinpoints: Sequence[Size]) -> Size:
+def select_best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
     """The resolution to tile an image at, (width, height).
 
     The one that keeps most of the image's pixels; among equals the one that wastes least; among those the first.
@@ -90,17 +90,12 @@ def select_grid(size: Size, pinpoints: Sequence[Size]) -> Size:
 
 
 @lru_cache(maxsize=65536)
-def count_tiles(size: Size, geometry: ImageGeometry) -> int:
+def num_image_tiles(size: Size, geometry: ImageGeometry) -> int:
     """Tiles of an image of `size` (width, height), base view included."""
     if not geometry.tiled:
         return 1
-    width, height = select_grid(size, geometry.pinpoints)
+    width, height = select_best_resolution(size, geometry.pinpoints)
     return 1 + (width // geometry.tile_size) * (height // geometry.tile_size)
-
-
-def tile_count(size: Size, model: ModelConfig, aspect_ratio: str) -> int:
-    """Tiles of an image of `size` (width, height) under a model's settings, base view included."""
-    return count_tiles((int(size[0]), int(size[1])), ImageGeometry.of(model, aspect_ratio))
 
 
 def _fit_on_black(image: Image.Image, target: Size) -> Image.Image:
@@ -147,7 +142,7 @@ def _views(image: Image.Image, geometry: ImageGeometry, start: int, stop: int) -
         if start == 0:
             yield image.resize((side, side), Image.Resampling.BICUBIC)
         if stop > 1:
-            target = select_grid(image.size, geometry.pinpoints)
+            target = select_best_resolution(image.size, geometry.pinpoints)
             canvas = _fit_on_black(image, target)
             columns = target[0] // side
             for index in range(max(start - 1, 0), stop - 1):
@@ -155,18 +150,18 @@ def _views(image: Image.Image, geometry: ImageGeometry, start: int, stop: int) -
                 yield canvas.crop((left, top, left + side, top + side))
 
 
-def cut_into(tiles: np.ndarray, image: Image.Image, geometry: ImageGeometry, start: int) -> None:
-    """Write tiles of an image, from tile `start` on as many as there is room for, as `cut_tiles` gives them."""
+def extract_tiles_into(tiles: np.ndarray, image: Image.Image, geometry: ImageGeometry, start: int) -> None:
+    """Write tiles of an image, from tile `start` on as many as there is room for, as `extract_tiles` gives them."""
     image = image if image.mode == "RGB" else image.convert("RGB")
     for tile, view in zip(tiles, _views(image, geometry, start, start + len(tiles)), strict=True):
         tile[:] = np.asarray(view).transpose(2, 0, 1)
 
 
-def cut_tiles(image: Image.Image, geometry: ImageGeometry, start: int = 0, stop: int | None = None) -> np.ndarray:
+def extract_tiles(image: Image.Image, geometry: ImageGeometry, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Tiles [start, stop) of an image, by default all: [t, 3, tile_size, tile_size] uint8, base view first."""
-    stop = count_tiles(image.size, geometry) if stop is None else stop
+    stop = num_image_tiles(image.size, geometry) if stop is None else stop
     tiles = np.empty((stop - start, 3, geometry.tile_size, geometry.tile_size), np.uint8)
-    cut_into(tiles, image, geometry, start)
+    extract_tiles_into(tiles, image, geometry, start)
     return tiles
 
 
@@ -201,4 +196,4 @@ def image_to_tiles(image: Image.Image, model: ModelConfig, aspect_ratio: str) ->
         [t, 3, P, P] float32, normalised by the tower's mean and deviation; base view first, then the grid row by row.
     """
     geometry = ImageGeometry.of(model, aspect_ratio)
-    return normalise_tiles(torch.from_numpy(cut_tiles(image, geometry)), geometry.mean, geometry.std).numpy()
+    return normalise_tiles(torch.from_numpy(extract_tiles(image, geometry)), geometry.mean, geometry.std).numpy()

@@ -17,9 +17,9 @@ from megatron_vlm.data.errors import SampleError
 from megatron_vlm.data.length_index import REJECTED, LengthIndex
 from megatron_vlm.data.processing.conversation import IGNORE_INDEX, EncodedConversation, encode_conversation
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
-from megatron_vlm.data.processing.tiling import ImageGeometry, Size, count_tiles, select_grid
+from megatron_vlm.data.processing.tiling import ImageGeometry, Size, num_image_tiles, select_best_resolution
 from megatron_vlm.data.sources.sample_source import Sample
-from megatron_vlm.data.worker_pool import map_numbers
+from megatron_vlm.data.worker_pool import parallel_map
 
 
 @dataclass
@@ -116,7 +116,7 @@ class DataView:
         image_token = self.recipe.model.image_token_index
         encoded = encode_conversation(sample.turns, self.tokenizer, positions, image_token)
         images = [
-            ImageView(name, size, grid_of(size, self.geometry), count_tiles(size, self.geometry), start, count)
+            ImageView(name, size, grid_of(size, self.geometry), num_image_tiles(size, self.geometry), start, count)
             for name, size, start, count in zip(sample.image_names, sizes, encoded.image_starts, positions, strict=True)
         ]
         return SampleView(number, sample, encoded, images, list(self._spans(encoded, image_token)))
@@ -134,9 +134,9 @@ class DataView:
 
 def grid_of(size: Size, geometry: ImageGeometry) -> Size:
     """(columns, rows) of tiles that an image of `size` (width, height) is cut into."""
-    if count_tiles(size, geometry) == 1:
+    if num_image_tiles(size, geometry) == 1:
         return 0, 0
-    width, height = select_grid(size, geometry.pinpoints)
+    width, height = select_best_resolution(size, geometry.pinpoints)
     return width // geometry.tile_size, height // geometry.tile_size
 
 
@@ -180,7 +180,7 @@ def find_suspects(view: DataView, indexes: list[LengthIndex], processes: int | N
         for place, told_of in odd.items():
             name = source.metadata(place).id
             found += [Suspect(source.name, place, name, reason, message) for reason, message in told_of]
-        digests = map_numbers(_Digest(source), len(source), processes, f"looking for duplicates in {source.name}")
+        digests = parallel_map(_Digest(source), len(source), processes, f"looking for duplicates in {source.name}")
         for place, (digest, name) in enumerate(digests):
             if index.tokens[place] == REJECTED or not digest:
                 continue

@@ -16,19 +16,17 @@ from benchmarks.packing_lengths import draw_mix
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.packing.epoch_plan import Budget, EpochPlan, pack_window, plan_epoch
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
-from megatron_vlm.data.processing.tiling import ImageGeometry, tile_count
+from megatron_vlm.data.processing.tiling import ImageGeometry, num_image_tiles
 
 Lengths = tuple[np.ndarray, np.ndarray, Budget]
 
 
 def photos(n: int, rng: np.random.Generator) -> Lengths:
     """Photographs of many shapes with short conversations, at the real model's sizes."""
-    model = ModelConfig()
+    geometry = ImageGeometry.of(ModelConfig(), "anyres")
     sizes = [(int(w), int(h)) for w, h in rng.integers(200, 2000, (n, 2))]
-    tokens = np.array([num_image_tokens(size, ImageGeometry.of(model, "anyres")) for size in sizes]) + rng.integers(
-        20, 400, n
-    )
-    return tokens, np.array([tile_count(size, model, "anyres") for size in sizes]), Budget(32768, 64, 50_000)
+    tokens = np.array([num_image_tokens(size, geometry) for size in sizes]) + rng.integers(20, 400, n)
+    return tokens, np.array([num_image_tiles(size, geometry) for size in sizes]), Budget(32768, 64, 50_000)
 
 
 def small(n: int, rng: np.random.Generator) -> Lengths:
@@ -71,9 +69,9 @@ def test_every_sample_once_within_budgets(case: Callable[[int, np.random.Generat
     assert all(len(row) for row in rows)
     assert max(tokens[row].sum() for row in rows) <= budget.seq_length
     assert max(tiles[row].sum() for row in rows) <= budget.max_tiles
-    assert plan.fill == pytest.approx(tokens.sum() / (plan.rows * budget.seq_length))
+    assert plan.packing_efficiency == pytest.approx(tokens.sum() / (plan.rows * budget.seq_length))
     if case is not awkward:
-        assert plan.fill >= 0.99, plan.fill
+        assert plan.packing_efficiency >= 0.99, plan.packing_efficiency
 
 
 def test_a_budget_of_tiles_is_filled_where_it_binds() -> None:

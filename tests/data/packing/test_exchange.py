@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_vlm.data.packing.exchange import Lengths, even_rows, least_rows
+from megatron_vlm.data.packing.exchange import Lengths, balance_rows, min_rows
 
 SEQ_LENGTH, MAX_TILES = 4096, 40
 
@@ -24,8 +24,8 @@ def _share_out(tokens: np.ndarray, tiles: np.ndarray) -> tuple[list[np.ndarray],
     """(samples of each row, cost of each row), costs being squares of lengths."""
     cost = np.rint(tokens.astype(float) ** 2 / SEQ_LENGTH).astype(int)
     lengths = Lengths.of(tokens, tiles, cost, SEQ_LENGTH, MAX_TILES)
-    table = even_rows(lengths, np.arange(len(tokens)), np.random.default_rng(0))
-    rows = [row[row != lengths.free] for row in table]
+    table = balance_rows(lengths, np.arange(len(tokens)), np.random.default_rng(0))
+    rows = [row[row != lengths.empty] for row in table]
     return rows, np.array([cost[row].sum() for row in rows])
 
 
@@ -69,7 +69,7 @@ def test_least_rows_written_out() -> None:
             least = max(least, int(np.ceil(sizes.sum() / max(most, 1))))
             for m in range(1, 64):
                 least = max(least, int(np.ceil((sizes * (m + 1) > most).sum() / m)))
-        assert least_rows(tokens, tiles, seq_length, max_tiles) == least, number
+        assert min_rows(tokens, tiles, seq_length, max_tiles) == least, number
 
 
 @pytest.mark.parametrize("spread", [20, 60, 200])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_vlm.data.packing.epoch_plan import EpochPlan
-from megatron_vlm.data.packing.plan_cache import PlanStore
+from megatron_vlm.data.packing.plan_cache import PlanCache
 
 
 class Planner:
@@ -39,17 +39,17 @@ def planner(tmp_path: Path) -> Planner:
 
 def test_made_once_and_mapped(tmp_path: Path, planner: Planner) -> None:
     for _ in range(3):
-        plan = PlanStore(tmp_path / "kept", "k", planner)(2)
-        assert plan.row(3).tolist() == [30] and plan.rows == 4 and plan.fill == 0.5
+        plan = PlanCache(tmp_path / "kept", "k", planner)(2)
+        assert plan.row(3).tolist() == [30] and plan.rows == 4 and plan.packing_efficiency == 0.5
         assert isinstance(plan.members.base, np.memmap)
     assert planner.made == [2]
-    PlanStore(tmp_path / "kept", "another", planner)(2)
+    PlanCache(tmp_path / "kept", "another", planner)(2)
     assert planner.made == [2, 2]
     assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
 def test_a_damaged_plan_is_made_anew(tmp_path: Path, planner: Planner) -> None:
-    store = PlanStore(tmp_path, "k", planner)
+    store = PlanCache(tmp_path, "k", planner)
     store(0)
     (tmp_path / "plan-k-0.arrays").write_bytes(b"nonsense")
     assert store(0).rows == 2 and planner.made == [0, 0]
@@ -57,14 +57,14 @@ def test_a_damaged_plan_is_made_anew(tmp_path: Path, planner: Planner) -> None:
 
 def test_no_place_to_keep_it(tmp_path: Path, planner: Planner) -> None:
     (tmp_path / "file").write_text("")
-    store = PlanStore(tmp_path / "file", "k", planner)
+    store = PlanCache(tmp_path / "file", "k", planner)
     assert store(1).rows == 3 and store(1).rows == 3 and planner.made == [1, 1]
 
 
 def test_of_several_processes_one_makes_it(tmp_path: Path) -> None:
     planner = Planner(tmp_path / "log", seconds=0.3)
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=PlanStore(tmp_path, "k", planner), args=(5,)) for _ in range(4)]
+    ranks = [context.Process(target=PlanCache(tmp_path, "k", planner), args=(5,)) for _ in range(4)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -75,18 +75,18 @@ def test_of_several_processes_one_makes_it(tmp_path: Path) -> None:
 
 def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     slow = Planner(tmp_path / "log", seconds=60)
-    rank = multiprocessing.get_context("fork").Process(target=PlanStore(tmp_path, "k", slow), args=(0,))
+    rank = multiprocessing.get_context("fork").Process(target=PlanCache(tmp_path, "k", slow), args=(0,))
     rank.start()
     while not slow.made:
         time.sleep(0.01)
     assert rank.pid is not None
     os.kill(rank.pid, signal.SIGKILL)
     rank.join()
-    assert PlanStore(tmp_path, "k", Planner(tmp_path / "log"))(0).rows == 2
+    assert PlanCache(tmp_path, "k", Planner(tmp_path / "log"))(0).rows == 2
 
 
 def test_the_next_plan_is_made_ahead(tmp_path: Path, planner: Planner) -> None:
-    store = PlanStore(tmp_path, "k", planner)
+    store = PlanCache(tmp_path, "k", planner)
     store.plan_ahead()
     store(0)
     deadline = time.monotonic() + 20

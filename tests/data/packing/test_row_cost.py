@@ -76,11 +76,11 @@ def test_settings_replace_what_is_counted() -> None:
     assert cost.per_token_squared == counted.per_token_squared
 
 
-def test_whole_costs_keep_the_proportions() -> None:
+def test_quantized_costs_keep_the_proportions() -> None:
     tokens, tiles = np.array([10, 100, 1000]), np.array([0, 1, 5])
     cost = RowCost(0.5, 3.0, 70.0)
-    exact, whole = cost.of(tokens, tiles), cost.whole(tokens, tiles, 4096, 16)
-    assert (whole == np.rint(whole)).all() and whole.dtype == np.float32
-    np.testing.assert_allclose(whole / whole[2], exact / exact[2], rtol=0.02)
-    assert cost.whole(np.array([4096]), np.array([16]), 4096, 16) == 1 << 23
-    assert not RowCost(0.0, 0.0, 0.0).whole(tokens, tiles, 4096, 16).any()
+    exact, quantized = cost.of(tokens, tiles), cost.quantized(tokens, tiles, 4096, 16)
+    assert (quantized == np.rint(quantized)).all() and quantized.dtype == np.float32
+    np.testing.assert_allclose(quantized / quantized[2], exact / exact[2], rtol=0.02)
+    assert cost.quantized(np.array([4096]), np.array([16]), 4096, 16) == 1 << 23
+    assert not RowCost(0.0, 0.0, 0.0).quantized(tokens, tiles, 4096, 16).any()

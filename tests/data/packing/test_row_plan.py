@@ -31,7 +31,7 @@ def test_one_counter_finds_epoch_and_row() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_ranks_share_the_rows(size: int) -> None:
-    shares = [make_plan().share(7, rank, size) for rank in range(size)]
+    shares = [make_plan().rows_of_rank(7, rank, size) for rank in range(size)]
     rows = [next(share).row_index for _ in range(6) for share in shares]
     assert rows == list(range(7, 7 + 6 * size))
 

@@ -13,7 +13,7 @@ from megatron_vlm.data.processing.conversation import (
     Turn,
     encode_conversation,
     encode_prompt,
-    place_image_first,
+    move_image_first,
 )
 from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
 from tests.data.helpers import tiny_sentencepiece
@@ -114,7 +114,7 @@ def test_sentencepiece_ids_and_labels(tmp_path: Path) -> None:
     ],
 )
 def test_a_single_placeholder_is_moved_to_the_front(before: str, after: str) -> None:
-    assert place_image_first(before) == after
+    assert move_image_first(before) == after
 
 
 @pytest.mark.parametrize(

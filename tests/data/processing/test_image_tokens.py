@@ -18,7 +18,7 @@ from megatron_vlm.data.processing.image_tokens import (
     feature_order,
     num_image_tokens,
 )
-from megatron_vlm.data.processing.tiling import ImageGeometry, tile_count
+from megatron_vlm.data.processing.tiling import ImageGeometry, num_image_tiles
 from tests.data.helpers import tiny_model
 
 PUBLISHED = {
@@ -72,7 +72,7 @@ def test_every_feature_at_most_once_and_counts_without_building() -> None:
         assert len(order) == num_image_tokens(size, ImageGeometry.of(model, "anyres"))
         features = order[order != NEWLINE]
         assert len(np.unique(features)) == len(features)
-        assert features.max() < tile_count(size, model, "anyres") * 576
+        assert features.max() < num_image_tiles(size, ImageGeometry.of(model, "anyres")) * 576
         np.testing.assert_array_equal(features[:576], np.arange(576))
 
 
@@ -98,7 +98,7 @@ def onevision(size: tuple[int, int], model: ModelConfig, most: int) -> tuple[tor
         vision_config=SimpleNamespace(image_size=model.vision.image_size, patch_size=model.vision.patch_size),
         image_grid_pinpoints=[[h, w] for w, h in model.image_grid_pinpoints],
     )
-    tiles = tile_count(size, model, "anyres")
+    tiles = num_image_tiles(size, ImageGeometry.of(model, "anyres"))
     features = torch.randn(tiles, model.vision.patches_per_tile, 5, generator=torch.Generator().manual_seed(0))
     packed, _ = LlavaOnevisionModel.pack_image_features(
         SimpleNamespace(config=config),

@@ -14,11 +14,11 @@ from megatron_vlm.data.processing.tiling import (
     CLIP_MEAN,
     CLIP_STD,
     ImageGeometry,
-    cut_tiles,
+    extract_tiles,
     image_to_tiles,
     normalise_tiles,
-    select_grid,
-    tile_count,
+    num_image_tiles,
+    select_best_resolution,
 )
 from tests.data.helpers import tiny_model
 
@@ -40,7 +40,7 @@ def to_pixels(tile: np.ndarray) -> np.ndarray:
      ((1920, 1080), (672, 672)), ((5000, 336), (1680, 336)), ((300, 2000), (336, 1680)), ((1, 100000), (336, 336))],
 )  # fmt: skip
 def test_select_grid(size: tuple[int, int], grid: tuple[int, int]) -> None:
-    assert select_grid(size, PINPOINTS) == grid
+    assert select_best_resolution(size, PINPOINTS) == grid
 
 
 def test_select_grid_agrees_with_transformers() -> None:
@@ -51,7 +51,7 @@ def test_select_grid_agrees_with_transformers() -> None:
     for _ in range(3000):
         width, height = int(10 ** draw.uniform(0, 4)), int(10 ** draw.uniform(0, 4))
         expected = select_best_resolution((height, width), swapped)
-        assert select_grid((width, height), PINPOINTS) == expected[::-1]
+        assert select_best_resolution((width, height), PINPOINTS) == expected[::-1]
 
 
 def test_tiles_are_the_image_cut_row_by_row() -> None:
@@ -84,14 +84,14 @@ def test_images_are_centred_on_black() -> None:
 
 
 @pytest.mark.parametrize("size", [(5, 9), (30, 7), (7, 30), (17, 16), (1, 40), (3, 3)])
-def test_tile_count_and_ranges(size: tuple[int, int]) -> None:
+def test_num_image_tiles_and_ranges(size: tuple[int, int]) -> None:
     model = tiny_model()
     geometry, image = ImageGeometry.of(model, "anyres"), picture(*size)
-    tiles = cut_tiles(image, geometry)
-    assert len(tiles) == tile_count(size, model, "anyres")
+    tiles = extract_tiles(image, geometry)
+    assert len(tiles) == num_image_tiles(size, geometry)
     for start in range(len(tiles)):
         for stop in range(start + 1, len(tiles) + 1):
-            np.testing.assert_array_equal(cut_tiles(image, geometry, start, stop), tiles[start:stop])
+            np.testing.assert_array_equal(extract_tiles(image, geometry, start, stop), tiles[start:stop])
 
 
 def test_square_crops_the_centre_and_pad_surrounds() -> None:
@@ -102,7 +102,7 @@ def test_square_crops_the_centre_and_pad_surrounds() -> None:
     np.testing.assert_allclose(to_pixels(square[0]), np.asarray(wide)[:, 4:12], atol=1e-3)
     padded = to_pixels(image_to_tiles(Image.new("RGB", (80, 8), (255, 0, 0)), model, "pad")[0])
     np.testing.assert_allclose(padded[0, 0], (122, 116, 104), atol=1e-2)
-    assert tile_count((80, 8), model, "pad") == 1
+    assert num_image_tiles((80, 8), ImageGeometry.of(model, "pad")) == 1
 
 
 @pytest.mark.parametrize("size", [(336, 336), (500, 300), (300, 500), (1000, 200), (64, 64)])
