@@ -39,10 +39,11 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 demo: $(READY)  ## easy-VQA: data, three training stages, export, answers to the test questions; into runs/demo
 	$(PY) examples/instellavl/demo/run.py
 
-lint: $(READY)
+lint: $(READY)  ## style, types, and which package may import which
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()' --no-logo
 
 words: $(READY)  ## words that this project no longer uses, and the field's for them: tools/words.toml
 	$(PY) tools/check_words.py
@@ -64,4 +65,4 @@ bench: $(READY)  ## the benchmarks; tables here, JSON in benchmarks/results
 	for benchmark in $(BENCHMARKS); do $(PY) -W ignore -m benchmarks.$$benchmark || exit 1; done
 
 clean:  ## remove what make made, runs/ included
-	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
