@@ -1,7 +1,8 @@
 """Run every layout of this world size in one set of ranks; report how far each is from one process.
 
-torchrun --nproc-per-node N run_layouts.py FOLDER            one world: all its layouts, into FOLDER/world_N.json
 python run_layouts.py FOLDER                                 one process: the reference first, into FOLDER/*.pt
+torchrun --nproc-per-node N run_layouts.py FOLDER            one world: all its layouts, into FOLDER/world_N.json
+torchrun --nproc-per-node N run_layouts.py FOLDER tp2_cp2    some layouts only, by Layout.name; for a look at one
 """
 
 from __future__ import annotations
@@ -94,15 +95,19 @@ def compare(steps: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dic
     return worst
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: set[str]) -> None:
+    """Run the layouts of this world size, or those among them that `names` lists."""
+    chosen = {
+        ranks: [layout for layout in layouts if not names or layout.name in names] for ranks, layouts in LAYOUTS.items()
+    }
     with process_group(timeout_minutes=2):
         world = dist.get_world_size()
         if world == 1:
-            for layout in {reference_name(case): case for cases in LAYOUTS.values() for case in cases}.values():
+            for layout in {reference_name(case): case for cases in chosen.values() for case in cases}.values():
                 alone = Layout(optimizer=layout.optimizer, trainable=layout.trainable, family=layout.family)
                 torch.save(run(alone), folder / reference_name(layout))
         results: dict[str, Any] = {}
-        for layout in LAYOUTS[world]:
+        for layout in chosen[world]:
             started = time.monotonic()
             steps = run(layout)
             gc.collect()  # models hold their groups, and each other in circles; gloo's threads end with the last holder
@@ -110,7 +115,7 @@ def main(folder: Path) -> None:
                 reference = torch.load(folder / reference_name(layout))
                 results[layout.name] = compare(steps, reference)
                 print(f"{layout.name}: {results[layout.name]} ({time.monotonic() - started:.1f} s)", flush=True)
-        if world == 2:
+        if world == 2 and not names:
             steps = run(Layout(tp=2), break_gradient_of="projector.linear_1.weight")
             if dist.get_rank() == 0:
                 results["bite"] = compare(steps, torch.load(folder / reference_name(Layout())))
@@ -119,4 +124,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), set(sys.argv[2:]))
