@@ -1,28 +1,27 @@
-"""How long a conversion takes beside copying the same files, and how much memory it needs.
+"""Time and peak memory of checkpoint conversion, compared with copying the same files.
 
     python -m benchmarks.convert [--dtype float32 bfloat16] [--work DIR]
 
-The model is Instella-VL-1B in size, 1,486,569,472 random parameters. Each run is in a process of its own. It starts
-with no file waiting to be written and just after what it reads was read, and ends when all that it wrote is on the
-disk: the file cache serves all of them alike. Memory is sampled as anonymous memory (RssAnon of /proc/self/status;
-mapped files are not counted, the kernel drops them at will).
+The model has the size of Instella-VL-1B: 1,486,569,472 random parameters. Each run has its own process. Before the
+timer starts, the process calls sync and reads the input once; before it stops, the process calls sync again. So every
+run finds the same page cache and writes everything to disk. Peak memory is sampled from RssAnon in /proc/self/status.
+Mapped files are not counted, because the kernel can drop them at any time.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from benchmarks.own_process import run_in_own_process
 from benchmarks.random_folder import write_random_folder
 from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
@@ -33,72 +32,67 @@ SAMPLE_SECONDS = 0.02
 
 
 def anonymous_bytes() -> int:
-    """Anonymous memory of this process that is resident, right now."""
+    """Resident anonymous memory of this process now."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no RssAnon: this needs Linux")
+    raise RuntimeError("/proc/self/status has no RssAnon; this benchmark needs Linux")
 
 
 def copy(arguments: list[str]) -> int:
-    """`cp -r FOLDER TARGET`; the kernel copies, as it does for cp."""
-    shutil.copytree(*arguments)
+    """`cp -r FOLDER TARGET`; like cp, it lets the kernel copy the bytes."""
+    source, target = arguments
+    shutil.copytree(source, target)
     return 0
 
 
 def _read(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
-            with file.open("rb", buffering=0) as opened:
-                while opened.read(2**24):
+            with file.open("rb", buffering=0) as stream:
+                while stream.read(2**24):
                     pass
 
 
-def _measured(command: Callable[[list[str]], int], reads: Path, arguments: list[str], answer: Connection) -> None:
-    peak, done = 0, threading.Event()
+def _run_command(command: Callable[[list[str]], int], source: Path, arguments: list[str]) -> dict[str, Any]:
+    peak, finished = 0, threading.Event()
 
     def sample() -> None:
         nonlocal peak
-        while not done.wait(SAMPLE_SECONDS):
+        while not finished.wait(SAMPLE_SECONDS):
             peak = max(peak, anonymous_bytes())
 
     sampler = threading.Thread(target=sample, daemon=True)
     os.sync()
-    _read(reads)
+    _read(source)
     at_start = anonymous_bytes()
     sampler.start()
     start, cpu_start = time.perf_counter(), time.process_time()
     code = command(arguments)
     os.sync()
-    found = {"exit": code, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
-    done.set()
+    measured = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+    finished.set()
     sampler.join()
-    answer.send(found | {"peak_anonymous_bytes": max(peak, at_start), "at_start_bytes": at_start})
+    return measured | {"exit": code, "peak_anonymous_bytes": max(peak, at_start), "at_start_bytes": at_start}
 
 
-def measure(command: Callable[[list[str]], int], reads: Path, arguments: list[str]) -> dict[str, Any]:
-    """Run a command's `main`, which `reads` a folder, in a process of its own: exit code, seconds, CPU seconds, memory
-    at its peak and at its start."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_measured, args=(command, reads, arguments, theirs))
-    process.start()
-    theirs.close()
-    try:
-        found: dict[str, Any] = ours.recv()
-    except EOFError:
-        raise RuntimeError(f"{' '.join(arguments)} ended without an answer") from None
-    process.join()
-    if found["exit"]:
+def measure(command: Callable[[list[str]], int], source: Path, arguments: list[str]) -> dict[str, Any]:
+    """Run a command's `main`, which reads the folder `source`, in its own process.
+
+    Returns:
+        exit (code), seconds, cpu_seconds, peak_anonymous_bytes, at_start_bytes.
+    """
+    measured: dict[str, Any] = run_in_own_process(_run_command, command, source, arguments, what=" ".join(arguments))
+    if measured["exit"]:
         raise RuntimeError(f"{' '.join(arguments)} failed")
-    return found
+    return measured
 
 
 def compare(work: Path, model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Write a random folder into `work`, copy it, convert it there and back."""
-    model.image_token_index = write_tokenizer(work / "words")
+    """Write a random Hugging Face folder into `work`, copy it, convert it to Megatron and back."""
+    model.image_token_index = write_tokenizer(work / "tokenizer")
     folder, megatron, back = work / "folder", work / "megatron", work / "back"
-    parameters = write_random_folder(folder, work / "words", model, DTYPES[dtype])
+    parameters = write_random_folder(folder, work / "tokenizer", model, DTYPES[dtype])
     runs = {"cp": measure(copy, folder, [str(folder), str(work / "copy")])}
     shutil.rmtree(work / "copy")
     runs["hf_to_megatron"] = measure(hf_to_megatron.main, folder, ["--model", str(folder), "--save", str(megatron)])
@@ -108,8 +102,8 @@ def compare(work: Path, model: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def table_of(runs: dict[str, dict[str, Any]]) -> str:
-    """What `compare` found, one run a line."""
-    header = ["", "seconds", "of cp's", "CPU seconds", "GiB at start", "GiB at peak"]
+    """Results of `compare` as a Markdown table, one run per line."""
+    header = ["run", "seconds", "time / cp", "CPU seconds", "GiB at start", "peak GiB"]
     rows = [
         [
             name,
@@ -125,16 +119,16 @@ def table_of(runs: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32", "bfloat16"], help="of the weights")
-    parser.add_argument("--work", type=Path, help="folder for some 20 GB; default: a temporary one")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32", "bfloat16"], help="weights' dtypes")
+    parser.add_argument("--work", type=Path, help="folder with about 20 GB free; default: a temporary one")
     parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for the JSON")
     args = parser.parse_args()
-    found = {}
+    results = {}
     for dtype in args.dtype:
         with tempfile.TemporaryDirectory(dir=args.work) as work:
-            found[dtype] = compare(Path(work), ModelConfig(), dtype)
-        print(f"\n{found[dtype]['parameters']:,} parameters, {dtype}\n\n{table_of(found[dtype]['runs'])}")
-    print(f"\nwrote {report.save(args.output, 'convert', found)}")
+            results[dtype] = compare(Path(work), ModelConfig(), dtype)
+        print(f"\n{results[dtype]['parameters']:,} parameters, {dtype}\n\n{table_of(results[dtype]['runs'])}")
+    print(f"\nwrote {report.save(args.output, 'convert', results)}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Whether the loader keeps up with training: steps on rows as they are read, beside steps on rows held in memory.
+"""Does the loader keep up with training? Steps on rows from the loader, compared with steps on rows held in memory.
 
     python -m benchmarks.feeding                    # Instella-VL-1B on rows of 32,768 tokens, bf16, all parts trained
     python -m benchmarks.feeding --workers 4 8
 
-Rows come from MDS shards of drawn images (`pictures.py`) through the loader as in a run: read, decoded, tiled,
-tokenized, packed, pinned, and each is one optimizer step. `of the limit` says how fast steps are against the same
-steps with every row in memory beforehand; `waited` is the share of the time in which the training asked for a row that
-was not there. Nothing is recomputed, so that the GPU is as hard to feed as can be.
+The loader reads MDS shards of synthetic images (`synthetic_images.py`) as in a training run: it reads, decodes, tiles,
+tokenizes, packs and pins each row. Each row is one optimizer step. `speed` is relative to the same steps with all rows
+in memory; `data wait` is the fraction of time that training waited for a row. Recomputation is off, so that the GPU
+consumes rows as fast as possible.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-import megatron_vlm.runtime.megatron_patches  # noqa: F401  (prepares the process before megatron.core is imported)
+import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
 from benchmarks import transformers_loop
-from benchmarks.pictures import shards_of_pictures
 from benchmarks.report import RESULTS, machine, save, table
-from benchmarks.train_step import PackedLoop, seconds
+from benchmarks.synthetic_images import write_image_shards
+from benchmarks.train_step import PackedLoop, time_call
 from megatron_vlm.config import DataConfig, ParallelConfig, Recipe
 from megatron_vlm.config.recipe import load_recipe
 from megatron_vlm.data.batch import PackedBatch
@@ -34,31 +34,30 @@ from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.launch import distributed
 
 CONFIG = Path(__file__).parent.parent / "examples/instellavl/instruct.yaml"
-SETTLE = 3
-"""Steps before the clock starts: kernels are chosen, and the rows read ahead while the workers started are used up."""
-SAME_LOSS = 1e-6
-"""Relative difference allowed between the first losses on the same row, before anything is trained."""
+WARMUP_STEPS = 3
+"""Untimed steps, in which kernels are selected and the rows that workers prefetched at start are used up."""
+LOSS_TOLERANCE = 1e-6
+"""Relative difference allowed between the losses of the first row from the loader and from memory."""
 
 
 @dataclass
-class Fed:
-    """One pass of steps."""
+class Pass:
+    """Timed steps with one source of rows."""
 
     workers: int | None
-    """None: rows were in memory."""
+    """Worker processes of the loader; None: rows were in memory."""
     seconds: list[float]
-    """Of each step, the waiting for its row included."""
-    waited: float
-    """Seconds of all of them."""
+    """Per step, including the wait for its row."""
+    data_wait_seconds: float
+    """Of all steps."""
 
 
 def recipe_of_shards(config: Path, folder: Path, samples: int) -> Recipe:
-    """The model and rows of a recipe, on drawn images in shards below `folder`."""
+    """The recipe's model and row length, with shards of synthetic images written below `folder`."""
     recipe = load_recipe(config)
     recipe.parallel = ParallelConfig()
     recipe.training = replace(recipe.training, global_batch_size=1, recompute_granularity=None)
-    shards, tokenizer, words = shards_of_pictures(folder, samples)
-    recipe.model.image_token_index = words
+    shards, tokenizer, recipe.model.image_token_index = write_image_shards(folder, samples)
     recipe.data = DataConfig(
         data_path=[str(shards)],
         tokenizer_model=str(tokenizer),
@@ -75,7 +74,7 @@ def open_loader(recipe: Recipe, workers: int) -> RowLoader:
 
 
 def rows_in_memory(recipe: Recipe, workers: int, count: int) -> list[PackedBatch]:
-    """The first rows of the run."""
+    """The first `count` rows of the run."""
     loader = open_loader(recipe, workers)
     rows = list(itertools.islice(loader, count))
     loader.close()
@@ -83,43 +82,41 @@ def rows_in_memory(recipe: Recipe, workers: int, count: int) -> list[PackedBatch
 
 
 def train_on(loop: PackedLoop, rows: Iterator[PackedBatch], steps: int) -> list[float]:
-    """Seconds of each step."""
-    return [seconds(lambda: loop.step([next(rows)])) for _ in range(steps)]
+    """Train one step per row; returns the seconds of each."""
+    return [time_call(lambda: loop.step([next(rows)])) for _ in range(steps)]
 
 
-def fed_from_memory(loop: PackedLoop, rows: list[PackedBatch]) -> Fed:
+def pass_from_memory(loop: PackedLoop, rows: list[PackedBatch]) -> Pass:
     iterator = iter(rows)
-    train_on(loop, iterator, SETTLE)
-    return Fed(None, train_on(loop, iterator, len(rows) - SETTLE), 0.0)
+    train_on(loop, iterator, WARMUP_STEPS)
+    return Pass(None, train_on(loop, iterator, len(rows) - WARMUP_STEPS), 0.0)
 
 
-def fed_by_loader(loop: PackedLoop, recipe: Recipe, workers: int, steps: int) -> Fed:
+def pass_from_loader(loop: PackedLoop, recipe: Recipe, workers: int, steps: int) -> Pass:
     loader = open_loader(recipe, workers)
-    train_on(loop, loader, SETTLE)
+    train_on(loop, loader, WARMUP_STEPS)
     loader.data_wait_seconds = 0.0
-    fed = Fed(workers, train_on(loop, loader, steps), loader.data_wait_seconds)
+    measured = Pass(workers, train_on(loop, loader, steps), loader.data_wait_seconds)
     loader.close()
-    return fed
+    return measured
 
 
-def check_same_rows(loop: PackedLoop, recipe: Recipe, row: PackedBatch) -> None:
-    """The loader's first row and the one in memory must have the same loss, or the passes do not do the same work."""
+def check_same_loss(loop: PackedLoop, recipe: Recipe, row: PackedBatch) -> None:
+    """The first row must have the same loss from the loader and from memory; raises SystemExit if not."""
     loader = open_loader(recipe, 0)
-    ours, limit = loop.forward_backward([next(loader)]), loop.forward_backward([row])
+    from_loader, from_memory = loop.forward_backward([next(loader)]), loop.forward_backward([row])
     loop.optimizer.zero_grad()
     loader.close()
-    if not abs(ours - limit) <= SAME_LOSS * limit:
-        raise SystemExit(
-            f"not the same work: the first row has loss {ours:.8f} from the loader and {limit:.8f} from memory"
-        )
+    if not abs(from_loader - from_memory) <= LOSS_TOLERANCE * from_memory:
+        raise SystemExit(f"the first row has loss {from_loader:.8f} from the loader, {from_memory:.8f} from memory")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=CONFIG, help="recipe: its model and rows are used")
-    parser.add_argument("--samples", type=int, default=320, help="conversations in the shards, most about an image")
-    parser.add_argument("--steps", type=int, default=24, help="steps that are timed, a row each")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 4, 8], help="worker processes; 0: none")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="recipe that gives the model and the row length")
+    parser.add_argument("--samples", type=int, default=320, help="conversations in the shards; 9 of 10 have an image")
+    parser.add_argument("--steps", type=int, default=24, help="timed steps, one row each")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 4, 8], help="numbers of worker processes")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -129,48 +126,48 @@ def main() -> None:
 
 
 def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
-    """Measure, print and keep."""
+    """Run the benchmark and report it."""
     torch.manual_seed(0)
     with torch.device(current_device()):
         weights = transformers_loop.build(recipe)
     loop = PackedLoop(weights, recipe)
-    del weights  # its memory is not ours
-    rows = rows_in_memory(recipe, max(arguments.workers), SETTLE + arguments.steps)
-    check_same_rows(loop, recipe, rows[0])
-    fed_from_memory(loop, rows)  # kernels are compiled for rows of every kind
-    passes = [fed_from_memory(loop, rows)]
-    passes += [fed_by_loader(loop, recipe, workers, arguments.steps) for workers in arguments.workers]
-    report(arguments, recipe, rows[SETTLE:], passes)
+    del weights  # frees its memory before timing
+    rows = rows_in_memory(recipe, max(arguments.workers), WARMUP_STEPS + arguments.steps)
+    check_same_loss(loop, recipe, rows[0])
+    pass_from_memory(loop, rows)  # compiles kernels for every shape
+    passes = [pass_from_memory(loop, rows)]
+    passes += [pass_from_loader(loop, recipe, workers, arguments.steps) for workers in arguments.workers]
+    report(arguments, recipe, rows[WARMUP_STEPS:], passes)
 
 
-def report(arguments: argparse.Namespace, recipe: Recipe, rows: list[PackedBatch], passes: list[Fed]) -> None:
+def report(arguments: argparse.Namespace, recipe: Recipe, rows: list[PackedBatch], passes: list[Pass]) -> None:
     """Print the table and write the JSON."""
     tokens, tiles = (sum(getattr(row, name) for row in rows) for name in ("num_tokens", "num_tiles"))
-    limit = sum(passes[0].seconds)
+    from_memory = sum(passes[0].seconds)
     lines, results = [], []
-    for fed in passes:
-        name = "rows in memory" if fed.workers is None else f"loader, {fed.workers} workers"
-        whole = sum(fed.seconds)
+    for measured in passes:
+        name = "rows in memory" if measured.workers is None else f"loader, {measured.workers} workers"
+        elapsed = sum(measured.seconds)
         results.append(
             {
                 "name": name,
-                "seconds": fed.seconds,
-                "tokens_per_second": tokens / whole,
-                "tiles_per_second": tiles / whole,
-                "against_limit": limit / whole,
-                "waited": fed.waited / whole,
+                "seconds": measured.seconds,
+                "tokens_per_second": tokens / elapsed,
+                "tiles_per_second": tiles / elapsed,
+                "speed_relative_to_memory": from_memory / elapsed,
+                "data_wait_fraction": measured.data_wait_seconds / elapsed,
             }
         )
         lines.append(
-            [name, f"{statistics.median(fed.seconds):.3f}", f"{tokens / whole:,.0f}", f"{tiles / whole:.0f}",
-             f"{100 * limit / whole:.1f} %", f"{100 * fed.waited / whole:.1f} %"]
+            [name, f"{statistics.median(measured.seconds):.3f}", f"{tokens / elapsed:,.0f}", f"{tiles / elapsed:.0f}",
+             f"{100 * from_memory / elapsed:.1f} %", f"{100 * measured.data_wait_seconds / elapsed:.1f} %"]
         )  # fmt: skip
     about = machine()
     print(
-        f"\n{about['device']}, {about['cores']} cores, torch {about['torch']}; {len(rows)} steps, each a row of "
-        f"{recipe.data.seq_length}: {tokens:,} tokens, {tiles} tiles\n"
+        f"\n{about['device']}, {about['cores']} cores, torch {about['torch']}; {len(rows)} steps of one row of "
+        f"{recipe.data.seq_length} tokens: {tokens:,} tokens, {tiles} tiles\n"
     )
-    print(table(["fed from", "s a step", "tokens/s", "tiles/s", "of the limit", "waited"], lines))
+    print(table(["rows from", "s per step", "tokens/s", "tiles/s", "speed", "data wait"], lines))
     settings = {"samples": arguments.samples, "steps": arguments.steps, "seq_length": recipe.data.seq_length}
     name = f"feeding-{about['device'].lower().replace(' ', '-')}"
     path = save(arguments.output, name, {"settings": settings, "tokens": tokens, "tiles": tiles, "passes": results})

@@ -1,8 +1,8 @@
-"""What our loader is measured against: each gives the tiles of the same shards, one pass through all of them.
+"""What our loader is compared with. Each makes the tiles of the same shards, in one pass over all of them.
 
-pure limit              Pillow's decoding and resizing and a table look-up, in a bare loop; no files, no text
+bare loop               Pillow decodes and resizes, a look-up table normalises; no file access, no text
 transformers            its LlavaNext image processor in torch's DataLoader; no text
-mosaicml-streaming      its StreamingDataset and StreamingDataLoader around our own functions
+mosaicml-streaming      its StreamingDataset and StreamingDataLoader around our encoding and tiling
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from megatron_vlm.data.processing.tokenizer import Tokenizer
 from megatron_vlm.data.shards.streaming_shim import import_streaming
 from megatron_vlm.data.sources.annotations import parse_annotation
 
-NORMALISED_AT_A_TIME = 8
+TILES_PER_CALL = 8
 
 Row = Sequence[bytes]
 """The image files of a row."""
 
 
-class PureLimit:
-    """The least that must be done to an image, with nothing around it: files and results stay where they are."""
+class BareLoop:
+    """The minimum work per image: an upper bound for any loader. Files are in memory, results are overwritten."""
 
-    def __init__(self, geometry: ImageGeometry, most_tiles: int) -> None:
+    def __init__(self, geometry: ImageGeometry, max_tiles: int) -> None:
         self.geometry = geometry
         side = geometry.tile_size
         values = np.arange(256, dtype=np.float32) / np.float32(255)
         mean, std = np.asarray(geometry.mean, np.float32), np.asarray(geometry.std, np.float32)
         self.table = np.ascontiguousarray(((values[:, None] - mean) / std).T)
-        self.tiles = np.empty((most_tiles, 3, side, side), np.float32)  # of one row after another
+        self.tiles = np.empty((max_tiles, 3, side, side), np.float32)  # reused for every row
 
-    def pass_through(self, rows: Sequence[Row]) -> Iterator[np.ndarray]:
-        """[t, 3, P, P] float32 of each row, overwritten by the next."""
+    def run(self, rows: Sequence[Row]) -> Iterator[np.ndarray]:
+        """Yield [t, 3, P, P] float32 for each row; the next row overwrites it."""
         for row in rows:
             count = 0
             for data in row:
-                image = Image.open(io.BytesIO(data))  # all of them are RGB: a conversion would copy
+                image = Image.open(io.BytesIO(data))  # all images are RGB, and convert() would copy
                 for view in self.views(image):
                     pixels = np.asarray(view)
                     for channel, table in enumerate(self.table):
@@ -59,27 +59,25 @@ class PureLimit:
                     count += 1
             yield self.tiles[:count]
 
-    def passes_through(self, rows: Sequence[Row], processes: int) -> Iterator[np.ndarray | range]:
-        """The same; or, by several processes at once, each with its share of the rows, as many things as tiles."""
+    def run_parallel(self, rows: Sequence[Row], processes: int) -> Iterator[np.ndarray | range]:
+        """Run with the rows split over processes; each process yields a range as long as its number of tiles."""
         if processes == 1:
-            yield from self.pass_through(rows)
+            yield from self.run(rows)
             return
         context = multiprocessing.get_context("fork")
         counts = context.SimpleQueue()
-        started = [
-            context.Process(
-                target=lambda share: counts.put(sum(map(len, self.pass_through(share)))), args=(rows[n::processes],)
-            )
+        workers = [
+            context.Process(target=lambda mine: counts.put(sum(map(len, self.run(mine)))), args=(rows[n::processes],))
             for n in range(processes)
         ]
-        for process in started:
+        for process in workers:
             process.start()
-        for process in started:
+        for process in workers:
             yield range(counts.get())
             process.join()
 
     def views(self, image: Image.Image) -> Iterator[Image.Image]:
-        """LLaVA-NeXT's anyres."""
+        """The base view and the tiles of LLaVA-NeXT's anyres."""
         side = self.geometry.tile_size
         yield image.resize((side, side), Image.Resampling.BICUBIC)
         width, height = select_best_resolution(image.size, self.geometry.pinpoints)
@@ -93,17 +91,17 @@ class PureLimit:
 
 
 def normalised(pixels: torch.Tensor, geometry: ImageGeometry) -> Iterator[torch.Tensor]:
-    """A row's tiles in float32, some at a time.
+    """A row's tiles in float32, TILES_PER_CALL at a time.
 
-    Fresh memory for a row's tiles would be 80 MB, whose page faults take a CPU longer than the arithmetic. The limit
-    has one piece of memory for all rows, a GPU a pool of it.
+    All tiles of a row would need 80 MB of new memory, whose page faults cost a CPU more than the arithmetic. The bare
+    loop reuses one buffer for all rows; a GPU has a memory pool.
     """
-    for part in pixels.split(NORMALISED_AT_A_TIME):
-        yield normalise_tiles(part, geometry.mean, geometry.std)
+    for tiles in pixels.split(TILES_PER_CALL):
+        yield normalise_tiles(tiles, geometry.mean, geometry.std)
 
 
 def transformers_processor(geometry: ImageGeometry) -> LlavaNextImageProcessorPil:
-    """With our grids, which it writes (height, width)."""
+    """transformers' processor with our pinpoints, which it stores as (height, width)."""
     side = geometry.tile_size
     return LlavaNextImageProcessorPil(
         image_grid_pinpoints=[[height, width] for width, height in geometry.pinpoints],
@@ -113,7 +111,7 @@ def transformers_processor(geometry: ImageGeometry) -> LlavaNextImageProcessorPi
 
 
 class ProcessedImages(Dataset[torch.Tensor]):
-    """Image files through transformers' processor, one by one: in a batch it would pad them to the most tiles."""
+    """Image files processed by transformers one by one; a batch would be padded to its largest tile count."""
 
     def __init__(self, files: Sequence[bytes], geometry: ImageGeometry) -> None:
         self.files, self.processor = files, transformers_processor(geometry)
@@ -128,7 +126,7 @@ class ProcessedImages(Dataset[torch.Tensor]):
 
 
 def transformers_pass(images: ProcessedImages, workers: int) -> Iterator[torch.Tensor]:
-    """[t, 3, P, P] float32 of each image."""
+    """Yield [t, 3, P, P] float32 for each image."""
     options: dict[str, Any] = {"multiprocessing_context": "fork"} if workers else {}
     return iter(DataLoader(images, batch_size=None, collate_fn=_unchanged, num_workers=workers, **options))
 
@@ -140,48 +138,45 @@ def _unchanged(batch: Any) -> Any:
 def streamed_samples(folder: Path, tokenizer: Tokenizer, geometry: ImageGeometry, image_token: int, rows: int) -> Any:
     """A StreamingDataset of our shards whose samples are encoded and tiled by our functions.
 
-    It holds locks from its first use on that no fork may inherit, and one process opens a folder once: for another
-    number of workers take another one, and another name of the folder.
+    From its first use on it holds locks that no forked process may inherit, and a process can open a folder only once.
+    So each number of workers needs its own dataset and its own name (link) of the folder.
 
     Args:
-        folder: of shards.
-        tokenizer: as our loader's.
-        geometry: as our loader's.
-        image_token: fills the positions of an image.
-        rows: our loader makes of these samples; batches hold as many samples as a row does.
+        folder: shards.
+        tokenizer: the same as our loader's.
+        geometry: the same as our loader's.
+        image_token: id of image tokens.
+        rows: number of rows of our loader; a batch holds as many samples as a row on average.
     """
     streaming = import_streaming()
 
-    class Samples(streaming.StreamingDataset):  # type: ignore[misc]
+    class Samples(streaming.StreamingDataset):  # type: ignore[misc, name-defined]
         def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             stored = super().__getitem__(index)
             bounds = pairwise([0, *accumulate(stored["image_lengths"])])
             images = [decode_image(stored["images"][start:stop]) for start, stop in bounds]
             turns = parse_annotation(stored["annotation"], index, str(folder)).turns
-            positions = [num_image_tokens(image.size, geometry) for image in images]
-            encoded = encode_conversation(turns, tokenizer, positions, image_token)
+            image_tokens = [num_image_tokens(image.size, geometry) for image in images]
+            encoded = encode_conversation(turns, tokenizer, image_tokens, image_token)
             side = geometry.tile_size
             tiles = [np.empty((0, 3, side, side), np.uint8), *(extract_tiles(image, geometry) for image in images)]
-            return torch.from_numpy(encoded.ids), torch.from_numpy(encoded.labels), _joined(tiles)
+            pixels = torch.from_numpy(np.concatenate(tiles))
+            return torch.from_numpy(encoded.ids), torch.from_numpy(encoded.labels), pixels
 
     dataset = Samples(local=str(folder), shuffle=False, batch_size=1)
     dataset.batch_size = -(-len(dataset) // rows)
     return dataset
 
 
-def _joined(tiles: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(tiles))
-
-
 def streaming_pass(dataset: Any, geometry: ImageGeometry, workers: int) -> Iterator[torch.Tensor]:
-    """[t, 3, P, P] float32 of each batch; pixels come from the workers and are normalised here, as with our loader."""
+    """Yield float32 tiles. Workers send uint8 pixels, which this process normalises, as with our loader."""
     options: dict[str, Any] = {"multiprocessing_context": "fork", "prefetch_factor": 2} if workers else {}
     loader = import_streaming().StreamingDataLoader(
-        dataset, batch_size=dataset.batch_size, collate_fn=_laid_end_to_end, num_workers=workers, **options
+        dataset, batch_size=dataset.batch_size, collate_fn=_concatenate, num_workers=workers, **options
     )
     for _, _, tiles in loader:
         yield from normalised(tiles, geometry)
 
 
-def _laid_end_to_end(samples: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.cat(parts) for parts in zip(*samples, strict=True))
+def _concatenate(samples: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.cat(tensors) for tensors in zip(*samples, strict=True))

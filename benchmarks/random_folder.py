@@ -1,4 +1,4 @@
-"""A `llava_next` folder of any size with random weights, written one tensor at a time."""
+"""Write a `llava_next` folder of any size with random weights, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megatron_vlm.data.processing.tokenizer import load_tokenizer
 
 
 def write_random_folder(folder: Path, tokenizer: Path, model: ModelConfig, dtype: torch.dtype) -> int:
-    """Weights N(0, 0.05), norms 1 + N(0, 0.2): a zero or a one would hide a bias dropped or norms swapped.
+    """Sample weights from N(0, 0.05) and norm weights from 1 + N(0, 0.2).
 
-    Returns the number of parameters, the tower's unused layers included.
+    Zero biases or unit norms would hide a dropped bias or swapped norms. Returns the number of parameters, unused
+    vision layers included.
     """
     folder.mkdir(parents=True)
-    words = load_tokenizer(tokenizer)
-    write_companions(folder, model, words, dtype)
+    write_companions(folder, model, load_tokenizer(tokenizer), dtype)
     shapes = {n: shape for entry in name_map(model) for n, shape in zip(entry.hf, entry.hf_shapes, strict=True)}
     plan = [Planned(name, shape, dtype) for name, shape in shapes.items()]
 

@@ -1,4 +1,4 @@
-"""A small byte-level BPE tokenizer with Instella-VL's special tokens, for benchmarks and tests."""
+"""Write a small byte-level BPE tokenizer with Instella-VL's special tokens, for benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _SENTENCES = (
 )
 
 
-def write_tokenizer(folder: Path, size: int = 270) -> int:
-    """A byte-level BPE tokenizer with the published special strings, as a Hugging Face folder; returns its length."""
+def write_tokenizer(folder: Path, vocab_size: int = 270) -> int:
+    """Write a Hugging Face tokenizer folder; returns the vocabulary size. The end-of-sequence token has the last id."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size - 1, initial_alphabet=alphabet, special_tokens=["<|endoftext|>", PAD], show_progress=False
+        vocab_size=vocab_size - 1, initial_alphabet=alphabet, special_tokens=["<|endoftext|>", PAD], show_progress=False
     )
     tokenizer.train_from_iterator(_SENTENCES, trainer)
     tokenizer.add_special_tokens([AddedToken(EOS, normalized=False)])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    assert tokenizer.get_vocab_size() == size
-    return size
+    assert tokenizer.get_vocab_size() == vocab_size
+    return vocab_size

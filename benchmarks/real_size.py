@@ -1,12 +1,12 @@
-"""A training step at the real size on one GPU: time, share of the device's peak, memory; and a plain transformers loop.
+"""A full-size training step on one GPU beside a plain transformers loop: time, MFU, memory.
 
     python -m benchmarks.real_size                  # Instella-VL-1B on rows of 32,768 tokens, bf16, all parts trained
     python -m benchmarks.real_size --config RECIPE.yaml --rows 2 --micro-batches 1
 
-Every row is one optimizer step of the samples that a row of the instruction mix holds; transformers takes the same
-samples a few at a time, padded. What a step computes is counted in the model's operations
-(`megatron_vlm.data.packing.row_cost`, and the loss head), without padding and without recomputation, and is compared
-with a large matrix product measured in the same run.
+Each row holds samples of the instruction mix and is one optimizer step; transformers trains on the same samples in
+padded micro-batches. A step's FLOPs are the model's (`megatron_vlm.data.packing.row_cost`, plus the loss head), without
+padding and recomputation. They are compared with a large matrix multiplication measured in the same run (GEMM peak) and
+with the peak of the device's datasheet (MFU, bf16 only).
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import gc
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-import megatron_vlm.runtime.megatron_patches  # noqa: F401  (prepares the process before megatron.core is imported)
+import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
 from benchmarks import transformers_loop
 from benchmarks.instruct_samples import InstructRows
 from benchmarks.report import RESULTS, machine, save, table
 from benchmarks.samples import Sample
-from benchmarks.train_step import PackedLoop, seconds
+from benchmarks.train_step import PackedLoop, time_call
 from megatron_vlm.config import ParallelConfig, Recipe
 from megatron_vlm.config.recipe import load_recipe
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
@@ -36,90 +37,95 @@ from megatron_vlm.runtime.launch import distributed
 from megatron_vlm.runtime.out_of_memory import ran_out_of_memory
 
 CONFIG = Path(__file__).parent.parent / "examples/instellavl/instruct.yaml"
-SAME_LOSS = {True: 2e-2, False: 1e-4}
-"""Relative difference allowed between the losses of the peers on the same samples, by bf16."""
-MATRIX = {True: 8192, False: 512}
-"""Side of the matrices whose product is the limit, by whether there is a GPU."""
+LOSS_TOLERANCE = {True: 2e-2, False: 1e-4}
+"""Relative difference allowed between the loops' losses on the same samples, by bf16."""
+GEMM_SIZE = {True: 8192, False: 512}
+"""Rows and columns of the matrices whose product gives the GEMM peak, on a GPU and on a CPU."""
+DATASHEET_PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+"""Dense bf16 FLOP/s of NVIDIA's datasheets, for MFU."""
 OUT_OF_MEMORY = "out of memory"
+Recompute = Literal["full"] | None
 
 
 @dataclass
 class Measured:
-    """One loop over all rows, or why there is nothing to say of it."""
+    """Timing of one training loop, or why it could not be measured."""
 
     name: str
     seconds: list[float]
-    """Of each row, the median over rounds."""
+    """Per row, the median over rounds."""
     peak_bytes: int
     loss: float
-    """Of the first row, before anything is trained."""
+    """Of the first row, before training."""
     failed: str = ""
 
 
 @dataclass
-class Work:
-    """The samples of each row, and what they are."""
+class Workload:
+    """The same samples, unpacked and packed."""
 
     samples: list[list[Sample]]
     rows: list[PackedBatch]
-    operations: list[float]
+    flops: list[float]
     """Of each row's training step."""
 
 
-def operations_of(recipe: Recipe, samples: list[Sample]) -> float:
-    """Floating-point operations of a training step on these samples: forward, and twice that backward."""
+def step_flops(recipe: Recipe, samples: list[Sample]) -> float:
+    """Floating-point operations of forward and backward on these samples; backward has twice those of forward."""
     tokens, tiles = (torch.tensor([f(s) for s in samples]).numpy() for f in (len, lambda s: len(s.tiles)))
     language = recipe.model.language
-    labelled = sum(int((s.document.encoded.labels[1:] != IGNORE_INDEX).sum()) for s in samples)
-    head = 6.0 * language.hidden_size * language.vocab_size * labelled
+    supervised = sum(int((s.document.encoded.labels[1:] != IGNORE_INDEX).sum()) for s in samples)
+    head = 6.0 * language.hidden_size * language.vocab_size * supervised
     return float(cost_of_model(recipe.model).of(tokens, tiles).sum()) + head
 
 
-def draw_work(recipe: Recipe, rows: int) -> Work:
+def build_workload(recipe: Recipe, rows: int) -> Workload:
     source = InstructRows(recipe.model, recipe.data.seq_length, recipe.data.max_tiles_per_row)
     samples = [source.samples(row) for row in range(rows)]
-    return Work(samples, [source.pack(row) for row in samples], [operations_of(recipe, row) for row in samples])
+    return Workload(samples, [source.pack(row) for row in samples], [step_flops(recipe, row) for row in samples])
 
 
-def matrix_rate(dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product on random numbers."""
-    side = MATRIX[on_gpu()]
-    a, b = (torch.randn(side, side, device=current_device()).to(dtype) for _ in range(2))
-    times = [seconds(lambda: a @ b) for _ in range(30)]
-    return 2.0 * side**3 / statistics.median(times[10:])
+def gemm_peak(dtype: torch.dtype) -> float:
+    """Measured FLOP/s of a large matrix multiplication on random numbers."""
+    size = GEMM_SIZE[on_gpu()]
+    a, b = (torch.randn(size, size, device=current_device()).to(dtype) for _ in range(2))
+    times = [time_call(lambda: a @ b) for _ in range(30)]
+    return 2.0 * size**3 / statistics.median(times[10:])
 
 
 def measure(name: str, build: Callable[[], tuple[Any, list[Any]]], rounds: int) -> Measured:
-    """Build a loop and its work, run every row once to warm up, then `rounds` times; all memory is given back."""
+    """Build a loop and its steps, run each step once to warm up, then time `rounds` rounds; frees all memory."""
     if on_gpu():
         torch.cuda.reset_peak_memory_stats()
     try:
         loop, steps = build()
         losses = [loop.step(step) for step in steps]
-        times = [[seconds(lambda step=step: loop.step(step)) for step in steps] for _ in range(rounds)]
+        times = [[time_call(partial(loop.step, step)) for step in steps] for _ in range(rounds)]
         medians = [statistics.median(row) for row in zip(*times, strict=True)]
         result = Measured(name, medians, torch.cuda.max_memory_allocated() if on_gpu() else 0, losses[0])
     except RuntimeError as error:
         if not ran_out_of_memory(error):
             raise
         result = Measured(name, [], 0, float("nan"), OUT_OF_MEMORY)
-    loop = steps = None
+    loop, steps = None, []
     gc.collect()
     if on_gpu():
         torch.cuda.empty_cache()
     return result
 
 
-def loops(recipe: Recipe, work: Work, model: Any, micro_batches: list[int]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every loop that is measured: its name, and what builds it and its steps."""
+def loops(
+    recipe: Recipe, work: Workload, model: Any, micro_batches: list[int]
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(name, function that builds the loop and its steps) of each loop to measure."""
     state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
 
-    def ours(recompute: str | None) -> tuple[Any, list[Any]]:
+    def ours(recompute: Recompute) -> tuple[Any, list[Any]]:
         training = replace(recipe.training, global_batch_size=1, recompute_granularity=recompute)
-        model.to("cpu")  # its memory is not ours
+        model.to("cpu")  # PackedLoop copies the weights
         return PackedLoop(model, replace(recipe, training=training)), [[row] for row in work.rows]
 
-    def theirs(recompute: str | None, size: int) -> tuple[Any, list[Any]]:
+    def theirs(recompute: Recompute, size: int) -> tuple[Any, list[Any]]:
         model.load_state_dict(state)
         model.gradient_checkpointing_disable()
         model.to(current_device())
@@ -127,20 +133,21 @@ def loops(recipe: Recipe, work: Work, model: Any, micro_batches: list[int]) -> I
         steps = [transformers_loop.micro_batches(row, size, current_device()) for row in work.samples]
         return transformers_loop.Loop(model, replace(recipe, training=training)), steps
 
-    for recompute, said in ((None, ""), ("full", ", recomputing")):
-        yield f"megatron-vlm, packed{said}", lambda recompute=recompute: ours(recompute)
+    variants: list[tuple[Recompute, str]] = [(None, ""), ("full", ", full recompute")]
+    for recompute, suffix in variants:
+        yield f"megatron-vlm, packed{suffix}", partial(ours, recompute)
     for size in micro_batches:
-        for recompute, said in ((None, ""), ("full", ", recomputing")):
-            yield f"transformers, {size} at a time{said}", lambda r=recompute, s=size: theirs(r, s)
+        for recompute, suffix in variants:
+            yield f"transformers, micro-batch {size}{suffix}", partial(theirs, recompute, size)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=CONFIG, help="recipe: its model and rows are used")
-    parser.add_argument("--rows", type=int, default=4, help="rows, each a step")
-    parser.add_argument("--rounds", type=int, default=3, help="times all rows are timed; medians are reported")
-    parser.add_argument("--micro-batches", type=int, nargs="*", default=[1, 4], help="samples transformers takes")
-    parser.add_argument("--profile", type=Path, help="write the kernels of one of our steps, by time, to this file")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="recipe that gives the model and the row length")
+    parser.add_argument("--rows", type=int, default=4, help="rows; each is one optimizer step")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds over all rows; medians are reported")
+    parser.add_argument("--micro-batches", type=int, nargs="*", default=[1, 4], help="transformers' micro-batch sizes")
+    parser.add_argument("--profile", type=Path, help="write one of our steps' kernels, by time, to this file")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.config)
@@ -150,10 +157,10 @@ def main() -> None:
 
 
 def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
-    """Measure, print and keep."""
+    """Run the benchmark and report it."""
     torch.manual_seed(0)
-    work = draw_work(recipe, arguments.rows)
-    limit = matrix_rate(torch.bfloat16 if recipe.training.bf16 else torch.float32)
+    work = build_workload(recipe, arguments.rows)
+    peak = gemm_peak(torch.bfloat16 if recipe.training.bf16 else torch.float32)
     with torch.device(current_device()):
         model = transformers_loop.build(recipe)
     results = []
@@ -162,54 +169,57 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
         print(f"{name}: {results[-1].failed or results[-1].seconds}", flush=True)
         if arguments.profile and len(results) == 1:
             write_profile(arguments.profile, build)
-    check_same_work(results, recipe)
-    report(arguments, recipe, work, results, limit)
+    check_same_loss(results, recipe)
+    report(arguments, recipe, work, results, peak)
 
 
-def check_same_work(results: list[Measured], recipe: Recipe) -> None:
-    """All loops must have had the same loss before anything was trained."""
+def check_same_loss(results: list[Measured], recipe: Recipe) -> None:
+    """All loops must have the same loss before training; raises SystemExit if not."""
     losses = {result.name: result.loss for result in results if not result.failed}
     reference = next(iter(losses.values()))
     for name, loss in losses.items():
-        if not abs(loss - reference) <= SAME_LOSS[recipe.training.bf16] * reference:
-            raise SystemExit(f"the peers do not do the same work: {name} has loss {loss:.6f}, ours is {reference:.6f}")
+        if not abs(loss - reference) <= LOSS_TOLERANCE[recipe.training.bf16] * reference:
+            raise SystemExit(f"losses on the same samples differ: {name} {loss:.6f}, ours {reference:.6f}")
 
 
 def write_profile(path: Path, build: Callable[[], tuple[Any, list[Any]]]) -> None:
-    """Where the time of one step goes, kernel by kernel."""
+    """Write the time of each kernel of one step."""
     loop, steps = build()
     loop.step(steps[0])
     with torch.profiler.profile() as profile:
-        seconds(lambda: loop.step(steps[0]))
+        time_call(lambda: loop.step(steps[0]))
     order = "self_cuda_time_total" if on_gpu() else "self_cpu_time_total"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(profile.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90))
 
 
-def report(arguments: argparse.Namespace, recipe: Recipe, work: Work, results: list[Measured], limit: float) -> None:
+def report(arguments: argparse.Namespace, recipe: Recipe, work: Workload, results: list[Measured], peak: float) -> None:
     """Print the table and write the JSON."""
     samples, tiles = sum(map(len, work.samples)), sum(row.num_tiles for row in work.rows)
-    tokens, operations = sum(row.num_tokens for row in work.rows), sum(work.operations)
+    tokens, flops = sum(row.num_tokens for row in work.rows), sum(work.flops)
     about = machine()
     print(
         f"\n{about['device']}, torch {about['torch']}, megatron-core {about['megatron-core']}, transformers "
-        f"{about['transformers']}; {'bf16' if recipe.training.bf16 else 'fp32'}; a matrix product reaches "
-        f"{limit / 1e12:.3g} TFLOP/s\n{len(work.rows)} rows of {recipe.data.seq_length}, each a step: {samples} "
+        f"{about['transformers']}; {'bf16' if recipe.training.bf16 else 'fp32'}; measured GEMM peak "
+        f"{peak / 1e12:.3g} TFLOP/s\n{len(work.rows)} rows of {recipe.data.seq_length} tokens, one per step: {samples} "
         f"samples, {tokens:,} tokens, {tiles} tiles; median of {arguments.rounds} rounds\n"
     )
-    done = [result for result in results if not result.failed]
-    ours = sum(done[0].seconds)
+    reference = next(result for result in results if not result.failed)
+    datasheet = DATASHEET_PEAK.get(about["device"]) if recipe.training.bf16 else None
     lines = []
     for result in results:
         if result.failed:
-            lines.append([result.name, result.failed, "", "", "", ""])
+            lines.append([result.name, result.failed, "", "", "", "", ""])
             continue
-        spent = sum(result.seconds)
+        elapsed = sum(result.seconds)
+        rate = flops / elapsed
+        mfu = f"{100 * rate / datasheet:.1f} %" if datasheet else "-"
         lines.append(
-            [result.name, f"{spent / len(work.rows):.3f}", f"{tokens / spent:,.0f}",
-             f"{100 * operations / spent / limit:.1f} %", f"{result.peak_bytes / 2**30:.1f}", f"{spent / ours:.2f}x"]
+            [result.name, f"{elapsed / len(work.rows):.3f}", f"{tokens / elapsed:,.0f}", f"{100 * rate / peak:.1f} %",
+             mfu, f"{result.peak_bytes / 2**30:.1f}", f"{elapsed / sum(reference.seconds):.2f}x"]
         )  # fmt: skip
-    header = ["training loop", "s per row", "tokens/s", "of the limit", "peak GiB", f"{done[0].name} is faster by"]
+    header = ["training loop", "s per row", "tokens/s", "% of measured GEMM peak", "MFU", "peak GiB"]
+    header.append(f"time / {reference.name}")
     print(table(header, lines))
     path = save(
         arguments.output,
@@ -221,8 +231,8 @@ def report(arguments: argparse.Namespace, recipe: Recipe, work: Work, results: l
             "samples": samples,
             "tokens": tokens,
             "tiles": tiles,
-            "operations": operations,
-            "matrix_product_per_second": limit,
+            "flops": flops,
+            "gemm_flops_per_second": peak,
             "loops": [asdict(result) for result in results],
         },
     )

@@ -1,4 +1,4 @@
-"""What every benchmark prints and keeps."""
+"""Tables and JSON files of the benchmarks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from megatron_vlm.runtime.device import device_name
 
 RESULTS = Path(__file__).parent / "results"
-"""Where figures are kept that are meant to be looked up later."""
+"""Default folder of the JSON files; those that the documentation quotes are committed."""
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """Device, cores, threads and package versions: what the figures depend on besides the code."""
     packages = {name: version(name) for name in ("torch", "megatron-core", "transformers")}
     return {
         "device": device_name(),
@@ -35,17 +35,17 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
     def line(cells: list[str]) -> str:
         first, *others = (
-            cell.ljust(width) if not place else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            cell.ljust(width) if not column else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
         )
         return "| " + " | ".join([first, *others]) + " |"
 
-    rule = "|" + "|".join("-" * (width + 1) + ("-" if not place else ":") for place, width in enumerate(widths)) + "|"
+    rule = "|" + "|".join("-" * (width + 1) + ("-" if not column else ":") for column, width in enumerate(widths)) + "|"
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
 def save(folder: Path, name: str, content: dict[str, Any]) -> Path:
-    """Write FOLDER/NAME.json with the machine beside the figures."""
+    """Write `content` and the machine's description to FOLDER/NAME.json; returns that path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **content}, indent=2) + "\n")

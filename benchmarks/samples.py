@@ -1,8 +1,8 @@
-"""Samples with the lengths of easy-VQA, made of random tokens, and the rows and batches that both peers train on.
+"""Random samples with the lengths of easy-VQA conversations, and the rows and batches that both loops train on.
 
-easy-VQA's training split asks between 2 and 21 questions about each image. As in LLaVA's data, a sample is a
-conversation about one image: here it holds between one question and all that the image has, or, one time in three, a
-caption. Tokens of a turn are counted with the published tokenizer and conversation template.
+easy-VQA's training split has between 2 and 21 questions about each image. As in LLaVA's data, a sample is a
+conversation about one image. Two of three samples hold between one and all questions of an image; the third is a
+caption. The lengths of turns are those of the published tokenizer and conversation template.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ IMAGES_BY_QUESTIONS = {
     2: 9, 3: 31, 4: 72, 5: 180, 6: 251, 7: 380, 8: 518, 9: 531, 10: 538, 11: 490, 12: 382, 13: 240, 14: 159, 15: 111,
     16: 53, 17: 26, 18: 22, 19: 5, 20: 1, 21: 1,
 }  # fmt: skip
-"""Images of easy-VQA's training split (4,000) by the number of questions asked about them."""
+"""Number of images of easy-VQA's training split (4,000 in all) by their number of questions."""
 IMAGE_SIZE = (64, 64)
-"""Of every image of easy-VQA, pixels."""
-CAPTIONS = 1 / 3
+"""(width, height) in pixels of every easy-VQA image."""
+CAPTION_FRACTION = 1 / 3
 USER_ROLE, ASSISTANT_ROLE = 6, 6
-"""Tokens of `<|user|>\\n` with the newline that ends the question, and of `<|assistant|>\\n`."""
+"""Tokens of `<|user|>\\n` plus the newline after the question, and of `<|assistant|>\\n`."""
 QUESTION, ANSWER, CAPTION = (6, 10), (3, 4), (9, 12)
-"""Fewest and most tokens; answers with the end-of-text and the newline that close them."""
+"""(minimum, maximum) tokens; answers include the end-of-sequence token and the newline after it."""
 PAD = 1
 
 
@@ -40,95 +40,95 @@ class Sample:
 
     document: Document
     tiles: torch.Tensor
-    """[n, 3, image_size, image_size] uint8, of all its images"""
+    """[n, 3, image_size, image_size] uint8, of all images"""
     tile_counts: list[int]
-    """Tiles of each image."""
+    """Number of tiles of each image."""
 
     def __len__(self) -> int:
         return len(self.document.encoded.ids)
 
 
-class SampleMaker:
-    """Draws samples for a model; the same seed gives the same samples."""
+class SampleGenerator:
+    """Random samples for a model, deterministic in `seed`."""
 
     def __init__(self, model: ModelConfig, seed: int) -> None:
         self.model, self.rng = model, np.random.default_rng(seed)
         self.geometry = ImageGeometry.of(model, "anyres")
-        self.positions = num_image_tokens(IMAGE_SIZE, self.geometry)
+        self.image_tokens = num_image_tokens(IMAGE_SIZE, self.geometry)
         self.tiles = num_image_tiles(IMAGE_SIZE, self.geometry)
         self.questions = np.repeat(list(IMAGES_BY_QUESTIONS), list(IMAGES_BY_QUESTIONS.values()))
 
-    def _between(self, bounds: tuple[int, int]) -> int:
+    def _randint(self, bounds: tuple[int, int]) -> int:
         return int(self.rng.integers(bounds[0], bounds[1] + 1))
 
     def sample(self, number: int) -> Sample:
-        """A caption, or one question to all of an image's."""
-        if self.rng.random() < CAPTIONS:
-            turns = [(self._between(QUESTION), self._between(CAPTION))]
+        """A caption, or a conversation of one or more questions."""
+        if self.rng.random() < CAPTION_FRACTION:
+            turns = [(self._randint(QUESTION), self._randint(CAPTION))]
         else:
-            count = self._between((1, int(self.rng.choice(self.questions))))
-            turns = [(self._between(QUESTION), self._between(ANSWER)) for _ in range(count)]
+            count = self._randint((1, int(self.rng.choice(self.questions))))
+            turns = [(self._randint(QUESTION), self._randint(ANSWER)) for _ in range(count)]
         return self._conversation(str(number), [(1, turns)])
 
-    def filled_row(self, length: int) -> Sample:
-        """One conversation of exactly `length` tokens, with an image for every ten turns: full without packing."""
-        images, turn = [], (QUESTION[1], ANSWER[1])
+    def row_long_sample(self, length: int) -> Sample:
+        """One conversation of exactly `length` tokens, which fills a row without packing; ten turns per image."""
+        blocks, turn = [], (QUESTION[1], ANSWER[1])
         turn_length = USER_ROLE + ASSISTANT_ROLE + sum(turn)
         left = length - 1
-        while left >= self.positions + 1 + 11 * turn_length:
-            images.append((1, [turn] * 10))
-            left -= self.positions + 1 + 10 * turn_length
+        while left >= self.image_tokens + 1 + 11 * turn_length:
+            blocks.append((1, [turn] * 10))
+            left -= self.image_tokens + 1 + 10 * turn_length
         count, rest = divmod(left, turn_length)
-        images.append((0, [turn] * (count - 1) + [(turn[0] + rest, turn[1])]))
-        return self._conversation("row", images)
+        blocks.append((0, [turn] * (count - 1) + [(turn[0] + rest, turn[1])]))
+        return self._conversation("row", blocks)
 
-    def _conversation(self, name: str, parts: list[tuple[int, list[tuple[int, int]]]]) -> Sample:
-        """`parts`: (images before the first question: 0 or 1, (question tokens, answer tokens) of each turn)."""
-        ids: list[np.ndarray] = [self._words(1)]
-        answered: list[np.ndarray] = [np.zeros(1, bool)]
+    def _conversation(self, name: str, blocks: list[tuple[int, list[tuple[int, int]]]]) -> Sample:
+        """`blocks`: (number of images before the first question, (question tokens, answer tokens) of each turn)."""
+        ids: list[np.ndarray] = [self._random_tokens(1)]
+        supervised: list[np.ndarray] = [np.zeros(1, bool)]
         image_starts = []
 
         def add(tokens: np.ndarray, is_answer: bool = False) -> None:
             ids.append(tokens)
-            answered.append(np.full(len(tokens), is_answer))
+            supervised.append(np.full(len(tokens), is_answer))
 
-        for images, turns in parts:
+        for images, turns in blocks:
             for _ in range(images):
                 image_starts.append(sum(map(len, ids)))
-                add(np.full(self.positions, self.model.image_token_index))
-                add(self._words(1))
+                add(np.full(self.image_tokens, self.model.image_token_index))
+                add(self._random_tokens(1))
             for question, answer in turns:
-                add(self._words(USER_ROLE + question + ASSISTANT_ROLE))
-                add(self._words(answer), is_answer=True)
-        whole = np.concatenate(ids)
-        labels = np.where(np.concatenate(answered), whole, IGNORE_INDEX)
-        encoded = EncodedConversation(whole, labels, image_starts)
+                add(self._random_tokens(USER_ROLE + question + ASSISTANT_ROLE))
+                add(self._random_tokens(answer), is_answer=True)
+        all_ids = np.concatenate(ids)
+        labels = np.where(np.concatenate(supervised), all_ids, IGNORE_INDEX)
+        encoded = EncodedConversation(all_ids, labels, image_starts)
         side = self.model.vision.image_size
         tiles = self.rng.integers(0, 256, (self.tiles * len(image_starts), 3, side, side), np.uint8)
         images = len(image_starts)
         document = Document(name, encoded, [IMAGE_SIZE] * images)
         return Sample(document, torch.from_numpy(tiles), [self.tiles] * images)
 
-    def _words(self, count: int) -> np.ndarray:
+    def _random_tokens(self, count: int) -> np.ndarray:
         return self.rng.integers(PAD + 1, self.model.image_token_index, count)
 
     def row(self, samples: list[Sample], seq_length: int) -> PackedBatch:
-        """Samples laid end to end, tiles included."""
+        """Concatenate samples, with their tiles, into one row."""
         batch = assemble_row([sample.document for sample in samples], seq_length, PAD, self.geometry)
         batch.tiles = torch.cat([sample.tiles for sample in samples])
         return batch
 
 
 @dataclass
-class Work:
-    """The same samples as rows and as batches, shared out to the same number of optimizer steps."""
+class Workload:
+    """The same samples as packed rows and as padded batches, in the same number of optimizer steps."""
 
     rows: list[list[PackedBatch]]
-    """Rows of each step."""
+    """Packed rows of each step."""
     packed: list[list[Sample]]
-    """Samples of each step's rows, in their order."""
+    """Samples of those rows, in row order."""
     padded: list[list[Sample]]
-    """Samples of each step of a loop that takes them as they come."""
+    """Samples of each step of a loop that shuffles them."""
     grouped: list[list[Sample]]
     """Samples of each step of a loop that groups by length."""
 
@@ -141,28 +141,28 @@ class Work:
         return sum(len(sample) for step in self.padded for sample in step)
 
 
-def draw_work(maker: SampleMaker, steps: int, rows_per_step: int, seq_length: int) -> Work:
-    """Draw and pack more samples than needed, and keep the samples of the first steps * rows_per_step rows."""
+def build_workload(generator: SampleGenerator, steps: int, rows_per_step: int, seq_length: int) -> Workload:
+    """Generate and pack more samples than needed, and keep those of the first steps * rows_per_step rows."""
     wanted = steps * rows_per_step
-    pool = [maker.sample(number) for number in range(4 * wanted * seq_length // (maker.positions + 100))]
+    pool = [generator.sample(number) for number in range(4 * wanted * seq_length // (generator.image_tokens + 100))]
     lengths = np.array([len(sample) for sample in pool])
     tiles = np.array([len(sample.tiles) for sample in pool])
     budget = Budget(seq_length, int(tiles.sum()), len(pool))
-    plan = plan_epoch(np.arange(len(pool)), lengths, tiles, budget, int(maker.rng.integers(1 << 31)), epoch=0)
+    plan = plan_epoch(np.arange(len(pool)), lengths, tiles, budget, int(generator.rng.integers(1 << 31)), epoch=0)
     rows = [[pool[number] for number in plan.row(index)] for index in range(wanted)]
     samples = [sample for row in rows for sample in row]
-    shuffled = [samples[place] for place in maker.rng.permutation(len(samples))]
-    # what transformers' length-grouped sampler does with as few batches as these: sort, longest first
+    shuffled = [samples[index] for index in generator.rng.permutation(len(samples))]
+    # With so few batches, transformers' length-grouped sampler sorts all samples, longest first.
     by_length = sorted(shuffled, key=len, reverse=True)
     step_rows = [rows[step * rows_per_step : (step + 1) * rows_per_step] for step in range(steps)]
-    return Work(
-        rows=[[maker.row(row, seq_length) for row in step] for step in step_rows],
+    return Workload(
+        rows=[[generator.row(row, seq_length) for row in step] for step in step_rows],
         packed=[[sample for row in step for sample in row] for step in step_rows],
-        padded=_share_out(shuffled, steps),
-        grouped=_share_out(by_length, steps),
+        padded=_split_evenly(shuffled, steps),
+        grouped=_split_evenly(by_length, steps),
     )
 
 
-def _share_out(samples: list[Sample], steps: int) -> list[list[Sample]]:
+def _split_evenly(samples: list[Sample], steps: int) -> list[list[Sample]]:
     ends = np.linspace(0, len(samples), steps + 1).astype(int)
     return [samples[start:end] for start, end in zip(ends, ends[1:], strict=False)]

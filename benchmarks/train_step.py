@@ -1,11 +1,11 @@
-"""Our packed training step against a plain transformers loop, on the same model, weights, samples and threads.
+"""Speed of our packed training step and of a plain transformers loop, on the same model, weights, samples and threads.
 
     python -m benchmarks.train_step
 
 Three loops train on the same samples in the same number of optimizer steps: ours on packed rows, transformers on
-batches padded to their longest sample, and transformers with samples grouped by length first. All run in one process,
-one step of each in turn, optimizer included; before the clock starts, both sides must give the same loss on the same
-samples. The last figure is the cost of a token where packing has nothing to win: one conversation as long as a row.
+batches padded to their longest sample, and transformers on batches of samples grouped by length. They run in one
+process and take turns step by step; the optimizer is included. Before timing, both sides must have the same loss on the
+same samples. The last figure is the time per token on a sample that fills a row alone, where packing cannot help.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import megatron_vlm.runtime.megatron_patches  # noqa: F401  (prepares the process before megatron.core is imported)
+import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
 from benchmarks import transformers_loop
 from benchmarks.report import RESULTS, machine, save, table
-from benchmarks.samples import SampleMaker, Work, draw_work
+from benchmarks.samples import SampleGenerator, Workload, build_workload
 from checkpoint_convert.mapping.hf_names import canonical_name
 from checkpoint_convert.mapping.param_map import name_map, to_megatron
 from checkpoint_convert.megatron.files import tensors_of
@@ -42,15 +43,15 @@ from megatron_vlm.runtime.launch import distributed
 from megatron_vlm.training.optimizer import build_optimizer, wrap_for_data_parallel
 from megatron_vlm.training.step import forward_backward, global_loss, update
 
-SAME_LOSS = 1e-4
-"""Relative difference allowed between the losses of the peers on the same samples, fp32."""
+LOSS_TOLERANCE = 1e-4
+"""Relative difference allowed between the two loops' fp32 losses on the same samples."""
 
 
 def recipe_of(rows_per_step: int, seq_length: int) -> Recipe:
-    """A small model in the proportions of the real one: the output layer is 9 % of the decoder, the tower a quarter.
+    """A small model with the real one's proportions: output layer 9 % of the decoder, vision tower a quarter.
 
-    The tower's feature is its last layer, so that both peers run the same layers: transformers also runs those whose
-    output nothing uses, which in a tower of three would count for too much.
+    Features come from the tower's last layer, so that both loops run the same layers: transformers also runs the
+    layers after the feature layer, which would weigh too much in a tower of three layers.
     """
     vision = VisionConfig(
         hidden_size=192, intermediate_size=768, num_hidden_layers=3, num_attention_heads=3, image_size=48,
@@ -74,17 +75,18 @@ class PackedLoop:
     def __init__(self, weights: torch.nn.Module, recipe: Recipe) -> None:
         self.recipe = recipe
         (model,) = chunks = build_model(recipe)
-        tensors = {canonical_name(name, "whole"): tensor for name, tensor in weights.state_dict().items()}
+        state = weights.state_dict().items()
+        tensors = {ours: tensor for name, tensor in state if (ours := canonical_name(name, "whole"))}
         tensors.pop("language_model.lm_head.weight")  # tied
-        ours = tensors_of(model)
+        parameters = tensors_of(model)
         with torch.no_grad():
             for name, tensor in to_megatron(name_map(recipe.model), tensors, "transformers"):
-                ours[name].copy_(tensor)
+                parameters[name].copy_(tensor)
         self.chunks = wrap_for_data_parallel(chunks, recipe)
         self.optimizer = build_optimizer(self.chunks, recipe)
 
     def forward_backward(self, rows: list[PackedBatch]) -> float:
-        """Gradients of the mean over the step's loss tokens; returns that mean."""
+        """Accumulate gradients of the mean loss over the step's supervised tokens; returns that mean."""
         loss, _ = global_loss(forward_backward(self.chunks, [iter(rows)], self.recipe))
         return loss
 
@@ -95,58 +97,56 @@ class PackedLoop:
         return loss
 
 
-def seconds(step: Callable[[], Any]) -> float:
-    """Wall clock of one call, the device's work included."""
+def time_call(step: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call, until the device has finished."""
     if on_gpu():
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    start = time.perf_counter()
     step()
     if on_gpu():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 def interleave(loops: dict[str, list[Callable[[], Any]]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round of each loop; a round is one call of each of its steps, the loops taking turns.
+    """Seconds per round of each loop. In a round each loop runs all its steps once; the loops take turns step by step.
 
-    Who begins changes from step to step. The first round is a warm-up and is not counted.
+    The loop that goes first changes from step to step. The first round is a warm-up and is not counted.
     """
     names = list(loops)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
-        spent = dict.fromkeys(names, 0.0)
+        elapsed = dict.fromkeys(names, 0.0)
         for step in range(len(loops[names[0]])):
-            turn = (number + step) % len(names)
-            for name in names[turn:] + names[:turn]:
-                spent[name] += seconds(loops[name][step])
+            first = (number + step) % len(names)
+            for name in names[first:] + names[:first]:
+                elapsed[name] += time_call(loops[name][step])
         if number:
             for name in names:
-                times[name].append(spent[name])
+                times[name].append(elapsed[name])
     return times
 
 
-def check_same_work(ours: PackedLoop, theirs: transformers_loop.Loop, work: Work, micro_batch: int) -> float:
-    """The losses of both on the samples of the first step, before anything is trained; their relative difference."""
+def check_same_loss(ours: PackedLoop, theirs: transformers_loop.Loop, work: Workload, micro_batch: int) -> float:
+    """Relative difference of the two losses on the first step's samples, before training."""
     loss = ours.forward_backward(work.rows[0])
     other = theirs.forward_backward(transformers_loop.micro_batches(work.packed[0], micro_batch, theirs.model.device))
     ours.optimizer.zero_grad()
     theirs.optimizer.zero_grad()
     difference = abs(loss - other) / other
-    if difference > SAME_LOSS:
-        raise SystemExit(f"the peers do not do the same work: loss {loss:.6f} and {other:.6f} on the same samples")
+    if difference > LOSS_TOLERANCE:
+        raise SystemExit(f"losses on the same samples differ: ours {loss:.6f}, transformers {other:.6f}")
     return difference
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that are timed; medians are reported")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps in a round")
-    parser.add_argument("--rows", type=int, default=2, help="rows in an optimizer step")
-    parser.add_argument("--seq-length", type=int, default=2048, help="tokens in a row")
-    parser.add_argument(
-        "--micro-batch", type=int, default=0, help="samples transformers takes at a time; 0: all of a step"
-    )
-    parser.add_argument("--threads", type=int, default=0, help="threads; 0: one for every core")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds; medians are reported")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps per round")
+    parser.add_argument("--rows", type=int, default=2, help="rows per optimizer step")
+    parser.add_argument("--seq-length", type=int, default=2048, help="tokens per row")
+    parser.add_argument("--micro-batch", type=int, default=0, help="transformers' micro-batch size; 0: a whole step")
+    parser.add_argument("--threads", type=int, default=0, help="threads; 0: one per core")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -157,15 +157,15 @@ def main() -> None:
 
 
 def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
-    """Measure, print and keep."""
+    """Run the benchmark and report it."""
     torch.manual_seed(0)
     seq_length, rows = recipe.data.seq_length, recipe.training.global_batch_size
-    maker = SampleMaker(recipe.model, seed=0)
-    work = draw_work(maker, arguments.steps, rows, seq_length)
+    generator = SampleGenerator(recipe.model, seed=0)
+    work = build_workload(generator, arguments.steps, rows, seq_length)
     model = transformers_loop.build(recipe).to(current_device())
     ours, theirs = PackedLoop(model, recipe), transformers_loop.Loop(model, recipe)
     micro_batch = arguments.micro_batch or max(map(len, work.packed))
-    difference = check_same_work(ours, theirs, work, micro_batch)
+    difference = check_same_loss(ours, theirs, work, micro_batch)
 
     def batches(steps: list[Any]) -> list[list[transformers_loop.Batch]]:
         return [transformers_loop.micro_batches(step, micro_batch, current_device()) for step in steps]
@@ -173,44 +173,44 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     padded, grouped = batches(work.padded), batches(work.grouped)
     times = interleave(
         {
-            "megatron-vlm, packed": [lambda step=step: ours.step(step) for step in work.rows],
-            "transformers, padded": [lambda step=step: theirs.step(step) for step in padded],
-            "transformers, grouped by length": [lambda step=step: theirs.step(step) for step in grouped],
+            "megatron-vlm, packed": [partial(ours.step, step) for step in work.rows],
+            "transformers, padded": [partial(theirs.step, step) for step in padded],
+            "transformers, grouped by length": [partial(theirs.step, step) for step in grouped],
         },
         arguments.rounds,
     )
-    passed = [
+    processed = [
         len(work.rows) * rows * seq_length,
         sum(map(transformers_loop.padded_tokens, padded)),
         sum(map(transformers_loop.padded_tokens, grouped)),
     ]
-    full = [maker.filled_row(seq_length) for _ in range(rows)]
-    full_rows = [maker.row([sample], seq_length) for sample in full]
+    full = [generator.row_long_sample(seq_length) for _ in range(rows)]
+    full_rows = [generator.row([sample], seq_length) for sample in full]
     full_batches = transformers_loop.micro_batches(full, 1, current_device())
     full_times = interleave(
-        {"ours": [lambda: ours.step(full_rows)], "theirs": [lambda: theirs.step(full_batches)]}, 2 * arguments.rounds
+        {"ours": [partial(ours.step, full_rows)], "theirs": [partial(theirs.step, full_batches)]}, 2 * arguments.rounds
     )
-    report(arguments, work, times, passed, full_times, difference, micro_batch)
+    report(arguments, work, times, processed, full_times, difference, micro_batch)
 
 
 def report(
     arguments: argparse.Namespace,
-    work: Work,
+    work: Workload,
     times: dict[str, list[float]],
-    passed: list[int],
+    processed: list[int],
     full_times: dict[str, list[float]],
     difference: float,
     micro_batch: int,
 ) -> None:
     """Print the tables and write the JSON."""
     lengths = [len(sample) for step in work.padded for sample in step]
-    medians = {name: statistics.median(spent) for name, spent in times.items()}
+    medians = {name: statistics.median(rounds) for name, rounds in times.items()}
     names = list(times)
     speed = {name: work.samples / medians[name] for name in names}
     ratio = {name: speed[names[0]] / speed[name] for name in names}
     full_cost = {
-        name: 1e6 * statistics.median(spent) / (arguments.rows * arguments.seq_length)
-        for name, spent in full_times.items()
+        name: 1e6 * statistics.median(rounds) / (arguments.rows * arguments.seq_length)
+        for name, rounds in full_times.items()
     }
     about = machine()
     print(
@@ -219,12 +219,12 @@ def report(
     )
     print(
         f"{work.samples} samples of {min(lengths)} to {max(lengths)} tokens (mean {statistics.mean(lengths):.0f}) in "
-        f"{len(work.rows)} optimizer steps; rows of {arguments.seq_length}; transformers takes {micro_batch} samples "
-        f"at a time; median of {arguments.rounds} rounds; losses on the same samples differ by {difference:.1e}\n"
+        f"{len(work.rows)} optimizer steps; rows of {arguments.seq_length} tokens; transformers' micro-batch: "
+        f"{micro_batch} samples; median of {arguments.rounds} rounds; relative loss difference {difference:.1e}\n"
     )
     print(
         table(
-            ["training loop", "samples/s", "tokens/s", "real tokens", "packed is faster by"],
+            ["training loop", "samples/s", "tokens/s", "tokens that are not padding", "speedup of packing"],
             [
                 [
                     name,
@@ -233,14 +233,14 @@ def report(
                     f"{100 * work.tokens / tokens:.1f} %",
                     f"{ratio[name]:.2f}x",
                 ]
-                for name, tokens in zip(names, passed, strict=True)
+                for name, tokens in zip(names, processed, strict=True)
             ],
         )
     )
     cost_ratio = full_cost["ours"] / full_cost["theirs"]
     print(
-        f"\nOn a row that one conversation fills, a token costs us {full_cost['ours']:.1f} us and transformers "
-        f"{full_cost['theirs']:.1f} us: {cost_ratio:.2f}x"
+        f"\nTime per token on a sample that fills a row alone: {full_cost['ours']:.1f} us, transformers "
+        f"{full_cost['theirs']:.1f} us, ratio {cost_ratio:.2f}"
     )
     path = save(
         arguments.output,
@@ -250,10 +250,10 @@ def report(
             "micro_batch": micro_batch,
             "samples": work.samples,
             "tokens": work.tokens,
-            "tokens_passed": dict(zip(names, passed, strict=True)),
+            "tokens_processed": dict(zip(names, processed, strict=True)),
             "seconds": times,
             "samples_per_second": speed,
-            "packed_is_faster_by": ratio,
+            "speedup_of_packing": ratio,
             "full_row_seconds": full_times,
             "full_row_cost_ratio": cost_ratio,
             "loss_difference": difference,

@@ -1,7 +1,7 @@
 """A plain transformers training loop: LlavaNext with a CLIP tower and an OLMo decoder, batches padded on the right.
 
-It is given what helps it without changing what it is: SDPA, the fused AdamW, no key/value cache, batches made before
-the clock starts; under bf16, autocast with fp32 weights, as transformers' own trainer does it.
+It uses SDPA, the fused AdamW and no KV cache, and batches are collated before timing starts. Under bf16 it uses
+autocast with fp32 weights, as transformers' Trainer does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Batch = dict[str, torch.Tensor]
 
 
 def build(recipe: Recipe) -> LlavaNextForConditionalGeneration:
-    """The recipe's model with random weights."""
+    """The recipe's model, randomly initialised."""
     model, vision, language = recipe.model, recipe.model.vision, recipe.model.language
     vision_config = CLIPVisionConfig(
         hidden_size=vision.hidden_size,
@@ -60,7 +60,7 @@ def build(recipe: Recipe) -> LlavaNextForConditionalGeneration:
 
 
 def collate(samples: list[Sample], device: torch.device) -> Batch:
-    """Right-padded batch of samples, as transformers' processor and collator would give it."""
+    """Right-padded batch of samples, in the format of transformers' processor and collator."""
     ids = [torch.from_numpy(sample.document.encoded.ids) for sample in samples]
     labels = [torch.from_numpy(sample.document.encoded.labels) for sample in samples]
     sizes = [size for sample in samples for size in sample.document.image_sizes]
@@ -72,23 +72,23 @@ def collate(samples: list[Sample], device: torch.device) -> Batch:
     }
     if images:
         tiles = [normalise_tiles(image, CLIP_MEAN, CLIP_STD) for image in images]
-        batch["pixel_values"] = pad_sequence(tiles, batch_first=True)  # to the most tiles of an image
+        batch["pixel_values"] = pad_sequence(tiles, batch_first=True)  # to the largest tile count of an image
         batch["image_sizes"] = torch.tensor([[height, width] for width, height in sizes])
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def micro_batches(samples: list[Sample], size: int, device: torch.device) -> list[Batch]:
-    """A step's samples in their order, `size` at a time."""
+    """Split a step's samples, in their order, into micro-batches of `size`."""
     return [collate(samples[start : start + size], device) for start in range(0, len(samples), size)]
 
 
 def padded_tokens(batches: list[Batch]) -> int:
-    """Tokens that go through the model, padding included."""
+    """Tokens that the model processes, padding included."""
     return sum(batch["input_ids"].numel() for batch in batches)
 
 
 class Loop:
-    """Model and optimizer with the recipe's settings."""
+    """Training loop of a transformers model with the recipe's optimizer settings."""
 
     def __init__(self, model: LlavaNextForConditionalGeneration, recipe: Recipe) -> None:
         training = recipe.training
@@ -106,7 +106,7 @@ class Loop:
         )
 
     def forward_backward(self, batches: list[Batch]) -> float:
-        """Gradients of the mean over the step's loss tokens; returns that mean."""
+        """Accumulate gradients of the mean loss over the step's supervised tokens; returns that mean."""
         count = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)
         total = torch.zeros((), device=self.model.device)
         for batch in batches:

@@ -1,4 +1,4 @@
-"""A recipe of a model so small that a benchmark of the real size runs in seconds."""
+"""Write a recipe whose model is small enough to run the full-size benchmarks in seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 
 def write_small_recipe(path: Path, *, seq_length: int, max_tiles: int, grids: list[list[int]]) -> Path:
-    """Tiles of 28 pixels and rows as asked for."""
+    """Write a recipe with tiles of 28 x 28 pixels to `path`; returns `path`."""
     vision = {
         "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1,
         "image_size": 28, "patch_size": 14,

@@ -1,4 +1,4 @@
-"""The conversion benchmark runs, at a small size, and its memory figure sees what a process takes."""
+"""The conversion benchmark runs with a small model, and its memory figure contains what a process allocates."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tests.training.tiny_run import MODEL
 
 
 def test_the_benchmark_runs(tmp_path: Path) -> None:
-    found = compare(tmp_path, recipe_from_dict({"model": MODEL}).model, "bfloat16")
-    assert list(found["runs"]) == ["cp", "hf_to_megatron", "megatron_to_hf"]
+    results = compare(tmp_path, recipe_from_dict({"model": MODEL}).model, "bfloat16")
+    assert list(results["runs"]) == ["cp", "hf_to_megatron", "megatron_to_hf"]
     before, after = FolderTensors(tmp_path / "folder", "whole"), FolderTensors(tmp_path / "back", "whole")
-    assert found["parameters"] == sum(tensor.numel() for tensor in before.values())
+    assert results["parameters"] == sum(tensor.numel() for tensor in before.values())
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    lines = table_of(found["runs"]).splitlines()
+    lines = table_of(results["runs"]).splitlines()
     assert len(lines) == 5 and "1.00 x" in lines[2]
 
 
-def test_memory_that_is_taken_is_seen() -> None:
+def test_allocated_memory_is_counted() -> None:
     before = anonymous_bytes()
-    taken = b"x" * 200_000_000
-    assert 190e6 < anonymous_bytes() - before < 250e6 and len(taken)
+    allocated = b"x" * 200_000_000
+    assert 190e6 < anonymous_bytes() - before < 250e6 and len(allocated)

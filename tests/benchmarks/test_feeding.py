@@ -1,4 +1,4 @@
-"""The benchmark of feeding runs, at another size, and what it compares is the same work."""
+"""The feeding benchmark runs with a small model, and the loader gives the same rows as those in memory."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from tests.support.launch import launch
 
 @pytest.mark.timeout(180)
 def test_the_benchmark_runs(tmp_path: Path) -> None:
-    """Before it measures, it compares the losses of the first row from the loader and from memory."""
+    """Before timing, the benchmark compares the first row's losses from the loader and from memory."""
     grids = [[28, 56], [56, 28], [56, 56]]
     recipe = write_small_recipe(tmp_path / "recipe.yaml", seq_length=2048, max_tiles=20, grids=grids)
     small = ["--config", str(recipe), "--samples", "12", "--steps", "2", "--workers", "0", "1"]
     done = launch("-m", "benchmarks.feeding", *small, "--output", str(tmp_path), ranks=1, timeout=170)
     result = json.loads((tmp_path / "feeding-cpu.json").read_text())
-    assert [found["name"] for found in result["passes"]] == [
+    assert [measured["name"] for measured in result["passes"]] == [
         "rows in memory", "loader, 0 workers", "loader, 1 workers",
     ]  # fmt: skip
-    assert all(len(found["seconds"]) == 2 and 0 <= found["waited"] < 1 for found in result["passes"])
-    assert result["passes"][0]["waited"] == 0 < result["passes"][1]["waited"]
+    assert all(
+        len(measured["seconds"]) == 2 and 0 <= measured["data_wait_fraction"] < 1 for measured in result["passes"]
+    )
+    assert result["passes"][0]["data_wait_fraction"] == 0 < result["passes"][1]["data_wait_fraction"]
     assert "| rows in memory" in done.stdout

@@ -1,4 +1,4 @@
-"""Every packing that is compared holds every sample once and both budgets; the drawn mix is the one described."""
+"""Every compared algorithm packs each sample once within both budgets; the sampled mix has the stated percentiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import packing
 from benchmarks.packing import PACKINGS, describe, imbalance
-from benchmarks.packing_lengths import SHAPE_OF_THE_MIX, Samples, draw_mix, hostile, read_lengths
+from benchmarks.packing_lengths import MIX_PERCENTILES, Samples, hard_to_pack, read_lengths, sample_mix
 from megatron_vlm.data.packing.epoch_plan import Budget
 
 BUDGET = Budget(32768, 80, 1000)
@@ -21,26 +21,26 @@ BUDGET = Budget(32768, 80, 1000)
 @pytest.mark.parametrize("name", PACKINGS)
 def test_every_sample_once_within_budgets(name: str) -> None:
     rng = np.random.default_rng(0)
-    mix = draw_mix(1500, rng)
-    for samples in (mix, *hostile(mix, rng)):
+    mix = sample_mix(1500, rng)
+    for samples in (mix, *hard_to_pack(mix, rng)):
         packed = PACKINGS[name](samples, BUDGET, 1)
-        found = describe(samples, packed, BUDGET)  # ends where a sample is missing or a budget exceeded
-        assert 0.9 < found["of_the_best"] <= 1, samples.name
+        found = describe(samples, packed, BUDGET)  # raises if a sample is missing or a budget exceeded
+        assert 0.9 < found["bound_over_rows"] <= 1, samples.name
 
 
-def test_a_wrong_packing_is_found() -> None:
+def test_an_invalid_packing_is_rejected() -> None:
     samples = Samples("two", np.array([20_000, 20_000]), np.array([1, 1]))
     for packed in [
         (np.array([0, 2]), np.array([0, 1])),
         (np.array([0, 1, 2]), np.array([0, 0])),
         (np.array([0, 1]), np.array([0])),
     ]:
-        with pytest.raises(SystemExit, match="lacks a sample or exceeds a budget"):
+        with pytest.raises(SystemExit, match="loses a sample or exceeds a budget"):
             describe(samples, packed, BUDGET)
 
 
-def test_what_each_does_with_a_few() -> None:
-    """Rows of ten: whoever sorts first finds the three full rows, who does not takes what comes."""
+def test_each_algorithm_on_six_samples() -> None:
+    """Rows of ten tokens: algorithms that sort find the three full rows, the streaming one does not."""
     samples = Samples("few", np.array([4, 8, 5, 2, 6, 5]), np.zeros(6, np.int64))
     rows = {}
     for name, pack in PACKINGS.items():
@@ -52,16 +52,16 @@ def test_what_each_does_with_a_few() -> None:
     assert rows[stream] == [[2, 8], [4, 5], [5], [6]]
 
 
-def test_balance_of_ranks() -> None:
+def test_imbalance_over_ranks() -> None:
     costs = np.array([1.0, 3.0, 2.0, 2.0, 9.0])
     np.testing.assert_allclose(imbalance(costs, 2, 1), [1.5, 1.0])
     np.testing.assert_allclose(imbalance(costs, 2, 2), [1.25])
 
 
-def test_the_drawn_mix() -> None:
-    with SHAPE_OF_THE_MIX.open() as file:
+def test_the_sampled_mix() -> None:
+    with MIX_PERCENTILES.open() as file:
         table = [row for row in csv.DictReader(file) if row["quantity"] == "text_tokens"]
-    mix = draw_mix(50_000, np.random.default_rng(0))
+    mix = sample_mix(50_000, np.random.default_rng(0))
     assert 14.2 < 32768 / mix.tokens.mean() < 14.7
     for row in table:
         share = int(row["samples"]) / sum(int(other["samples"]) for other in table)
@@ -74,7 +74,7 @@ def test_the_benchmark_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lengths = tmp_path / "mine.csv"
-    mix = draw_mix(600, np.random.default_rng(0))
+    mix = sample_mix(600, np.random.default_rng(0))
     lines = [f"{tokens},{tiles},0" for tokens, tiles in zip(mix.tokens, mix.tiles, strict=True)]
     lengths.write_text("\n".join(["image_tokens,tiles,text_tokens", *lines]) + "\n")
     assert sorted(read_lengths(lengths, np.random.default_rng(1)).tokens) == sorted(mix.tokens)
@@ -85,4 +85,4 @@ def test_the_benchmark_runs(
     result = json.loads((tmp_path / "packing.json").read_text())
     assert set(result["sets"]["mine"]["packings"]) == set(PACKINGS)
     assert result["plan"]["first"]["rows"] > 100 and result["plan"]["opened"]["samples"] > 0
-    assert "opened in the middle" in capsys.readouterr().out
+    assert "reopened in mid-epoch" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The benchmark of the step at the real size runs, at another size, and its loops do the same work."""
+"""The full-size benchmark runs with a small model, and all loops have the same loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.instruct_samples import InstructRows
-from benchmarks.real_size import operations_of
+from benchmarks.real_size import step_flops
 from megatron_vlm.config.recipe import load_recipe
 from megatron_vlm.data.batch import IGNORE_INDEX
 from tests.benchmarks.small_recipe import write_small_recipe
@@ -24,20 +24,20 @@ def recipe(tmp_path: Path) -> Path:
 @pytest.mark.full
 @pytest.mark.timeout(180)
 def test_the_benchmark_runs(recipe: Path, tmp_path: Path) -> None:
-    """All loops must have the same loss before anything is trained, or it stops."""
+    """The benchmark stops unless all loops have the same loss before training."""
     small = ["--config", str(recipe), "--rows", "1", "--rounds", "1", "--micro-batches", "4"]
     launch("-m", "benchmarks.real_size", *small, "--output", str(tmp_path), ranks=1, timeout=170)
     result = json.loads((tmp_path / "real_size-cpu.json").read_text())
     loops = {loop["name"]: loop for loop in result["loops"]}
     assert list(loops) == [
-        "megatron-vlm, packed", "megatron-vlm, packed, recomputing",
-        "transformers, 4 at a time", "transformers, 4 at a time, recomputing",
+        "megatron-vlm, packed", "megatron-vlm, packed, full recompute",
+        "transformers, micro-batch 4", "transformers, micro-batch 4, full recompute",
     ]  # fmt: skip
     losses = [loop["loss"] for loop in loops.values()]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-4)
 
 
-def test_rows_hold_their_samples(recipe: Path) -> None:
+def test_rows_contain_their_samples(recipe: Path) -> None:
     settings = load_recipe(recipe)
     source = InstructRows(settings.model, settings.data.seq_length, settings.data.max_tiles_per_row)
     samples = source.samples(0)
@@ -45,4 +45,4 @@ def test_rows_hold_their_samples(recipe: Path) -> None:
     assert row.num_tokens == sum(map(len, samples)) > 0.99 * settings.data.seq_length
     assert row.tiles is not None and len(row.tiles) == row.num_tiles == sum(sum(s.tile_counts) for s in samples)
     assert 0.2 < float((row.labels != IGNORE_INDEX).float().mean()) < 0.5
-    assert operations_of(settings, samples) > operations_of(settings, samples[1:]) > 0
+    assert step_flops(settings, samples) > step_flops(settings, samples[1:]) > 0

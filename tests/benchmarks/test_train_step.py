@@ -1,4 +1,4 @@
-"""The benchmark runs, and what it compares is the same work."""
+"""The training-step benchmark runs, and all loops train on the same samples."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.samples import SampleMaker, draw_work
+from benchmarks.samples import SampleGenerator, build_workload
 from benchmarks.train_step import recipe_of
 from megatron_vlm.data.batch import IGNORE_INDEX
 from tests.support.launch import launch
 
 
 def test_all_loops_get_the_same_samples() -> None:
-    maker = SampleMaker(recipe_of(2, 1024).model, seed=1)
-    work = draw_work(maker, steps=3, rows_per_step=2, seq_length=1024)
+    generator = SampleGenerator(recipe_of(2, 1024).model, seed=1)
+    work = build_workload(generator, steps=3, rows_per_step=2, seq_length=1024)
     packed = sorted(id(sample) for step in work.packed for sample in step)
     assert packed == sorted(id(sample) for step in work.padded for sample in step)
     assert packed == sorted(id(sample) for step in work.grouped for sample in step)
@@ -30,19 +30,19 @@ def test_all_loops_get_the_same_samples() -> None:
     assert labels == sum(int(np.count_nonzero(answer != IGNORE_INDEX)) for answer in answers)
 
 
-def test_a_filled_row_is_full() -> None:
-    maker = SampleMaker(recipe_of(1, 2048).model, seed=1)
-    sample = maker.filled_row(2048)
-    assert len(sample) == maker.row([sample], 2048).num_tokens == 2048
+def test_the_long_sample_fills_a_row() -> None:
+    generator = SampleGenerator(recipe_of(1, 2048).model, seed=1)
+    sample = generator.row_long_sample(2048)
+    assert len(sample) == generator.row([sample], 2048).num_tokens == 2048
     assert len(sample.document.image_sizes) > 1
 
 
 @pytest.mark.timeout(180)
 def test_the_benchmark_runs(tmp_path: Path) -> None:
-    """Before it measures anything it compares the losses of both sides on the same samples."""
+    """Before timing, the benchmark compares both losses on the same samples."""
     small = ["--rounds", "1", "--steps", "1", "--rows", "1", "--seq-length", "1024", "--output", str(tmp_path)]
     done = launch("-m", "benchmarks.train_step", *small, ranks=1, timeout=170)
     result = json.loads((tmp_path / "train_step.json").read_text())
     assert result["loss_difference"] < 1e-5
-    assert set(result["packed_is_faster_by"]) == set(result["seconds"])
+    assert set(result["speedup_of_packing"]) == set(result["seconds"])
     assert "| megatron-vlm, packed" in done.stdout

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from benchmarks.packing_lengths import draw_mix
+from benchmarks.packing_lengths import sample_mix
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.packing.epoch_plan import Budget, EpochPlan, pack_window, plan_epoch
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
@@ -220,7 +220,7 @@ def test_an_empty_epoch() -> None:
 
 def test_no_row_is_opened_for_a_few_tokens() -> None:
     """With a tenth of a row to spare in some 3,470, which the first swaps leave a few samples too many for."""
-    samples = draw_mix(52_000, np.random.default_rng(1))
+    samples = sample_mix(52_000, np.random.default_rng(1))
     rows = np.cumsum(samples.tokens)[49_000:50_000] / 32768
     count = 49_001 + int(np.where(rows % 1 < 0.9, rows % 1, 0).argmax())
     tokens, tiles = samples.tokens[:count], samples.tiles[:count]

@@ -1,7 +1,7 @@
-"""A folder of images as data sets hold them, drawn from a seed, with conversations about them.
+"""Synthetic images of the kinds that data sets hold, with conversations about them, deterministic in a seed.
 
-Photographs are sums of noise from coarse to fine, so that their JPEG files have the bytes a pixel, and so the decoding
-cost, of a camera's; pages are lines of type; charts are bars and curves with labels.
+Photographs are sums of noise from coarse to fine. Their JPEG files have as many bytes per pixel as those of a camera,
+and so the same decoding cost. Pages are lines of text. Charts are bars and curves with labels.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _OCTAVES = ((3, 70.0), (12, 45.0), (48, 25.0), (160, 12.0))
 _GRAIN = 4.0
 
 
-def words(rng: np.random.Generator, count: int) -> str:
+def random_words(rng: np.random.Generator, count: int) -> str:
     """`count` random words."""
     letters = rng.choice(list(_LETTERS), (count, 8))
     return " ".join("".join(word[:length]) for word, length in zip(letters, rng.integers(2, 9, count), strict=True))
 
 
 def photograph(rng: np.random.Generator, size: Size) -> Image.Image:
-    """Smooth colour with detail at every scale and a little grain."""
+    """Smooth colour with detail at every scale and a little noise."""
     pixels = np.full((size[1], size[0], 3), 128, np.float32)
     for cells, amplitude in _OCTAVES:
         across, down = (max(2, cells * side // max(size)) for side in size)
@@ -43,12 +43,12 @@ def photograph(rng: np.random.Generator, size: Size) -> Image.Image:
 
 
 def page(rng: np.random.Generator, size: Size) -> Image.Image:
-    """Black type on white from edge to edge."""
+    """Black text on white from edge to edge."""
     image = Image.new("RGB", size, "white")
     draw, height = ImageDraw.Draw(image), size[1] // 70
     font = ImageFont.load_default(height)
     for top in range(3 * height, size[1] - 3 * height, int(1.5 * height)):
-        draw.text((3 * height, top), words(rng, 12), fill="black", font=font)
+        draw.text((3 * height, top), random_words(rng, 12), fill="black", font=font)
     return image
 
 
@@ -62,7 +62,7 @@ def chart(rng: np.random.Generator, size: Size) -> Image.Image:
         left, top = 80 + bar * (width - 120) // bars, int(height - 60 - value * (height - 100))
         colour = tuple(rng.integers(0, 256, 3).tolist())
         draw.rectangle((left, top, left + (width - 120) // bars - 10, height - 60), fill=colour)
-        draw.text((left, height - 50), words(rng, 1), fill="black", font=font)
+        draw.text((left, height - 50), random_words(rng, 1), fill="black", font=font)
     curve = [(60 + x, int(height / 2 + y)) for x, y in enumerate(np.cumsum(rng.normal(0, 3, width - 100)))]
     draw.line(curve, fill="navy", width=3)
     return image
@@ -77,12 +77,12 @@ _KINDS: tuple[tuple[float, Callable[[np.random.Generator, Size], Image.Image], S
     (0.07, page, (1240, 1754), "png", {}),
     (0.15, chart, (800, 600), "png", {}),
 )
-"""(share, drawn by, size, file type, how it is saved)"""
-TEXT_ONLY = 0.1
+"""(probability, function, (width, height), file type, options of Image.save)"""
+TEXT_ONLY_FRACTION = 0.1
 
 
-def write_pictures(folder: Path, samples: int, seed: int = 0) -> Path:
-    """Write images into `folder`/images and a conversation about each, some without an image.
+def write_images(folder: Path, samples: int, seed: int = 0) -> Path:
+    """Write `samples` conversations into `folder`, and their images into `folder`/images; some have no image.
 
     Returns:
         The annotation file, `folder`/train.json.
@@ -94,9 +94,9 @@ def write_pictures(folder: Path, samples: int, seed: int = 0) -> Path:
     kinds = rng.choice(len(_KINDS), samples, p=[kind[0] for kind in _KINDS])
     for number, kind in enumerate(kinds.tolist()):
         _, draw, size, suffix, options = _KINDS[kind]
-        texts = [words(rng, int(rng.integers(5, 40))) for _ in range(2 * int(rng.integers(1, 5)))]
+        texts = [random_words(rng, int(rng.integers(5, 40))) for _ in range(2 * int(rng.integers(1, 5)))]
         entry: dict[str, Any] = {"id": str(number)}
-        if rng.random() >= TEXT_ONLY:
+        if rng.random() >= TEXT_ONLY_FRACTION:
             entry["image"] = f"{number}.{suffix}"
             draw(rng, size).save(images / entry["image"], **options)
             texts[0] = f"<image>\n{texts[0]}"
@@ -109,7 +109,11 @@ def write_pictures(folder: Path, samples: int, seed: int = 0) -> Path:
     return path
 
 
-def shards_of_pictures(folder: Path, samples: int) -> tuple[Path, Path, int]:
-    """The same as MDS shards, and a tokenizer; returns both folders and the tokenizer's number of words."""
-    prepare_shards([write_pictures(folder, samples)], folder / "images", folder / "shards")
-    return folder / "shards", folder / "words", write_tokenizer(folder / "words")
+def write_image_shards(folder: Path, samples: int) -> tuple[Path, Path, int]:
+    """Write such samples as MDS shards, and a tokenizer.
+
+    Returns:
+        Folder of the shards, folder of the tokenizer, vocabulary size.
+    """
+    prepare_shards([write_images(folder, samples)], folder / "images", folder / "shards")
+    return folder / "shards", folder / "tokenizer", write_tokenizer(folder / "tokenizer")
