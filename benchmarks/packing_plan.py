@@ -53,7 +53,7 @@ def _make_plan(folder: Path, count: int, budget: Budget, seed: int) -> dict[str,
     usable = np.ones(count, bool)
 
     def compute(epoch: int) -> EpochPlan:
-        return plan_epoch(mixture.draw(usable, seed, epoch), tokens, tiles, budget, seed, epoch)
+        return plan_epoch(mixture.sample_epoch(usable, seed, epoch), tokens, tiles, budget, seed, epoch)
 
     start, cpu_start = time.perf_counter(), time.process_time()
     plan = PlanCache(folder, "benchmark", compute)(0)

@@ -50,7 +50,7 @@ class Report:
         self.sizes = np.concatenate([index.sizes for index in self.indexes])
         self.usable = self.tokens != REJECTED
         fits = (self.tokens <= recipe.data.seq_length) & (self.tiles <= recipe.data.max_tiles_per_row)
-        self.drawn = self.data.mixture.draw_uses(self.usable & fits, recipe.training.seed, 0)
+        self.drawn = self.data.mixture.select(self.usable & fits, recipe.training.seed, 0)
 
     def write(self) -> Path:
         """Everything; returns the page."""
@@ -93,7 +93,7 @@ class Report:
         rows, sums = [], np.zeros((len(self.sources), 3), np.int64)
         total = max(int(self.tokens[np.concatenate(self.drawn)].sum(dtype=np.int64)), 1)
         held = refused = 0
-        for (place, rule), members in zip(self.data.mixture.uses, self.drawn, strict=True):
+        for (place, rule), members in zip(self.data.mixture.entries, self.drawn, strict=True):
             index, taken = self.indexes[place], len(members)
             tokens, tiles = (int(lengths[members].sum(dtype=np.int64)) for lengths in (self.tokens, self.tiles))
             sums[place] += (taken, tokens, tiles)

@@ -38,14 +38,14 @@ def upload_shards(folder: Path, url: str, threads: int = 8) -> tuple[int, int]:
     names.remove(INDEX)
 
     index = s3.join(url, INDEX)
-    if s3.exists(index) and not s3.is_stored(folder / INDEX, index):
+    if s3.exists(index) and not s3.is_uploaded(folder / INDEX, index):
         raise DataError(
             f"{url} holds another set of shards, which may be in use: sending this one would mix the two. "
             "Choose another place, or remove that one first."
         )
 
     def send(name: str) -> bool:
-        if s3.is_stored(folder / name, s3.join(url, name)):
+        if s3.is_uploaded(folder / name, s3.join(url, name)):
             return False
         s3.upload(folder / name, s3.join(url, name))
         return True

@@ -111,7 +111,7 @@ def open_dataset(recipe: Recipe, is_logging_rank: bool) -> MixtureDataset:
             f"the dataset is empty: none of {len(tokens)} samples of {', '.join(data.data_path)} is usable "
             f"({reasons}; {oversized['skipped']} longer than a row)"
         )
-    if is_logging_rank and len(mixture.uses) > 1:
+    if is_logging_rank and len(mixture.entries) > 1:
         table = describe_mixture(mixture, usable, tokens, tiles, recipe.training.seed)
         logger.info("the first epoch takes:\n%s", table)
     opened.counts = {
@@ -181,7 +181,7 @@ def open_plan_cache(recipe: Recipe, opened: MixtureDataset, inputs: dict[str, An
     key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
 
     def compute(epoch: int) -> EpochPlan:
-        samples = opened.mixture.draw(opened.usable, seed, epoch)
+        samples = opened.mixture.sample_epoch(opened.usable, seed, epoch)
         return plan_epoch(samples, opened.tokens, opened.tiles, budget, seed, epoch)
 
     folder = cache_folder(opened.mixture.sources.sources[0].name, data.cache_dir)

@@ -36,7 +36,7 @@ def plan_inputs(recipe: Recipe, opened: MixtureDataset) -> dict[str, Any]:
         "data.cost_per_token": cost.per_token,
         "data.cost_per_tile": cost.per_tile,
         _DATA_SET: [_describe_source(opened, place) for place in range(len(mixture.sources.sources))],
-        "use": [f"data set {place}, {rule}" for place, rule in mixture.uses],
+        "use": [f"data set {place}, {rule}" for place, rule in mixture.entries],
     }
 
 

@@ -52,15 +52,15 @@ class Mix:
         self.draw = draw = random.Random(number)
         counts = [draw.randint(1, 80) for _ in range(draw.randint(1, 4))]
         sources = [Numbers(count, draw.choice([None, min(count, 20)])) for count in counts]
-        self.uses = [(draw.randrange(len(counts)), self._rule()) for _ in range(draw.randint(1, 5))]
-        self.mixture = Mixture(SourceList(sources), self.uses)
+        self.entries = [(draw.randrange(len(counts)), self._rule()) for _ in range(draw.randint(1, 5))]
+        self.mixture = Mixture(SourceList(sources), self.entries)
         total, self.seed = sum(counts), draw.randrange(1 << 30)
         rng = np.random.default_rng(number)
         seq_length, max_tiles = draw.choice([64, 512, 4096]), draw.choice([1, 8, 64])
         self.tokens = rng.integers(1, draw.choice([seq_length, max(seq_length // 8, 2)]) + 1, total).astype(np.int32)
         self.tiles = rng.integers(0, max_tiles + 1, total).astype(np.int32)
         self.usable = rng.random(total) < draw.choice([1.0, 0.8])
-        self.usable[int(self.mixture.sources.starts[self.uses[0][0]])] = True
+        self.usable[int(self.mixture.sources.starts[self.entries[0][0]])] = True
         self.budget = Budget(seq_length, max_tiles, draw.choice([7, 40, 1000]))
         self.folder = folder / str(number) if number % 10 == 0 else None
 
@@ -77,13 +77,13 @@ class Mix:
         return RowPlan(PlanCache(self.folder, "k", self.compute) if self.folder else self.compute)
 
     def compute(self, epoch: int) -> EpochPlan:
-        samples = self.mixture.draw(self.usable, self.seed, epoch)
+        samples = self.mixture.sample_epoch(self.usable, self.seed, epoch)
         return plan_epoch(samples, self.tokens, self.tiles, self.budget, self.seed, epoch)
 
     def shares(self) -> Counter[int]:
         """How often each sample is due, worked out from the rules alone; drawn ones are counted under -1 - source."""
         due: Counter[int] = Counter()
-        for source, rule in self.uses:
+        for source, rule in self.entries:
             start, stop = self.mixture.sources.starts[source : source + 2].tolist()
             usable = [number for number in range(start, stop) if self.usable[number]]
             amount = rule.amount

@@ -148,7 +148,7 @@ def merge_parts(output: str | Path) -> PrepareSummary:
     done = set(destination.names(_NOTES))
     missing = [number for number in range(parts) if _note_name(number) not in done]
     if missing:
-        raise DataError(f"{len(missing)} of {parts} parts of {output} are not done yet, first part {missing[0]}")
+        raise DataError(f"{len(missing)} of {parts} parts of {output} are not done yet, the first is part {missing[0]}")
     notes = list(_notes(destination, range(parts)))
     summary = _add_up(notes)
     lines = "".join(json.dumps(item) + "\n" for note in notes for item in note["bad"]).encode()

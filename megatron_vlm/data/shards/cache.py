@@ -1,8 +1,8 @@
-"""Shards from an S3 store on a local disk: bounded, shared by all processes of a machine, nothing left to mend.
+"""A bounded local cache of shards from S3, shared by all processes of a node. A killed process leaves it consistent.
 
-All state is files, so a process that is killed takes nothing with it: a shard appears by a rename when it is whole, a
-download reserves its place by its partial file's size, and locks (flock) end with the process that held them. What was
-not used longest goes first. A file that is removed while somebody reads it stays readable until it is closed.
+All state is in files. A complete shard is renamed into the cache, a download reserves its space with a partial file of
+the final size, and file locks (flock) end with the process that holds them. The least recently used shards are evicted
+first. A shard that is evicted while a process reads it stays readable until it is closed.
 """
 
 from __future__ import annotations
@@ -26,90 +26,88 @@ _POLL_SECONDS = 0.05
 
 
 class ShardCache:
-    """A folder that holds shards of any number of sets."""
+    """A folder of cached shards of any number of shard sets."""
 
     def __init__(self, folder: str | Path, limit: int | None = None) -> None:
         """
         Args:
-            folder: on a local disk; made if need be.
-            limit: bytes that it may hold; default: no limit. All processes that share it should agree.
+            folder: on a local disk; created if it does not exist.
+            limit: maximum size in bytes; default: no limit. All processes that share the cache must use the same limit.
         """
         self.folder = Path(folder)
         self.limit = limit
 
-    def open(self, url: str, place: str, size: int, sha1: str | None = None) -> BinaryIO:
-        """A shard, open for reading; fetched first if it is not here.
+    def open(self, url: str, name: str, size: int, sha1: str | None = None) -> BinaryIO:
+        """Open a shard for reading. It is downloaded first if it is not cached.
 
         Args:
-            url: where it is fetched from.
-            place: its path below the folder; another content must have another place.
-            size: its bytes.
-            sha1: hex, if known.
+            url: of the shard.
+            name: its path below the cache folder. Shards of different content need different names.
+            size: in bytes.
+            sha1: in hex, if known.
 
         Raises:
-            DataError: it is missing, truncated, damaged or cannot be fetched; or is larger than the cache may be.
+            DataError: the shard is missing, truncated, damaged, larger than the cache limit, or cannot be downloaded.
         """
-        path = self.folder / place
+        path = self.folder / name
         while True:
             try:
                 file = open(path, "rb", buffering=0)  # noqa: SIM115  (the caller closes it)
             except FileNotFoundError:
                 self._fetch(url, path, size, sha1)
-                continue  # another process may have removed it since
-            if os.fstat(file.fileno()).st_size != size:  # the machine went down before all of it was on the disk
+                continue  # another process may have evicted it since then
+            if os.fstat(file.fileno()).st_size != size:  # the machine crashed before the file was written to disk
                 file.close()
-                self.remove(place)
+                self.remove(name)
                 continue
             with suppress(OSError):
                 os.utime(path)
             return file
 
-    def remove(self, place: str) -> None:
-        """Let go of a shard that is not what it should be: it is fetched again when it is next opened."""
-        (self.folder / place).unlink(missing_ok=True)
+    def remove(self, name: str) -> None:
+        """Remove a damaged shard. It is downloaded again when it is opened next."""
+        (self.folder / name).unlink(missing_ok=True)
 
     def _fetch(self, url: str, path: Path, size: int, sha1: str | None) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_name(path.name + _LOCK)):
                 if path.exists():
-                    return  # another process was quicker
+                    return  # another process downloaded it
                 partial = path.with_name(path.name + _PARTIAL)
-                self._reserve(partial, size)
+                self._reserve_space(partial, size)
                 try:
                     download(url, partial, size, sha1)
                     os.replace(partial, path)
                 finally:
                     partial.unlink(missing_ok=True)
         except OSError as error:
-            raise DataError(f"shard {url} cannot be kept in {self.folder}: {error}. Check cache_dir.") from error
+            raise DataError(f"shard {url} cannot be cached in {self.folder}: {error}. Check cache_dir.") from error
 
-    def _reserve(self, partial: Path, size: int) -> None:
-        """Make room, and take it with a file of the size to come."""
+    def _reserve_space(self, partial: Path, size: int) -> None:
+        """Evict shards until `size` bytes are free, and reserve them with a partial file of that size."""
         if self.limit is not None and size > self.limit:
-            raise DataError(
-                f"a shard of {size} bytes is larger than the cache may be ({self.limit} bytes): raise cache_limit"
-            )
+            raise DataError(f"a shard has {size} bytes, but the cache limit is {self.limit} bytes: raise cache_limit")
         while True:
             with _locked(self.folder / _LOCK):
                 partial.unlink(missing_ok=True)
-                if self.limit is None or self._make_room(size):
+                if self.limit is None or self._evict(size):
                     with open(partial, "wb") as file:
                         file.truncate(size)
                     return
-            time.sleep(_POLL_SECONDS)  # other processes are fetching: their shards can be removed when they are here
+            time.sleep(_POLL_SECONDS)  # other downloads hold the space; their shards can be evicted once complete
 
-    def _make_room(self, size: int) -> bool:
-        """Remove what was not used longest until `size` bytes fit; False: they do not even then."""
+    def _evict(self, size: int) -> bool:
+        """Remove the least recently used shards until `size` bytes fit. Returns False if they still do not fit."""
         assert self.limit is not None
-        kept: list[tuple[float, int, Path]] = []
+        cached: list[tuple[float, int, Path]] = []
         used = 0
         for path in self._files():
             with suppress(FileNotFoundError):
                 status = path.stat()
                 used += status.st_size
-                kept.append((status.st_mtime, status.st_size, path))
-        for _, bytes_, path in sorted(kept):
+                cached.append((status.st_mtime, status.st_size, path))
+        for _, bytes_, path in sorted(cached):
             if used + size <= self.limit:
                 break
             if path.name.endswith(_PARTIAL) and not _abandoned(path):
@@ -124,7 +122,7 @@ class ShardCache:
 
     @property
     def used(self) -> int:
-        """Bytes it holds now, those reserved by downloads included."""
+        """Current size in bytes, including the space reserved by downloads."""
         total = 0
         for path in self._files():
             with suppress(FileNotFoundError):
@@ -140,7 +138,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _abandoned(partial: Path) -> bool:
-    """Whether the process that was fetching this is gone."""
+    """Whether the process that was downloading this file has ended."""
     with open(str(partial).removesuffix(_PARTIAL) + _LOCK, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

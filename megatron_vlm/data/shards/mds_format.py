@@ -1,16 +1,16 @@
-"""Shards: samples in mosaicml-streaming's MDS format, with its built-in encodings only, so that it reads them unaided.
+"""The shards we write: MDS format with built-in encodings only, so that stock mosaicml-streaming reads them.
 
-| column        | encoding | holds |
+| column        | encoding | content |
 |---------------|----------|-------|
 | annotation    | json     | the annotation, id included |
-| images        | bytes    | the original image files, end to end; never encoded anew |
-| image_lengths | json     | bytes of each image file |
-| image_sizes   | json     | [width, height] of each image, upright |
+| images        | bytes    | the original image files, concatenated; never re-encoded |
+| image_lengths | json     | size of each image file in bytes |
+| image_sizes   | json     | [width, height] of each image after EXIF rotation |
 
-Lists are JSON because the format's arrays may not be empty, and a sample of text alone has no image.
+Lists are JSON because MDS arrays must not be empty, and a text-only sample has no image.
 
-Beside the shards lies what planning needs of all samples, without their images: `annotations.jsonl.gz`, one line for
-each, named by the key `annotations` of index.json, which mosaicml-streaming passes over.
+`annotations.jsonl.gz` next to the shards holds what planning needs, one line per sample: annotations and image sizes
+without the images. The key `annotations` of index.json lists these files; mosaicml-streaming ignores it.
 """
 
 from __future__ import annotations
@@ -41,33 +41,33 @@ SAMPLE_METADATA = "annotations.jsonl.gz"
 
 @dataclass
 class ShardSample:
-    """One sample as it lies in a shard."""
+    """One sample as stored in a shard."""
 
     annotation: dict[str, Any]
     images: list[bytes]
     image_sizes: list[tuple[int, int]] | None
-    """Upright (width, height) of each image; None: not recorded."""
+    """Upright (width, height) of each image; None: the shard does not record them."""
 
 
 class ShardWriter:
-    """Writes one folder of shards; used as a context manager.
+    """Writes one shard folder. Use it as a context manager.
 
-    Shards go into a sibling folder first, which takes the final name when all is written: a folder by that name is
-    whole.
+    Shards are written to a sibling folder `<name>.partial`, which is renamed at the end, so that a folder without that
+    suffix is complete.
     """
 
     def __init__(self, folder: str | Path, size_limit: int = 1 << 26) -> None:
         """
         Args:
-            folder: must not exist, or be empty.
-            size_limit: bytes of a shard.
+            folder: must not exist or must be empty.
+            size_limit: of a shard, in bytes.
 
         Raises:
-            DataError: there is something in `folder` already.
+            DataError: `folder` exists and is not empty.
         """
         self.folder = Path(folder)
         if not is_absent_or_empty(self.folder):
-            raise DataError(f"{self.folder} exists and is not empty. Choose another folder, or remove it first.")
+            raise DataError(f"{self.folder} exists and is not empty. Choose another folder or remove it first.")
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         if self.partial.exists():
             shutil.rmtree(self.partial)
@@ -76,8 +76,8 @@ class ShardWriter:
         self._writer = import_streaming().MDSWriter(
             out=str(self.partial), columns=COLUMNS, hashes=["sha1"], size_limit=size_limit, progress_bar=False
         )
-        # No time of writing inside: the same samples give the same bytes.
-        self._metadata_files = gzip.GzipFile(self.partial / SAMPLE_METADATA, "wb", compresslevel=4, mtime=0)
+        # mtime=0: the same samples give the same bytes.
+        self._metadata_file = gzip.GzipFile(self.partial / SAMPLE_METADATA, "wb", compresslevel=4, mtime=0)
 
     def write(self, sample: ShardSample) -> None:
         self._writer.write(
@@ -89,7 +89,7 @@ class ShardWriter:
             }
         )
         metadata = {"annotation": sample.annotation, "image_sizes": sample.image_sizes}
-        self._metadata_files.write(json.dumps(metadata).encode() + b"\n")
+        self._metadata_file.write(json.dumps(metadata).encode() + b"\n")
         self.written += 1
 
     def __enter__(self) -> ShardWriter:
@@ -98,7 +98,7 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._metadata_files.close()
+        self._metadata_file.close()
         self._writer.finish()
         if kind is not None or not self.written:
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -120,10 +120,10 @@ class ShardWriter:
 
 
 def merge_indexes(parts: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """One index.json of a set whose parts lie in folders below it.
+    """The index.json of a shard set whose parts are subfolders.
 
     Args:
-        parts: (folder, its index.json), in the order of the samples.
+        parts: (subfolder, its index.json), in the order of the samples.
     """
     merged: dict[str, Any] = {"version": 2, "shards": [], "annotations": []}
     for folder, index in parts:

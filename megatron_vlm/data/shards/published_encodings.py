@@ -1,10 +1,11 @@
-"""Shards as the published Instella-VL system wrote them, readable here and by mosaicml-streaming itself.
+"""The encodings of shards written by the published Instella-VL code.
 
-Columns `image` and `text`: `text` is the annotation, `image` a JPEG, encoding `jpeg:<quality>`, or several, encoding
-`jpeg_list`: each a length of 3 bytes, big-endian, and the file. The writer put a placeholder image of one pixel into
-samples of text alone; whether a sample has an image is told by its annotation.
+The columns are `image` and `text`. `text` is the annotation. `image` is one JPEG file (encoding `jpeg:<quality>`) or
+several (encoding `jpeg_list`: for each image a 3-byte big-endian length and the file). Text-only samples hold a
+placeholder image of one pixel, so the annotation decides whether a sample has an image.
 
-mosaicml-streaming knows neither encoding. They are added to its table of encodings at import; no file of it is changed.
+mosaicml-streaming has neither encoding. They are registered in its table of encodings at import; its files are not
+changed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ _DEFAULT_QUALITY = 75
 
 
 def is_image(encoding: str) -> bool:
-    """One image file per sample."""
+    """Whether the column holds one image file per sample."""
     return encoding.partition(":")[0] in ("jpeg", "png")
 
 
 def is_jpeg_list(encoding: str) -> bool:
-    """Several image files per sample."""
+    """Whether the column holds a list of image files per sample."""
     return encoding.partition(":")[0] == "jpeg_list"
 
 
@@ -36,13 +37,13 @@ def split_jpeg_list(data: bytes) -> list[bytes]:
         ValueError: a length points beyond the end.
     """
     images: list[bytes] = []
-    place = 0
-    while place < len(data):
-        start = place + _LENGTH_BYTES
-        place = start + int.from_bytes(data[place:start], "big")
-        if place > len(data):
-            raise ValueError(f"image {len(images)} of a jpeg_list ends at {place} of {len(data)} bytes")
-        images.append(data[start:place])
+    end = 0
+    while end < len(data):
+        start = end + _LENGTH_BYTES
+        end = start + int.from_bytes(data[end:start], "big")
+        if end > len(data):
+            raise ValueError(f"image {len(images)} of a jpeg_list ends at byte {end} of {len(data)}")
+        images.append(data[start:end])
     return images
 
 
@@ -52,14 +53,14 @@ def join_jpeg_list(images: list[bytes]) -> bytes:
 
 
 def register_encodings() -> None:
-    """Teach mosaicml-streaming of this process the two encodings."""
+    """Register both encodings with mosaicml-streaming in this process."""
     from streaming.base.format.mds import encodings
 
     if "jpeg_list" in encodings._encodings:
         return
 
     class JpegOfQuality(encodings.JPEG):  # type: ignore[misc]
-        """`jpeg`, or `jpeg:<quality>`; read alike."""
+        """`jpeg` or `jpeg:<quality>`. Both are decoded alike."""
 
         def __init__(self, quality: int = _DEFAULT_QUALITY) -> None:
             self.quality = quality
@@ -67,14 +68,14 @@ def register_encodings() -> None:
         @classmethod
         def from_str(cls, text: str) -> JpegOfQuality:
             if not text.isdigit() or int(text) > 100:
-                raise ValueError(f"jpeg:{text}: quality is a number from 0 to 100")
+                raise ValueError(f"jpeg:{text}: quality must be a number from 0 to 100")
             return cls(int(text))
 
         def encode(self, obj: Image.Image) -> bytes:
             if not isinstance(obj, Image.Image):
-                raise TypeError(f"an image is expected, not {type(obj).__name__}")
+                raise TypeError(f"expected a PIL image, got {type(obj).__name__}")
             source = getattr(obj, "filename", "")
-            if obj.format == "JPEG" and source:  # as the library does: the file's own bytes
+            if obj.format == "JPEG" and source:  # as mosaicml-streaming does: keep the bytes of the file
                 with open(source, "rb") as file:
                     return file.read()
             out = io.BytesIO()
@@ -82,7 +83,7 @@ def register_encodings() -> None:
             return out.getvalue()
 
     class JpegList(JpegOfQuality):
-        """`jpeg_list`, or `jpeg_list:<quality>`."""
+        """`jpeg_list` or `jpeg_list:<quality>`."""
 
         def encode(self, obj: Any) -> bytes:
             return join_jpeg_list([super(JpegList, self).encode(image) for image in obj])

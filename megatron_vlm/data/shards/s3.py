@@ -1,6 +1,6 @@
-"""Objects in any S3-compatible store: read, written and verified, with retries and errors that name the object.
+"""Verified reads and writes of objects in any S3-compatible store, with retries and errors that name the object.
 
-The endpoint is boto3's own setting or `S3_ENDPOINT_URL`; credentials come from boto3's usual chain (environment, shared
+The endpoint is `S3_ENDPOINT_URL` or boto3's own setting. Credentials come from boto3's usual chain (environment, shared
 files, instance roles).
 """
 
@@ -26,48 +26,48 @@ Result = TypeVar("Result")
 
 _SCHEME = "s3://"
 _BLOCK = 1 << 20
-_HOPELESS = {"400", "401", "403", "404", "AccessDenied", "InvalidAccessKeyId", "NoSuchBucket", "NoSuchKey",
-             "SignatureDoesNotMatch"}  # fmt: skip
-"""Answers that another attempt does not change."""
+_PERMANENT_ERRORS = {"400", "401", "403", "404", "AccessDenied", "InvalidAccessKeyId", "NoSuchBucket", "NoSuchKey",
+                     "SignatureDoesNotMatch"}  # fmt: skip
+"""Error codes that are not retried."""
 
 
 @dataclass
-class Patience:
-    """How long a store is waited for."""
+class RetryPolicy:
+    """Attempts, delays and timeouts of requests."""
 
     attempts: int = 6
     first_delay: float = 0.5
-    """Seconds before the second attempt; doubled for each further one, and varied so that ranks do not come at once."""
+    """Seconds before the second attempt. Doubles with each attempt; jittered, so that ranks do not retry in step."""
     timeout: float = 60.0
-    """Seconds without a byte after which an attempt has failed."""
+    """Seconds without data after which an attempt fails."""
 
 
-patience = Patience()
+retry_policy = RetryPolicy()
 """Of this process and those forked from it."""
 
 
 class ObjectMissing(DataError):
-    """There is no such object."""
+    """The object does not exist."""
 
 
-class _Short(Exception):
-    """Fewer bytes came than were promised."""
+class _BadTransfer(Exception):
+    """The transferred bytes are incomplete or damaged."""
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether a path is in an S3 store."""
+    """Whether a path is an s3:// URL."""
     return str(path).startswith(_SCHEME)
 
 
 def join(url: str, name: str) -> str:
-    """The object `name` below a prefix."""
+    """The URL of the object `name` below a prefix."""
     return f"{url.rstrip('/')}/{name}"
 
 
 def _split(url: str) -> tuple[str, str]:
     bucket, _, key = url.removeprefix(_SCHEME).partition("/")
     if not bucket:
-        raise DataError(f"{url} names no bucket: expected s3://bucket/folder")
+        raise DataError(f"{url} has no bucket: expected s3://bucket/folder")
     return bucket, key
 
 
@@ -79,9 +79,9 @@ def _client_of(process: int, timeout: float) -> Any:
     config = Config(
         connect_timeout=min(timeout, 10.0),
         read_timeout=timeout,
-        retries={"total_max_attempts": 1},  # retries are made here, where a short answer is noticed too
+        retries={"total_max_attempts": 1},  # `_retry` does it, and also detects incomplete responses
         max_pool_connections=32,
-        # boto3 adds checksums of its own that other stores than Amazon's may not know; ours are Content-MD5 and sizes.
+        # Stores other than Amazon's may not support boto3's own checksums. We check Content-MD5 and sizes.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
@@ -93,20 +93,20 @@ def _client_of(process: int, timeout: float) -> Any:
 
 
 def _client() -> Any:
-    """A client of this process: connections must not be shared with the process it was forked from."""
-    return _client_of(os.getpid(), patience.timeout)
+    """The client of this process. A forked process must not share connections with its parent."""
+    return _client_of(os.getpid(), retry_policy.timeout)
 
 
-def _persist(what: str, url: str, action: Callable[[], Result]) -> Result:
-    """Do something with an object, again with growing pauses when it fails.
+def _retry(what: str, url: str, action: Callable[[], Result]) -> Result:
+    """Run `action` on an object, with retries and exponential backoff.
 
     Raises:
-        ObjectMissing: there is no such object.
-        DataError: it is not allowed, or failed every time.
+        ObjectMissing: the object does not exist.
+        DataError: access is denied, or all attempts failed.
     """
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
-    for attempt in range(1, patience.attempts + 1):
+    for attempt in range(1, retry_policy.attempts + 1):
         try:
             return action()
         except NoCredentialsError as error:
@@ -115,81 +115,83 @@ def _persist(what: str, url: str, action: Callable[[], Result]) -> Result:
             code = str(error.response.get("Error", {}).get("Code", ""))
             if code in ("404", "NoSuchKey"):
                 raise ObjectMissing(f"{url} does not exist") from error
-            if code in _HOPELESS:
+            if code in _PERMANENT_ERRORS:
                 raise DataError(f"cannot {what} {url}: {error}") from error
             failure: Exception = error
-        except (BotoCoreError, OSError, _Short) as error:
+        except (BotoCoreError, OSError, _BadTransfer) as error:
             failure = error
         except Exception as error:
             if type(error).__module__.partition(".")[0] not in ("urllib3", "http"):
                 raise
-            failure = error  # the connection broke while the body was read
-        told = f"{type(failure).__name__}: {failure}"
-        if attempt < patience.attempts:
-            delay = patience.first_delay * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
-            logger.warning("%s %s failed (%s); attempt %d follows in %.1f s", what, url, told, attempt + 1, delay)
+            failure = error  # the connection broke during the transfer
+        reason = f"{type(failure).__name__}: {failure}"
+        if attempt < retry_policy.attempts:
+            delay = retry_policy.first_delay * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
+            logger.warning("%s %s failed (%s); attempt %d in %.1f s", what, url, reason, attempt + 1, delay)
             time.sleep(delay)
-    raise DataError(f"cannot {what} {url}, tried {patience.attempts} times, last {told}") from failure
+    raise DataError(f"cannot {what} {url}, tried {retry_policy.attempts} times, last error {reason}") from failure
 
 
 def read_bytes(url: str) -> bytes:
-    """A whole object.
+    """The content of an object.
 
     Raises:
-        ObjectMissing: there is none.
+        ObjectMissing: the object does not exist.
         DataError: it could not be read.
     """
     bucket, key = _split(url)
 
     def read() -> bytes:
-        answer = _client().get_object(Bucket=bucket, Key=key)
-        data: bytes = answer["Body"].read()
-        if len(data) != answer["ContentLength"]:
-            raise _Short(f"{len(data)} of {answer['ContentLength']} bytes came")
+        response = _client().get_object(Bucket=bucket, Key=key)
+        data: bytes = response["Body"].read()
+        if len(data) != response["ContentLength"]:
+            raise _BadTransfer(f"received {len(data)} of {response['ContentLength']} bytes")
         return data
 
-    return _persist("read", url, read)
+    return _retry("read", url, read)
 
 
 def download(url: str, target: Path, size: int | None = None, sha1: str | None = None) -> None:
-    """Copy an object to a file, verified.
+    """Download an object to a file and verify it.
 
     Args:
         url: of the object.
-        target: overwritten.
-        size: bytes it must have; default: those the store says.
-        sha1: hex, that it must have; default: not looked at.
+        target: overwritten if it exists.
+        size: expected bytes; default: the size that the store reports.
+        sha1: expected hash in hex; default: not checked.
 
     Raises:
-        ObjectMissing: there is no such object.
-        DataError: it could not be read, or is not what it should be.
+        ObjectMissing: the object does not exist.
+        DataError: it could not be read, or its size or hash is wrong.
     """
     bucket, key = _split(url)
 
     def fetch() -> None:
-        answer = _client().get_object(Bucket=bucket, Key=key)
-        digest, came = hashlib.sha1(usedforsecurity=False), 0
-        expected = answer["ContentLength"] if size is None else size
+        response = _client().get_object(Bucket=bucket, Key=key)
+        digest, received = hashlib.sha1(usedforsecurity=False), 0
+        expected = response["ContentLength"] if size is None else size
         with open(target, "r+b" if target.exists() else "wb") as file:
-            for block in iter(lambda: answer["Body"].read(_BLOCK), b""):
-                came += len(block)
-                if came <= expected:  # never more than the place that was reserved
+            for block in iter(lambda: response["Body"].read(_BLOCK), b""):
+                received += len(block)
+                if received <= expected:  # never exceed the space reserved in the cache
                     file.write(block)
                     digest.update(block)
             file.truncate()
-        if came != expected:
-            raise _Short(f"{came} bytes came where {expected} were expected: truncated, or not the file of the index")
+        if received != expected:
+            raise _BadTransfer(
+                f"received {received} bytes, expected {expected}: the object is truncated or was replaced"
+            )
         if sha1 is not None and digest.hexdigest() != sha1:
-            raise _Short("its sha1 is not that of the index: damaged, or not the file of the index")
+            raise _BadTransfer("its sha1 differs from the index: the object is damaged or was replaced")
 
-    _persist("read", url, fetch)
+    _retry("read", url, fetch)
 
 
 def upload(source: bytes | Path, url: str) -> None:
-    """Write an object and see that it arrived whole: the store checks its MD5, and is asked for its size afterwards.
+    """Upload an object and verify it: the store checks the MD5, then size and MD5 are read back.
 
     Raises:
-        DataError: it could not be written, or is not what was sent.
+        DataError: it could not be written, or the stored object differs.
     """
     bucket, key = _split(url)
     data = source if isinstance(source, bytes) else source.read_bytes()
@@ -200,53 +202,53 @@ def upload(source: bytes | Path, url: str) -> None:
             Bucket=bucket, Key=key, Body=data, ContentMD5=b64encode(md5.digest()).decode(),
             Metadata={"md5": md5.hexdigest()},
         )  # fmt: skip
-        if not _is_there(bucket, key, len(data), md5.hexdigest()):
-            raise _Short("the store does not show what was sent")
+        if not _matches(bucket, key, len(data), md5.hexdigest()):
+            raise _BadTransfer("the stored object differs from what was sent")
 
-    _persist("write", url, send)
+    _retry("write", url, send)
 
 
-def is_stored(source: Path, url: str) -> bool:
-    """Whether an object is already there, of the size and MD5 of a file.
+def is_uploaded(source: Path, url: str) -> bool:
+    """Whether the object exists with the size and MD5 of a file.
 
     Raises:
-        DataError: the store could not be asked.
+        DataError: the store cannot be queried.
     """
     bucket, key = _split(url)
     data = source.read_bytes()
     digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
     try:
-        return _persist("look at", url, lambda: _is_there(bucket, key, len(data), digest))
+        return _retry("query", url, lambda: _matches(bucket, key, len(data), digest))
     except ObjectMissing:
         return False
 
 
-def _is_there(bucket: str, key: str, size: int, md5: str) -> bool:
+def _matches(bucket: str, key: str, size: int, md5: str) -> bool:
     head = _client().head_object(Bucket=bucket, Key=key)
-    # An ETag is the MD5 unless the object was encrypted or sent in parts; then our own note is relied on.
+    # The ETag is the MD5, except for encrypted or multipart objects. For those our own metadata entry is used.
     known = head["Metadata"].get("md5") or head["ETag"].strip('"')
     return head["ContentLength"] == size and md5 in (known, head["ETag"].strip('"'))
 
 
 def exists(url: str) -> bool:
-    """Whether there is such an object.
+    """Whether the object exists.
 
     Raises:
-        DataError: the store could not be asked.
+        DataError: the store cannot be queried.
     """
     bucket, key = _split(url)
     try:
-        _persist("look at", url, lambda: _client().head_object(Bucket=bucket, Key=key))
+        _retry("query", url, lambda: _client().head_object(Bucket=bucket, Key=key))
     except ObjectMissing:
         return False
     return True
 
 
 def list_names(url: str) -> list[str]:
-    """Names of all objects below a prefix, relative to it, sorted.
+    """Sorted names of all objects below a prefix, relative to it.
 
     Raises:
-        DataError: the store could not be asked.
+        DataError: the store cannot be queried.
     """
     bucket, key = _split(url.rstrip("/") + "/")
 
@@ -254,4 +256,4 @@ def list_names(url: str) -> list[str]:
         for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
             yield from (item["Key"].removeprefix(key) for item in page.get("Contents", []))
 
-    return _persist("list", url, lambda: sorted(pages()))
+    return _retry("list", url, lambda: sorted(pages()))

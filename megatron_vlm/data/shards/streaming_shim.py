@@ -1,9 +1,9 @@
-"""mosaicml-streaming, imported so that it works beside a CPU build of torch.
+"""Imports mosaicml-streaming so that it works with a CPU build of torch.
 
-Importing the package runs its catalogues of ready-made datasets, which need torchvision; the torchvision that PyPI
-pairs with a CPU build of torch does not import. The catalogues are not used here, so empty modules stand in for them.
-The package's own pins exclude current transformers and numpy although it runs with both: it is installed with
---no-deps.
+mosaicml-streaming imports its predefined datasets, which need torchvision, and the torchvision that PyPI pairs with a
+CPU build of torch cannot be imported. These datasets are not used here, so they are replaced by empty modules. The
+package is installed with --no-deps, because its pins exclude current versions of transformers and numpy with which it
+works.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 
 from megatron_vlm.data.shards.published_encodings import register_encodings
 
-_CATALOGUES = ("streaming.vision", "streaming.text", "streaming.multimodal")
+_PREDEFINED_DATASETS = ("streaming.vision", "streaming.text", "streaming.multimodal")
 
 
 def import_streaming() -> Any:
-    """The package `streaming`, with the encodings of the published shards added to its own.
+    """The package `streaming`, with the encodings of the published shards registered.
 
     Raises:
-        ImportError: it is not installed; the message says how to install it.
+        ImportError: it is not installed. The message contains the install command.
     """
     if "streaming" not in sys.modules:
-        for name in _CATALOGUES:
+        for name in _PREDEFINED_DATASETS:
             sys.modules.setdefault(name, types.ModuleType(name))
     try:
         import streaming

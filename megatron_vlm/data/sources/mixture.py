@@ -1,4 +1,4 @@
-"""What an epoch consists of: which samples of which source, drawn anew for every epoch, and in which order."""
+"""The samples of an epoch: which ones each entry of a mixture selects, and in which order they come."""
 
 from __future__ import annotations
 
@@ -14,45 +14,46 @@ from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.shards.cache import ShardCache
 from megatron_vlm.data.sources.mixture_file import SamplingRule, read_mixture
 from megatron_vlm.data.sources.sample_source import SampleSource, SourceList, open_source
-from megatron_vlm.data.sources.shard_shuffle import spread
+from megatron_vlm.data.sources.shard_shuffle import shuffle_keys
 
-_OPENED_AT_ONCE = 8
+_OPEN_THREADS = 8
 
 
 @dataclass
 class Mixture:
-    """Sources and, for each use of one, the rule it is drawn by. A source may be used more than once."""
+    """Sources, and entries that sample from them. Several entries may sample from the same source."""
 
     sources: SourceList
-    uses: list[tuple[int, SamplingRule]]
-    """(number of the source, rule)"""
+    entries: list[tuple[int, SamplingRule]]
+    """(index of the source, rule)"""
 
-    def draw(self, usable: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Global sample numbers of one epoch in the order they come; the same for the same seed and epoch.
+    def sample_epoch(self, usable: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """Global sample numbers of one epoch in training order. They depend on the seed and the epoch alone.
 
-        Every use is spread over the whole epoch (see `order.spread`), so the mix is the same from beginning to end.
+        The samples of every entry are spread over the whole epoch (see `shuffle_keys`), so the proportions of the
+        mixture stay constant within it.
 
         Args:
             usable: [samples] bool over all sources.
             seed: of the data order.
             epoch: from 0.
         """
-        numbers, times = self.draw_uses(usable, seed, epoch), []
-        for place, (source, _) in enumerate(self.uses):
-            rng = np.random.default_rng([seed, epoch, place, 1])
-            drawn = numbers[place] - self.sources.starts[source]
-            times.append(spread(drawn, self.sources.sources[source].shard_starts, rng))
-        order = np.argsort(np.concatenate(times), kind="stable")
-        return np.concatenate(numbers)[order]
+        selected, keys = self.select(usable, seed, epoch), []
+        for entry, (source, _) in enumerate(self.entries):
+            rng = np.random.default_rng([seed, epoch, entry, 1])
+            indices = selected[entry] - self.sources.starts[source]
+            keys.append(shuffle_keys(indices, self.sources.sources[source].shard_starts, rng))
+        order = np.argsort(np.concatenate(keys), kind="stable")
+        return np.concatenate(selected)[order]
 
-    def draw_uses(self, usable: np.ndarray, seed: int, epoch: int) -> list[np.ndarray]:
-        """For each use of a source the global sample numbers, int64, that an epoch takes, in no order of time."""
-        drawn = []
-        for place, (source, rule) in enumerate(self.uses):
+    def select(self, usable: np.ndarray, seed: int, epoch: int) -> list[np.ndarray]:
+        """The global sample numbers (int64, not in training order) that each entry takes in an epoch."""
+        selected = []
+        for entry, (source, rule) in enumerate(self.entries):
             start, stop = self.sources.starts[source], self.sources.starts[source + 1]
-            rng = np.random.default_rng([seed, 0 if rule.fixed else epoch, place, 0])
-            drawn.append((start + rule.draw(usable[start:stop], rng)).astype(np.int64))
-        return drawn
+            rng = np.random.default_rng([seed, 0 if rule.fixed else epoch, entry, 0])
+            selected.append((start + rule.select(usable[start:stop], rng)).astype(np.int64))
+        return selected
 
 
 def open_mixture(
@@ -62,67 +63,67 @@ def open_mixture(
     cache_dir: str | None = None,
     cache_limit: str | None = None,
 ) -> Mixture:
-    """Open everything `data_path` names.
+    """Open all sources that `data_path` lists.
 
     Args:
-        data_path: annotation files, shard folders, s3://… and mixture files (.yaml, .yml).
-        image_folder: what image paths of annotations start from.
-        data_root: what relative paths inside mixtures start from; default: the working directory.
-        cache_dir: shards of S3 are kept in its folder `shards`.
-        cache_limit: how much they may take, as in 100gb; default: no limit.
+        data_path: annotation files, shard folders, s3:// prefixes and mixture files (.yaml, .yml).
+        image_folder: root of the image paths in annotations.
+        data_root: root of the relative paths in mixture files; default: the working directory.
+        cache_dir: shards from S3 are cached in its subfolder `shards`.
+        cache_limit: maximum size of that cache, for example 100gb; default: no limit.
 
     Raises:
-        DataError: nothing is named, or something cannot be opened; the message names all that cannot.
+        DataError: `data_path` is empty, or sources cannot be opened. The message lists every one that cannot.
     """
-    wanted: list[tuple[str, SamplingRule]] = []
+    entries: list[tuple[str, SamplingRule]] = []
     for path in data_path:
         if Path(path).suffix in (".yaml", ".yml"):
-            wanted += read_mixture(Path(path), data_root)
+            entries += read_mixture(Path(path), data_root)
         else:
-            wanted.append((path, SamplingRule()))
-    if not wanted:
-        raise DataError("no data: data_path names no annotation file, shard folder or mixture")
+            entries.append((path, SamplingRule()))
+    if not entries:
+        raise DataError("no data: data_path lists no annotation file, shard folder or mixture")
     cache = ShardCache(Path(cache_dir, "shards"), to_bytes(cache_limit) if cache_limit else None) if cache_dir else None
 
-    def attempt(path: str) -> SampleSource | DataError:
+    def try_open(path: str) -> SampleSource | DataError:
         try:
             return open_source(path, image_folder, cache)
         except DataError as error:
             return error
 
-    paths = list(dict.fromkeys(path for path, _ in wanted))
-    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:  # an index in a store takes its time to come
-        opened = list(pool.map(attempt, paths))
+    paths = list(dict.fromkeys(path for path, _ in entries))
+    with ThreadPoolExecutor(_OPEN_THREADS) as pool:  # reading an index from S3 is slow
+        opened = list(pool.map(try_open, paths))
     errors = [source for source in opened if isinstance(source, DataError)]
     if len(errors) == 1:
         raise errors[0]
     if errors:
         lines = "\n".join(f"  {number}. {error}" for number, error in enumerate(errors, 1))
-        raise DataError(f"{len(errors)} of {len(paths)} data sets cannot be opened:\n{lines}") from errors[0]
-    places = {path: place for place, path in enumerate(paths)}
+        raise DataError(f"{len(errors)} of {len(paths)} datasets cannot be opened:\n{lines}") from errors[0]
+    index_of = {path: index for index, path in enumerate(paths)}
     sources = [source for source in opened if not isinstance(source, DataError)]
-    return Mixture(SourceList(sources), [(places[path], rule) for path, rule in wanted])
+    return Mixture(SourceList(sources), [(index_of[path], rule) for path, rule in entries])
 
 
 def describe_mixture(mixture: Mixture, usable: np.ndarray, tokens: np.ndarray, tiles: np.ndarray, seed: int) -> str:
-    """A table of the first epoch: for each use of a source its samples, tokens, tiles and share of all tokens.
+    """A table of the first epoch: the samples, tokens, tiles and share of all tokens of each entry.
 
     Args:
         mixture: opened.
         usable: [samples] bool over all sources.
-        tokens: [samples] of each.
-        tiles: [samples] of each.
+        tokens: [samples] tokens of each sample.
+        tiles: [samples] tiles of each sample.
         seed: of the data order.
     """
     names: list[tuple[str, str]] = []
     counts: list[list[int]] = []
-    for (source, rule), drawn in zip(mixture.uses, mixture.draw_uses(usable, seed, 0), strict=True):
-        held = int(mixture.sources.starts[source + 1] - mixture.sources.starts[source])
+    for (source, rule), selected in zip(mixture.entries, mixture.select(usable, seed, 0), strict=True):
+        in_source = int(mixture.sources.starts[source + 1] - mixture.sources.starts[source])
         names.append((mixture.sources.sources[source].name, str(rule)))
-        sums = [int(lengths[drawn].sum(dtype=np.int64)) for lengths in (tokens, tiles)]
-        counts.append([held, len(drawn), *sums])
+        sums = [int(lengths[selected].sum(dtype=np.int64)) for lengths in (tokens, tiles)]
+        counts.append([in_source, len(selected), *sums])
     total = [sum(column) for column in zip(*counts, strict=True)]
-    rows: list[tuple[str, ...]] = [("data set", "rule", "samples", "per epoch", "tokens", "tiles", "share of tokens")]
+    rows: list[tuple[str, ...]] = [("dataset", "rule", "samples", "per epoch", "tokens", "tiles", "share of tokens")]
     for name, numbers in zip([*names, ("all", "")], [*counts, total], strict=True):
         share = f"{100 * numbers[2] / max(total[2], 1):.2f} %"
         rows.append((*name, *(f"{number:,}" for number in numbers), share))

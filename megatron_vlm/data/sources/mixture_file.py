@@ -1,19 +1,20 @@
-"""Mixture files: which sources a mixture takes, and how much of each.
+"""Mixture files: the sources of a mixture and how many samples an epoch takes from each.
 
 A mixture is a YAML file:
 
     datasets:
       - json_path: captions.json          # or shard_path: a folder of shards, or s3://…
       - json_path: charts.json
-        sampling_strategy: random:10%     # all | first:N | end:N | random:N | choose:N | repeat:K; N or P%
+        sampling_strategy: random:10%     # all | first:N | end:N | random:N | choose:N | repeat:K; N may be P%
       - shard_path: shards/tables
         choose: 2000                      # the same as sampling_strategy: choose:2000
       - shard_path: shards/science
         repeat: 2                         # the same as sampling_strategy: repeat:2
 
-`first` and `end` count annotations as written. `random` and `choose` draw from the usable ones: `random` once for all
-epochs and at most all of them, `choose` for each epoch anew and more than once each if more are asked for.
-`repeat: 1.5` takes all once and a half, drawn for each epoch anew, once more.
+`first` and `end` count all annotations in file order. `random` and `choose` sample from the usable ones. `random`
+samples once, without replacement, and every epoch takes the same samples. `choose` samples again for each epoch; if N
+exceeds the usable samples, all are repeated first. `repeat: 1.5` takes every sample once, and a random half of them
+again, which changes with each epoch.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _KEYS = {"json_path", "shard_path", "sampling_strategy", "choose", "repeat"}
 
 @dataclass(frozen=True)
 class SamplingRule:
-    """How many of a source's samples an epoch takes, and which."""
+    """Selects the samples that an epoch takes from a source."""
 
     kind: str = "all"
     amount: Fraction = Fraction(1)
@@ -46,10 +47,10 @@ class SamplingRule:
     def parse(cls, text: str) -> SamplingRule:
         """
         Args:
-            text: `all`, or a kind and an amount as in `first:100`, `random:5%`, `repeat:1.5`.
+            text: `all`, or a kind and an amount, for example `first:100`, `random:5%`, `repeat:1.5`.
 
         Raises:
-            ValueError: it is neither.
+            ValueError: `text` is not a sampling rule.
         """
         kind, _, amount = str(text).strip().partition(":")
         if kind == "all" and not amount:
@@ -73,41 +74,41 @@ class SamplingRule:
 
     @property
     def fixed(self) -> bool:
-        """Every epoch takes the same samples."""
+        """Whether every epoch takes the same samples."""
         return self.kind not in ("choose", "repeat")
 
-    def draw(self, usable: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Indices into one source, some perhaps more than once.
+    def select(self, usable: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Indices into the source. An index occurs once for each time that the epoch takes the sample.
 
         Args:
-            usable: [n] bool, False for samples that are refused.
-            rng: this epoch's; of a fixed rule always the same.
+            usable: [n] bool, False for rejected samples.
+            rng: of this epoch. A fixed rule needs the same state in every epoch.
         """
-        everything = np.flatnonzero(usable)
+        candidates = np.flatnonzero(usable)
         count = ceil(self.amount * len(usable) / 100) if self.percent else int(self.amount)
         if self.kind == "first":
-            return everything[everything < count]
+            return candidates[candidates < count]
         if self.kind == "end":
-            return everything[everything >= len(usable) - count]
+            return candidates[candidates >= len(usable) - count]
         if self.kind == "random":
-            return rng.permutation(everything)[:count]
+            return rng.permutation(candidates)[:count]
         if self.kind == "choose":
-            copies, rest = divmod(count, max(len(everything), 1))
+            copies, rest = divmod(count, max(len(candidates), 1))
         else:  # all, repeat
             copies = floor(self.amount)
-            rest = round((self.amount - copies) * len(everything))
-        return np.concatenate([np.tile(everything, copies), rng.permutation(everything)[:rest]])
+            rest = round((self.amount - copies) * len(candidates))
+        return np.concatenate([np.tile(candidates, copies), rng.permutation(candidates)[:rest]])
 
 
 def read_mixture(path: Path, data_root: str | None = None) -> list[tuple[str, SamplingRule]]:
-    """The uses a mixture file asks for: (path, rule).
+    """The entries of a mixture file as (path of the source, rule).
 
     Args:
         path: of the file.
-        data_root: folder or s3:// that its relative paths start from; default: the working directory.
+        data_root: folder or s3:// prefix, root of its relative paths; default: the working directory.
 
     Raises:
-        DataError: it cannot be read, or entries of it are wrong; the message names all of them.
+        DataError: the file cannot be read, or entries are invalid. The message lists all of them.
     """
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -118,23 +119,23 @@ def read_mixture(path: Path, data_root: str | None = None) -> list[tuple[str, Sa
     datasets = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(datasets, list) or not datasets:
         raise DataError(f"mixture {path} needs a list under `datasets:`")
-    problems, wanted = [], []
+    problems, entries = [], []
     for number, entry in enumerate(datasets):
         try:
             name, rule = _read_entry(entry)
-            wanted.append((_below(data_root, name), rule))
+            entries.append((_resolve(data_root, name), rule))
         except ValueError as error:
             problems.append(f"  datasets[{number}]: {error}")
     if problems:
         raise DataError(f"mixture {path}:\n" + "\n".join(problems))
-    return wanted
+    return entries
 
 
 def _read_entry(entry: Any) -> tuple[str, SamplingRule]:
     if not isinstance(entry, dict):
-        raise ValueError(f"{entry!r} is no mapping; expected json_path or shard_path with a sampling rule")
+        raise ValueError(f"{entry!r} is not a mapping; expected json_path or shard_path with a sampling rule")
     if unknown := sorted(set(map(str, entry)) - _KEYS):
-        raise ValueError(f"unknown keys {unknown}; known are {sorted(_KEYS)}")
+        raise ValueError(f"unknown keys {unknown}; known keys are {sorted(_KEYS)}")
     paths = [entry[key] for key in ("json_path", "shard_path") if entry.get(key)]
     if len(paths) != 1:
         raise ValueError("give exactly one of json_path and shard_path")
@@ -145,7 +146,7 @@ def _read_entry(entry: Any) -> tuple[str, SamplingRule]:
     return str(paths[0]), SamplingRule.parse(rules[0]) if rules else SamplingRule()
 
 
-def _below(root: str | None, path: str) -> str:
+def _resolve(root: str | None, path: str) -> str:
     if root is None or is_remote(path) or Path(path).is_absolute():
         return path
     return join(root, path) if is_remote(root) else str(Path(root, path))

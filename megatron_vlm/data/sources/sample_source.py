@@ -1,4 +1,4 @@
-"""Where samples come from: annotation files with image files, or shard folders, behind one interface."""
+"""Sample sources: annotation files with image files, and shard folders, behind one interface."""
 
 from __future__ import annotations
 
@@ -23,50 +23,50 @@ from megatron_vlm.data.sources.annotations import AnnotationFile, parse_annotati
 
 @dataclass
 class Sample:
-    """One conversation and the way to its images."""
+    """One conversation, with access to its images."""
 
     id: str
     file: str
-    """Annotation file or shard folder; for messages."""
+    """Annotation file or shard folder, for error messages."""
     turns: list[Turn]
     image_names: list[str]
-    """For messages."""
+    """For error messages."""
     read_image: Callable[[int], bytes]
-    """Bytes of the image file by its place; raises OSError."""
+    """Reads the bytes of the i-th image file. Raises OSError."""
     image_sizes: list[tuple[int, int]] | None
-    """Upright (width, height), where they are known without reading the images."""
+    """Upright (width, height) of each image; None: they are not known without reading the images."""
 
     def measure_images(self) -> list[tuple[int, int]]:
-        """Upright (width, height) of each image; images of unknown size are read and decoded whole.
+        """Upright (width, height) of each image. Images of unknown size are read and fully decoded.
 
         Raises:
             SampleError: an image is missing or unreadable.
         """
         if self.image_sizes is not None:
             return self.image_sizes
-        return [self.load_image(place)[1] for place in range(len(self.image_names))]
+        return [self.load_image(index)[1] for index in range(len(self.image_names))]
 
-    def load_image(self, place: int) -> tuple[bytes, tuple[int, int]]:
-        """An image file and its upright (width, height), decoded whole to see that it is good.
+    def load_image(self, index: int) -> tuple[bytes, tuple[int, int]]:
+        """The bytes and the upright (width, height) of an image. It is fully decoded to verify it.
 
         Raises:
-            SampleError: it is missing or unreadable.
+            SampleError: the image is missing or unreadable.
         """
-        name = self.image_names[place]
+        name = self.image_names[index]
         try:
-            data = self.read_image(place)
+            data = self.read_image(index)
             return data, verify_image(data)
         except FileNotFoundError as error:
             raise SampleError(
-                self.id, self.file, "missing image", f"there is no {name}", "Check image_folder and the path."
+                self.id, self.file, "missing image", f"{name} does not exist", "Check image_folder and the path."
             ) from error
         except ImageTooLarge as error:
             raise SampleError(
-                self.id, self.file, "image too large", f"{name}: {error}", "Give a smaller one or remove the entry."
+                self.id, self.file, "image too large", f"{name}: {error}", "Use a smaller image or remove the entry."
             ) from error
-        except ValueError as error:  # a NUL, or half a surrogate pair
+        except ValueError as error:  # a NUL or a lone surrogate
             raise SampleError(
-                self.id, self.file, "bad image path", f"no file can have the name {name!r}", "Check the path."
+                self.id, self.file, "bad image path", f"{name!r} is not a valid file name", "Check the path."
             ) from error
         except (OSError, ImageUnreadable) as error:
             raise SampleError(
@@ -75,44 +75,44 @@ class Sample:
 
 
 class SampleSource(ABC):
-    """A numbered set of samples."""
+    """An indexed set of samples."""
 
     name: str
     """The file or folder."""
     shard_starts: np.ndarray | None = None
-    """[shards + 1] int64: shard k holds the samples shard_starts[k] to shard_starts[k + 1]; None: no shards."""
+    """[shards + 1] int64: shard k holds samples [shard_starts[k], shard_starts[k + 1]); None: there are no shards."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def sample(self, index: int) -> Sample:
-        """Read sample `index`, its images not yet.
+        """Sample `index`. Its images are not read yet.
 
         Raises:
-            SampleError: its annotation cannot be used.
+            SampleError: the annotation is invalid.
         """
 
     def metadata(self, index: int) -> Sample:
-        """As much of sample `index` as its lengths follow from; perhaps without a way to its images.
+        """Sample `index` with what determines its lengths: turns and image sizes. Its images may be inaccessible.
 
         Raises:
-            SampleError: its annotation cannot be used.
+            SampleError: the annotation is invalid.
         """
         return self.sample(index)
 
     @abstractmethod
     def content_hash(self) -> str:
-        """sha256, hex, of the annotations: what cached lengths are kept under."""
+        """sha256 of the annotations in hex. It is part of the cache key of the lengths."""
 
 
 class AnnotationSource(SampleSource):
-    """An annotation file and the folder its image paths start from."""
+    """An annotation file and the root folder of its image paths."""
 
     def __init__(self, path: str | Path, image_folder: str | Path | None) -> None:
         """
         Raises:
-            DataError: the file cannot be read as annotations, or `image_folder` is no folder.
+            DataError: the file is not a valid annotation file, or `image_folder` does not exist.
         """
         self.name = str(path)
         self.image_folder = Path(image_folder) if image_folder else Path()
@@ -124,7 +124,7 @@ class AnnotationSource(SampleSource):
         return len(self._file)
 
     def entry(self, index: int) -> dict[str, Any]:
-        """The annotation as written."""
+        """The raw annotation."""
         return self._file.entry(index)
 
     def sample(self, index: int) -> Sample:
@@ -135,7 +135,7 @@ class AnnotationSource(SampleSource):
             file=self.name,
             turns=annotation.turns,
             image_names=[str(path) for path in paths],
-            read_image=lambda place: paths[place].read_bytes(),
+            read_image=lambda i: paths[i].read_bytes(),
             image_sizes=None if paths else [],
         )
 
@@ -148,13 +148,13 @@ class AnnotationSource(SampleSource):
 
 
 class ShardSource(SampleSource):
-    """A folder of shards. Our own record image sizes, taken when every image was decoded, and these are relied on."""
+    """A shard folder. Shards that we wrote record image sizes, which are trusted: every image was decoded then."""
 
     def __init__(self, folder: str | Path, cache: ShardCache | None = None) -> None:
         """
         Args:
-            folder: of a disk, or s3://…
-            cache: for shards of an S3 store.
+            folder: local folder or s3:// prefix.
+            cache: for shards from S3.
 
         Raises:
             DataError: see `ShardFolder`.
@@ -167,12 +167,12 @@ class ShardSource(SampleSource):
         return len(self._shards)
 
     def sample(self, index: int) -> Sample:
-        stored = self._shards[index]
-        sample = self._sample(stored, index)
-        if len(sample.image_names) != len(stored.images):
+        record = self._shards[index]
+        sample = self._sample(record, index)
+        if len(sample.image_names) != len(record.images):
             raise SampleError(
                 sample.id, self.name, "image count mismatch",
-                f"the annotation names {len(sample.image_names)} images, the shard holds {len(stored.images)}",
+                f"the annotation names {len(sample.image_names)} images, the shard has {len(record.images)}",
                 "Write the shards again with tools/prepare_shards.py.",
             )  # fmt: skip
         return sample
@@ -180,15 +180,15 @@ class ShardSource(SampleSource):
     def metadata(self, index: int) -> Sample:
         return self._sample(self._shards.metadata(index), index)
 
-    def _sample(self, stored: ShardSample, index: int) -> Sample:
-        annotation = parse_annotation(stored.annotation, index, self.name)
+    def _sample(self, record: ShardSample, index: int) -> Sample:
+        annotation = parse_annotation(record.annotation, index, self.name)
         return Sample(
             id=annotation.id,
             file=self.name,
             turns=annotation.turns,
             image_names=annotation.image_paths,
-            read_image=stored.images.__getitem__,
-            image_sizes=stored.image_sizes,
+            read_image=record.images.__getitem__,
+            image_sizes=record.image_sizes,
         )
 
     def content_hash(self) -> str:
@@ -196,7 +196,7 @@ class ShardSource(SampleSource):
 
 
 class SourceList:
-    """Several sources numbered through: what a global sample number means."""
+    """Concatenated sources. A global sample number indexes the concatenation."""
 
     def __init__(self, sources: Sequence[SampleSource]) -> None:
         self.sources = list(sources)
@@ -206,7 +206,7 @@ class SourceList:
         return int(self.starts[-1])
 
     def locate(self, number: int) -> tuple[int, int]:
-        """(source, index in it) of a global sample number."""
+        """(index of the source, index of the sample in it) of a global sample number."""
         source = int(np.searchsorted(self.starts, number, side="right")) - 1
         return source, number - int(self.starts[source])
 
@@ -216,10 +216,10 @@ class SourceList:
 
 
 def open_source(path: str | Path, image_folder: str | Path | None, cache: ShardCache | None = None) -> SampleSource:
-    """The source a path names: `.json` and `.jsonl` are annotations, a folder or s3:// is shards.
+    """Open the source at `path`: annotations (`.json`, `.jsonl`) or shards (a folder or s3:// prefix).
 
     Raises:
-        DataError: there is nothing usable at `path`.
+        DataError: `path` does not exist or is neither.
     """
     if is_remote(path):
         return ShardSource(str(path), cache)

@@ -1,9 +1,9 @@
-"""The order in which an epoch's samples come: shuffled, and yet such that a bounded cache of shards suffices.
+"""Shuffles the samples of an epoch so that a bounded cache of shards suffices.
 
-Samples of an annotation file or of few shards are shuffled freely. Samples of many shards are not: one after the other
-from all over a remote set, each would fetch a shard. So shards are shuffled, and samples within a window of some
-shards: a shard is fetched once in an epoch, as long as the cache holds the windows in use. The order is the same
-wherever the shards are.
+Samples of an annotation file or of few shards are shuffled uniformly. In a set of many shards, that would fetch a shard
+for nearly every sample. There the shards are shuffled, and the samples are shuffled within a window of shards, so that
+each shard is fetched once per epoch as long as the cache holds the windows in use. The order does not depend on where
+the shards are stored.
 """
 
 from __future__ import annotations
@@ -11,40 +11,41 @@ from __future__ import annotations
 import numpy as np
 
 SHARDS_PER_WINDOW = 16
-"""Shards of one set that samples are shuffled over. At 64 MiB a shard, 1 GiB of cache for each set of a mixture."""
+"""With 64 MiB per shard, a window is 1 GiB of cache for each shard set of a mixture."""
 
 
-def spread(drawn: np.ndarray, shard_starts: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
-    """When each sample drawn from a source comes, as a part of the epoch.
+def shuffle_keys(indices: np.ndarray, shard_starts: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """Sort keys of the selected samples of a source. A key is the position in the epoch as a fraction of it.
 
-    A sample drawn k times from many shards comes once in each of k passes, one after the other.
+    If a sample of a set of many shards is selected k times, it occurs once in each of k consecutive passes over the
+    set.
 
     Args:
-        drawn: [n] indices into one source, some perhaps more than once.
-        shard_starts: [shards + 1] first sample of each shard, and the end; None: the source has no shards.
-        rng: this use's, this epoch's.
+        indices: [n] indices into the source, possibly with repetitions.
+        shard_starts: [shards + 1] index of the first sample of each shard, and the end; None: the source has no shards.
+        rng: of this mixture entry and epoch.
 
     Returns:
         [n] float64 in [0, 1)
     """
-    if shard_starts is None or len(shard_starts) <= SHARDS_PER_WINDOW + 1 or not len(drawn):
-        return rng.random(len(drawn))
-    shards = np.searchsorted(shard_starts, drawn, side="right") - 1
-    passes = _occurrence(drawn)
-    turns = np.stack([rng.permutation(len(shard_starts) - 1) for _ in range(int(passes.max()) + 1)])
-    windows = turns[passes, shards] // SHARDS_PER_WINDOW
-    order = np.lexsort((rng.random(len(drawn)), windows, passes))
-    times = np.empty(len(drawn))
-    times[order] = (np.arange(len(drawn)) + rng.random(len(drawn))) / len(drawn)
-    return times
+    if shard_starts is None or len(shard_starts) <= SHARDS_PER_WINDOW + 1 or not len(indices):
+        return rng.random(len(indices))
+    shards = np.searchsorted(shard_starts, indices, side="right") - 1
+    passes = _occurrence(indices)
+    shard_order = np.stack([rng.permutation(len(shard_starts) - 1) for _ in range(int(passes.max()) + 1)])
+    windows = shard_order[passes, shards] // SHARDS_PER_WINDOW
+    order = np.lexsort((rng.random(len(indices)), windows, passes))
+    keys = np.empty(len(indices))
+    keys[order] = (np.arange(len(indices)) + rng.random(len(indices))) / len(indices)
+    return keys
 
 
 def _occurrence(values: np.ndarray) -> np.ndarray:
-    """How many equal values stand before each."""
+    """For each element, the number of equal elements before it."""
     order = np.argsort(values, kind="stable")
     sorted_values = values[order]
-    places = np.arange(len(values))
+    positions = np.arange(len(values))
     first = np.concatenate([[True], sorted_values[1:] != sorted_values[:-1]])
     out = np.empty(len(values), np.int64)
-    out[order] = places - np.maximum.accumulate(np.where(first, places, 0))
+    out[order] = positions - np.maximum.accumulate(np.where(first, positions, 0))
     return out

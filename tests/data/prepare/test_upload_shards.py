@@ -20,7 +20,7 @@ URL = f"s3://{BUCKET}/up"
 
 @pytest.fixture
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setattr(s3, "patience", s3.Patience(attempts=2, first_delay=0.02, timeout=2.0))
+    monkeypatch.setattr(s3, "retry_policy", s3.RetryPolicy(attempts=2, first_delay=0.02, timeout=2.0))
     with store() as running:
         yield running
 

@@ -1,4 +1,4 @@
-"""Shards: what is written comes back, also with stock mosaicml-streaming in another process."""
+"""Shards round-trip, and stock mosaicml-streaming reads them in another process."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_round_trip_over_several_shards(tmp_path: Path) -> None:
     folder = ShardFolder(tmp_path / "s")
     assert len(list((tmp_path / "s").glob("shard.*.mds"))) > 2
     assert len(folder) == 30
-    for i in (29, 0, 7, 8, 15):  # at random
+    for i in (29, 0, 7, 8, 15):  # random access
         assert folder[i] == written[i]
     assert not (tmp_path / "s.partial").exists()
 
 
-def test_stock_streaming_reads_them(tmp_path: Path) -> None:
+def test_stock_streaming_reads_our_shards(tmp_path: Path) -> None:
     write(tmp_path / "s", 4)
     code = (
         "import sys, types\n"
@@ -55,20 +55,20 @@ def test_stock_streaming_reads_them(tmp_path: Path) -> None:
     assert "['s0', 's1', 's2', 's3'] [[7, 7], [4, 9]]" in result.stdout, result.stderr
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_no_files(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="stop"), ShardWriter(tmp_path / "s") as writer:
         writer.write(samples(1)[0])
         raise RuntimeError("stop")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
+def test_existing_shards_are_not_overwritten(tmp_path: Path) -> None:
     write(tmp_path / "s", 1)
     with pytest.raises(DataError, match="not empty"):
         ShardWriter(tmp_path / "s")
 
 
-def test_content_hash_follows_the_content(tmp_path: Path) -> None:
+def test_content_hash_changes_with_the_content(tmp_path: Path) -> None:
     write(tmp_path / "a", 3)
     write(tmp_path / "b", 3)
     write(tmp_path / "c", 4)
@@ -76,7 +76,7 @@ def test_content_hash_follows_the_content(tmp_path: Path) -> None:
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_folders_that_are_no_shards(tmp_path: Path) -> None:
+def test_folders_that_are_not_shards(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         ShardFolder(tmp_path / "absent")
     with pytest.raises(DataError, match=r"has no index\.json"):
@@ -93,5 +93,5 @@ def test_folders_that_are_no_shards(tmp_path: Path) -> None:
     index.write_text(text)
     name = json.loads(text)["shards"][0]["raw_data"]["basename"]
     (tmp_path / "s" / name).unlink()
-    with pytest.raises(DataError, match=f"lacks 1 of 2 files, first {name}"):
+    with pytest.raises(DataError, match=f"lacks 1 of 2 files, the first is {name}"):
         ShardFolder(tmp_path / "s")

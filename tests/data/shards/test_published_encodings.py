@@ -1,4 +1,4 @@
-"""Shards with the columns of the published system: read here, and by mosaicml-streaming once it is taught to."""
+"""Shards with the published columns are read by us, and by mosaicml-streaming once the encodings are registered."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def entry(number: int, images: int = 1, **more: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, samples: list[tuple[Any, dict[str, Any]]], encoding: str = "jpeg:95") -> None:
-    """As its packer did: a folder for each process, one index over all."""
+    """As the published packer: one folder per process, merged into one index."""
     streaming = import_streaming()
     for part in range(2):
         with streaming.MDSWriter(
@@ -50,9 +50,9 @@ def test_images_and_placeholders(tmp_path: Path) -> None:
         (picture(20, 10), entry(0, image="0.jpg")),
         (PLACEHOLDER, entry(1, 0)),
         (picture(9, 9), entry(2, image="2.jpg")),
-        (PLACEHOLDER, entry(3, 0, image=None)),  # the published reader took this one for an image
+        (PLACEHOLDER, entry(3, 0, image=None)),  # the published reader treated this one as an image
         (PLACEHOLDER, entry(4, 0, image="")),
-        (PLACEHOLDER, entry(5, 1, image="really one pixel.jpg")),
+        (PLACEHOLDER, entry(5, 1, image="a real image of one pixel.jpg")),
     ]
     write(tmp_path / "s", samples)
     source = ShardSource(tmp_path / "s")
@@ -70,12 +70,12 @@ def test_jpeg_list(tmp_path: Path) -> None:
     assert source.sample(0).measure_images() == [(20, 10), (5, 7), (300, 200)]
     assert source.sample(1).measure_images() == []
     assert split_jpeg_list(join_jpeg_list([b"a" * 70_000, b"", b"xyz"])) == [b"a" * 70_000, b"", b"xyz"]
-    assert join_jpeg_list([b"xyz"]) == b"\x00\x00\x03xyz"  # three bytes, big-endian
+    assert join_jpeg_list([b"xyz"]) == b"\x00\x00\x03xyz"  # 3-byte big-endian length
     with pytest.raises(ValueError, match="ends at"):
         split_jpeg_list(b"\x00\x00\x09xyz")
 
 
-def test_the_library_reads_them_too(tmp_path: Path) -> None:
+def test_streaming_reads_registered_encodings(tmp_path: Path) -> None:
     write(tmp_path / "s", [(picture(20, 10), entry(0, image="0.jpg")), (PLACEHOLDER, entry(1, 0))])
     data = import_streaming().LocalDataset(local=str(tmp_path / "s"))
     assert [sample["image"].size for sample in (data[0], data[1])] == [(20, 10), (1, 1)]
@@ -86,9 +86,9 @@ def test_the_library_reads_them_too(tmp_path: Path) -> None:
     assert small < large / 2
 
 
-def test_wrong_counts_and_columns(tmp_path: Path) -> None:
+def test_mismatched_image_counts_and_unknown_columns(tmp_path: Path) -> None:
     write(tmp_path / "s", [(picture(5, 5), entry(0, 2, image=["a", "b"])), (PLACEHOLDER, entry(1, 0))])
-    with pytest.raises(SampleError, match="names 2 images, the shard holds 1"):
+    with pytest.raises(SampleError, match="names 2 images, the shard has 1"):
         ShardSource(tmp_path / "s").sample(0)
     with import_streaming().MDSWriter(out=str(tmp_path / "o"), columns={"picture": "bytes"}) as out:
         out.write({"picture": b"x"})
@@ -96,7 +96,7 @@ def test_wrong_counts_and_columns(tmp_path: Path) -> None:
         ShardFolder(tmp_path / "o")
 
 
-def test_training_reads_them(tmp_path: Path) -> None:
+def test_the_loader_reads_published_shards(tmp_path: Path) -> None:
     samples = [(picture(8 + n, 20 - n, n), entry(n, image=f"{n}.jpg")) for n in range(8)]
     samples += [(PLACEHOLDER, entry(n, 0)) for n in range(8, 12)]
     write(tmp_path / "s", samples)

@@ -1,4 +1,4 @@
-"""Against a real S3 server: what is written is verified, what fails is tried again, and what stays wrong is named."""
+"""Against a real S3 server: writes are verified, failed requests are retried, and errors name the object."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def one_store() -> Iterator[Proxy]:
 
 @pytest.fixture
 def proxy(one_store: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """The store without objects and faults, and little patience."""
-    monkeypatch.setattr(s3, "patience", s3.Patience(attempts=4, first_delay=0.02, timeout=1.0))
+    """An empty store without faults, and few fast retries."""
+    monkeypatch.setattr(s3, "retry_policy", s3.RetryPolicy(attempts=4, first_delay=0.02, timeout=1.0))
     yield one_store
     monkeypatch.undo()
     one_store.faults.clear()
@@ -54,52 +54,50 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "s"
 
 
-def everything(folder: ShardFolder) -> list[ShardSample]:
+def read_all(folder: ShardFolder) -> list[ShardSample]:
     return [folder[index] for index in range(len(folder))]
 
 
-def test_shards_straight_to_a_store_are_those_on_disk(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+def test_shards_written_to_a_store_equal_those_on_disk(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
     folder = mixed_folder(tmp_path, 30)
     proxy.faults += [Fault("error", "00001/", 3, "PUT"), Fault("error", "index.json", 1, "HEAD")]
     summary = prepare_shards([folder.write()], folder.images, URL, 1, size_limit=4000, samples_per_part=10)
     assert (summary.read, summary.written) == (30, 30)
     remote = ShardFolder(URL, ShardCache(tmp_path / "cache"))
-    assert everything(remote) == everything(ShardFolder(shards))
+    assert read_all(remote) == read_all(ShardFolder(shards))
     puts = [path for method, path in proxy.requests if method == "PUT"]
-    assert puts[-1].endswith("index.json")  # the index is the last to come
+    assert puts[-1].endswith("index.json")  # the index is written last
     with pytest.raises(DataError, match="holds a set of shards already"):
         prepare_shards([folder.write()], folder.images, URL, 1)
 
 
-def test_parts_by_several_jobs_and_a_stop_between_them(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+def test_several_jobs_and_an_interruption_between_them(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
     folder = mixed_folder(tmp_path, 30)
     arguments = ([folder.write()], folder.images, URL, 1, 4000, 10)
     assert prepare_shards(*arguments, share=(2, 2)).written == 10
-    with pytest.raises(DataError, match="2 of 3 parts .* are not done yet, first part 0"):
+    with pytest.raises(DataError, match="2 of 3 parts .* are not done yet, the first is part 0"):
         merge_parts(URL)
     with pytest.raises(DataError, match="has no index"):
         ShardFolder(URL, ShardCache(tmp_path / "cache"))
     assert prepare_shards(*arguments, share=(1, 2)).written == 20
     proxy.requests.clear()
-    assert prepare_shards(*arguments, share=(1, 2)).written == 20  # again: nothing to do
+    assert prepare_shards(*arguments, share=(1, 2)).written == 20  # nothing left to do
     assert not [path for method, path in proxy.requests if method == "PUT"]
     assert merge_parts(URL).written == 30
-    assert everything(ShardFolder(URL, ShardCache(tmp_path / "cache"))) == everything(ShardFolder(shards))
+    assert read_all(ShardFolder(URL, ShardCache(tmp_path / "cache"))) == read_all(ShardFolder(shards))
 
 
-def test_no_sidecar_is_needed_for_lengths_but_no_shard_is_fetched_with_one(
-    tmp_path: Path, proxy: Proxy, shards: Path
-) -> None:
+def test_metadata_files_give_lengths_without_downloading_shards(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
     put_folder(shards, URL)
     remote = ShardFolder(URL, ShardCache(tmp_path / "cache"))
     local = ShardFolder(shards)
     for index in range(30):
-        full, outline = local[index], remote.metadata(index)
-        assert (outline.annotation, outline.image_sizes) == (full.annotation, full.image_sizes)
-    assert not [path for _, path in proxy.requests if path.endswith(".mds") and "GET" in _]
+        full, metadata = local[index], remote.metadata(index)
+        assert (metadata.annotation, metadata.image_sizes) == (full.annotation, full.image_sizes)
+    assert not [path for method, path in proxy.requests if method == "GET" and path.endswith(".mds")]
 
 
-def test_a_mixture_of_files_shards_and_a_store(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+def test_a_mixture_of_annotations_and_local_and_remote_shards(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
     put_folder(shards, URL)
     folder = mixed_folder(tmp_path, 8)
     for entry in folder.entries:
@@ -125,11 +123,11 @@ def test_a_mixture_of_files_shards_and_a_store(tmp_path: Path, proxy: Proxy, sha
 
 
 @pytest.mark.parametrize("kind", ["error", "cut", "stall", "short"])
-def test_what_fails_for_a_while_is_tried_again(tmp_path: Path, proxy: Proxy, shards: Path, kind: str) -> None:
+def test_transient_errors_are_retried(tmp_path: Path, proxy: Proxy, shards: Path, kind: str) -> None:
     put_folder(shards, URL)
     proxy.faults += [Fault(kind, "00000/shard.00001", 1 if kind == "stall" else 2), Fault("error", "/index.json", 1)]
     remote = ShardFolder(URL, ShardCache(tmp_path / "cache"))
-    assert everything(remote) == everything(ShardFolder(shards))
+    assert read_all(remote) == read_all(ShardFolder(shards))
 
 
 @pytest.mark.parametrize(
@@ -137,29 +135,29 @@ def test_what_fails_for_a_while_is_tried_again(tmp_path: Path, proxy: Proxy, sha
     [
         ("error", "tried 4 times"),
         ("cut", "tried 4 times"),
-        ("short", "bytes came where .* were expected"),
-        ("stall", "tried 4 times, last ReadTimeoutError"),
+        ("short", "received .* bytes, expected"),
+        ("stall", "tried 4 times, last error ReadTimeoutError"),
     ],
 )
-def test_what_stays_wrong_is_named(tmp_path: Path, proxy: Proxy, shards: Path, kind: str, message: str) -> None:
+def test_permanent_errors_name_the_shard(tmp_path: Path, proxy: Proxy, shards: Path, kind: str, message: str) -> None:
     put_folder(shards, URL)
     proxy.faults.append(Fault(kind, "00000/shard.00001"))
     remote = ShardFolder(URL, ShardCache(tmp_path / "cache"))
     with pytest.raises(DataError, match=rf"{URL}/00000/shard.00001.mds.*{message}"):
-        everything(remote)
+        read_all(remote)
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_missing_replaced_and_refused(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+def test_missing_and_replaced_objects(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
     put_folder(shards, URL)
     remote = ShardFolder(URL, ShardCache(tmp_path / "cache"))
     s3._client().delete_object(Bucket=BUCKET, Key="train/00001/shard.00000.mds")
     with pytest.raises(DataError, match=rf"{URL}/00001/shard.00000.mds does not exist"):
-        everything(remote)
+        read_all(remote)
     data = bytearray((shards / "00000" / "shard.00000.mds").read_bytes())
     data[-1] ^= 1
     s3.upload(bytes(data), f"{URL}/00000/shard.00000.mds")
-    with pytest.raises(DataError, match="sha1 is not that of the index"):
+    with pytest.raises(DataError, match="sha1 differs from the index"):
         ShardFolder(URL, ShardCache(tmp_path / "other"))[0]
     with pytest.raises(DataError, match="s3://nosuch/x"):
         ShardFolder("s3://nosuch/x", ShardCache(tmp_path / "cache"))
@@ -167,49 +165,49 @@ def test_missing_replaced_and_refused(tmp_path: Path, proxy: Proxy, shards: Path
         ShardFolder(URL)
 
 
-def test_the_cache_is_bounded(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+def test_the_cache_limit_is_respected(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
     put_folder(shards, URL)
     total = sum(path.stat().st_size for path in shards.rglob("*.mds"))
     cache = ShardCache(tmp_path / "cache", limit=total // 3)
     remote = ShardFolder(URL, cache)
-    expected = everything(ShardFolder(shards))
+    expected = read_all(ShardFolder(shards))
     for index in [*range(30), *range(29, -1, -1)]:
         assert remote[index] == expected[index]
         assert cache.used <= total // 3
     gets = [path for method, path in proxy.requests if method == "GET" and path.endswith(".mds")]
-    assert len(gets) > len(set(gets))  # some were fetched, removed and fetched again
+    assert len(gets) > len(set(gets))  # some were evicted and downloaded again
     with pytest.raises(DataError, match="raise cache_limit"):
         ShardFolder(URL, ShardCache(tmp_path / "tiny", limit=100))[0]
 
 
-def test_what_is_wrong_in_the_cache_is_fetched_again(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+def test_damaged_cache_files_are_downloaded_again(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
     put_folder(shards, URL)
-    remote, expected = ShardFolder(URL, ShardCache(tmp_path / "cache")), everything(ShardFolder(shards))
-    assert everything(remote) == expected
+    remote, expected = ShardFolder(URL, ShardCache(tmp_path / "cache")), read_all(ShardFolder(shards))
+    assert read_all(remote) == expected
     truncated, overwritten = sorted((tmp_path / "cache").rglob("shard.*.mds"))[:2]
     truncated.write_bytes(truncated.read_bytes()[:100])
     overwritten.write_bytes(bytes(overwritten.stat().st_size))
-    assert everything(remote) == expected
+    assert read_all(remote) == expected
 
 
-def test_shards_that_were_written_wrong_are_named(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
-    """Without a hash in the index, as the published system wrote it, damage shows when the sample is read."""
-    wrong = shutil.copytree(shards, tmp_path / "wrong")
-    index = json.loads((wrong / "index.json").read_text())
+def test_damaged_shards_without_hashes_are_reported(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    """The published index has no hashes, so damage is found when a sample is read."""
+    damaged = shutil.copytree(shards, tmp_path / "damaged")
+    index = json.loads((damaged / "index.json").read_text())
     for shard in index["shards"]:
         shard["raw_data"]["hashes"] = {}
-    (wrong / "index.json").write_text(json.dumps(index))
-    victim = wrong / "00000" / "shard.00000.mds"
-    victim.write_bytes(bytes(victim.stat().st_size))
-    put_folder(wrong, URL)
-    for folder in (ShardFolder(wrong), ShardFolder(URL, ShardCache(tmp_path / "cache"))):
+    (damaged / "index.json").write_text(json.dumps(index))
+    shard_file = damaged / "00000" / "shard.00000.mds"
+    shard_file.write_bytes(bytes(shard_file.stat().st_size))
+    put_folder(damaged, URL)
+    for folder in (ShardFolder(damaged), ShardFolder(URL, ShardCache(tmp_path / "cache"))):
         with pytest.raises(DataError, match=r"00000/shard.00000.mds is damaged at its sample 0: "):
             folder[0]
 
 
 @contextmanager
 def environment(**variables: str | None) -> Iterator[None]:
-    """Other variables for a while; None: without it."""
+    """Environment variables for the block; None removes one."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.delenv(name, raising=False) if value is None else patch.setenv(name, value)
@@ -218,7 +216,7 @@ def environment(**variables: str | None) -> Iterator[None]:
     s3._client_of.cache_clear()
 
 
-def test_who_may_not_read_is_told(tmp_path: Path, proxy: Proxy) -> None:
+def test_invalid_endpoint_and_missing_credentials(tmp_path: Path, proxy: Proxy) -> None:
     with (
         environment(S3_ENDPOINT_URL="localhost:9000"),
         pytest.raises(DataError, match="S3_ENDPOINT_URL is 'localhost:9000': expected an address like"),
@@ -231,7 +229,7 @@ def test_who_may_not_read_is_told(tmp_path: Path, proxy: Proxy) -> None:
         ShardFolder(URL, ShardCache(tmp_path / "cache"))
 
 
-def test_credentials_come_from_the_usual_files(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+def test_credentials_are_read_from_the_aws_files(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
     put_folder(shards, URL)
     file = tmp_path / "credentials"
     file.write_text("[mine]\naws_access_key_id = of-a-file\naws_secret_access_key = secret\n")
@@ -243,7 +241,7 @@ def test_credentials_come_from_the_usual_files(tmp_path: Path, proxy: Proxy, sha
         assert proxy.keys == {"of-a-file"}
 
 
-def _read_all(shards: Path, cache_folder: Path, limit: int, seed: int) -> None:
+def _read_shuffled(shards: Path, cache_folder: Path, limit: int, seed: int) -> None:
     import numpy as np
 
     cache = ShardCache(cache_folder, limit)
@@ -253,38 +251,38 @@ def _read_all(shards: Path, cache_folder: Path, limit: int, seed: int) -> None:
         assert cache.used <= limit
 
 
-def test_processes_share_a_cache_though_some_are_killed(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
-    """Three read on while three more, one after the other, are killed in the middle of a download."""
+def test_processes_share_a_cache_while_others_are_killed(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+    """Three processes keep reading while three others are killed one by one during a download."""
     put_folder(shards, URL)
     limit = 6 * max(path.stat().st_size for path in shards.rglob("*.mds"))
     fork = multiprocessing.get_context("fork")
 
     def start(seed: int) -> multiprocessing.process.BaseProcess:
-        process = fork.Process(target=_read_all, args=(shards, tmp_path / "cache", limit, seed))
+        process = fork.Process(target=_read_shuffled, args=(shards, tmp_path / "cache", limit, seed))
         process.start()
         return process
 
-    others: list[multiprocessing.process.BaseProcess] = []
+    readers: list[multiprocessing.process.BaseProcess] = []
     for victim in range(3):
         proxy.faults.append(Fault("stall", ".mds", 1))
         killed = start(100 + victim)
         wait_for(lambda: not proxy.faults[-1].times and list((tmp_path / "cache").rglob("*.partial")), 60)
-        others.append(start(victim))
-        time.sleep(0.1)  # the others come to the same shard, or want its place
+        readers.append(start(victim))
+        time.sleep(0.1)  # the readers need the same shard or its space
         killed.kill()
         killed.join()
         assert killed.exitcode == -signal.SIGKILL
-    for process in others:
+    for process in readers:
         process.join(120)
         assert process.exitcode == 0
-    _read_all(shards, tmp_path / "cache", limit, 9)
+    _read_shuffled(shards, tmp_path / "cache", limit, 9)
     assert ShardCache(tmp_path / "cache").used <= limit and not list((tmp_path / "cache").rglob("*.partial"))
 
 
-def test_a_shard_is_fetched_once_by_many_processes(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
+def test_concurrent_processes_download_a_shard_once(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
     put_folder(shards, URL)
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=_read_all, args=(shards, tmp_path / "cache", 10**9, 1)) for _ in range(4)]
+    processes = [fork.Process(target=_read_shuffled, args=(shards, tmp_path / "cache", 10**9, 1)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:

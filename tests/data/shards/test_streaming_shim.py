@@ -1,4 +1,4 @@
-"""The import that works, and the message where the package is absent."""
+"""mosaicml-streaming can be imported, and the error without it contains the install command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_import() -> None:
     assert import_streaming().MDSWriter
 
 
-def test_absence_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_if_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:

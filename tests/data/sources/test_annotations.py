@@ -1,4 +1,4 @@
-"""Reading annotation files; every kind of bad entry."""
+"""Annotation files are read as written, and every kind of invalid entry is rejected with a reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.data.helpers import Folder, conversation
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_entries_come_back_as_written(tmp_path: Path, name: str) -> None:
+def test_entries_are_read_as_written(tmp_path: Path, name: str) -> None:
     folder = Folder(tmp_path)
     folder.add("é1", "<image>\nWhat?", "A dög.", image="x/y.png", image_size=[3, 4])
     folder.add("two", "Hi", "Yes", image=None)
@@ -34,12 +34,12 @@ def test_entries_come_back_as_written(tmp_path: Path, name: str) -> None:
         ([], [], "hi"),
     ],
 )
-def test_images(image: Any, paths: list[str], question: str) -> None:
+def test_image_field(image: Any, paths: list[str], question: str) -> None:
     annotation = parse_annotation({"id": 7, "image": image, "conversations": conversation(question, "yes")}, 0, "f")
     assert (annotation.id, annotation.image_paths) == ("7", paths)
 
 
-def test_a_leading_answer_is_left_out() -> None:
+def test_a_leading_answer_is_dropped() -> None:
     messages = [{"from": "gpt", "value": "hello"}, *conversation("hi", "yes")]
     annotation = parse_annotation({"conversations": messages}, 3, "f")
     assert annotation.turns == [Turn("human", "hi"), Turn("gpt", "yes")]
@@ -50,7 +50,7 @@ def entry(*messages: tuple[str, Any], **more: Any) -> dict[str, Any]:
     return {"id": "bad", "conversations": [{"from": role, "value": text} for role, text in messages], **more}
 
 
-BAD: list[tuple[Any, str]] = [
+INVALID: list[tuple[Any, str]] = [
     ("text", "not an entry"),
     ({"id": "bad"}, "no conversation"),
     (entry(), "no conversation"),
@@ -72,8 +72,8 @@ BAD: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("bad", "reason"), BAD)
-def test_bad_entries_are_named(bad: Any, reason: str) -> None:
+@pytest.mark.parametrize(("bad", "reason"), INVALID)
+def test_invalid_entries_are_rejected(bad: Any, reason: str) -> None:
     with pytest.raises(SampleError) as caught:
         parse_annotation(bad, 4, "train.json")
     error = caught.value
@@ -93,7 +93,7 @@ def test_bad_entries_are_named(bad: Any, reason: str) -> None:
         ("a.jsonl", "\n\n", "no entry"),
     ],
 )
-def test_files_that_are_no_annotations(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_files_that_are_not_annotations(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
         AnnotationFile(tmp_path / name)
@@ -104,7 +104,7 @@ def test_missing_file() -> None:
         AnnotationFile("nowhere.json")
 
 
-def test_a_broken_line_is_one_bad_sample(tmp_path: Path) -> None:
+def test_a_malformed_line_is_one_invalid_sample(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"id": 1}\n{"id": \n')
     file = AnnotationFile(tmp_path / "a.jsonl")
     assert file.entry(0) == {"id": 1}
@@ -113,8 +113,8 @@ def test_a_broken_line_is_one_bad_sample(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_a_file_written_to_since_it_was_opened(tmp_path: Path, name: str) -> None:
-    """Replaced by rename, the old one is read on; written over, its entries are told to be none."""
+def test_a_file_that_changes_after_it_was_opened(tmp_path: Path, name: str) -> None:
+    """If it is replaced by a rename, the old content is still read. If it is overwritten, its entries are rejected."""
     folder = Folder(tmp_path)
     folder.add("one", "Hi", "Yes")
     path = folder.write(name)

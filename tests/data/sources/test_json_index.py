@@ -1,4 +1,4 @@
-"""Entries are found where Python's own parser finds them, however the file falls into blocks."""
+"""The index finds the entries that Python's json module finds, for any block size."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     return int(request.param)
 
 
-def _value(draw: random.Random, depth: int) -> Any:
+def _random_value(rng: random.Random, depth: int) -> Any:
     texts = ["", "é 中 😀", 'quote " and \\ and ] , [', "\ud83d", "a\nb\x7f", "\u0085\u2028"]
-    plain = [draw.choice(texts), draw.randrange(-(10**9), 10**9), draw.random() * 1e-7, True, None]
-    if depth == 0 or draw.random() < 0.4:
-        return draw.choice(plain)
-    inside = [_value(draw, depth - 1) for _ in range(draw.randint(0, 3))]
-    return inside if draw.random() < 0.5 else {draw.choice(texts) + str(i): value for i, value in enumerate(inside)}
+    plain = [rng.choice(texts), rng.randrange(-(10**9), 10**9), rng.random() * 1e-7, True, None]
+    if depth == 0 or rng.random() < 0.4:
+        return rng.choice(plain)
+    inside = [_random_value(rng, depth - 1) for _ in range(rng.randint(0, 3))]
+    return inside if rng.random() < 0.5 else {rng.choice(texts) + str(i): value for i, value in enumerate(inside)}
 
 
-def _cut(content: bytes) -> list[Any]:
+def _parse_items(content: bytes) -> list[Any]:
     return [json.loads(content[a:b].decode("utf-8", "surrogatepass")) for a, b in find_items(io.BytesIO(content))]
 
 
-@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8], ids=["plain", "marked"])
-def test_items_are_those_of_pythons_parser(block: int, mark: bytes) -> None:
-    draw = random.Random(block)
+@pytest.mark.parametrize("bom", [b"", codecs.BOM_UTF8], ids=["plain", "bom"])
+def test_items_match_the_json_module(block: int, bom: bytes) -> None:
+    rng = random.Random(block)
     for _ in range(60):
-        items = [_value(draw, 3) for _ in range(draw.randint(1, 6))]
-        ascii_only, indent = draw.random() < 0.5, draw.choice([None, 1])
+        items = [_random_value(rng, 3) for _ in range(rng.randint(1, 6))]
+        ascii_only, indent = rng.random() < 0.5, rng.choice([None, 1])
         text = json.dumps(items, ensure_ascii=ascii_only, indent=indent)
-        assert _cut(mark + f" {text}\r\n".encode("utf-8", "surrogatepass")) == items
+        assert _parse_items(bom + f" {text}\r\n".encode("utf-8", "surrogatepass")) == items
 
 
-def test_numbers_are_not_cut(block: int) -> None:
-    assert _cut(b"[123456789012, -1.5e300,0]") == [123456789012, -1.5e300, 0]
-    assert _cut(b"[]") == _cut(b" [ ] ") == []
+def test_numbers_are_not_split_at_a_block_boundary(block: int) -> None:
+    assert _parse_items(b"[123456789012, -1.5e300,0]") == [123456789012, -1.5e300, 0]
+    assert _parse_items(b"[]") == _parse_items(b" [ ] ") == []
 
 
 @pytest.mark.parametrize(
@@ -53,24 +53,24 @@ def test_numbers_are_not_cut(block: int) -> None:
     [
         (b"", "has no entry"),
         (b"  ", "has no entry"),
-        (b'{"id": 1}', r"begins with '\{' where a list .* \.jsonl"),
+        (b'{"id": 1}', r"begins with '\{', expected '\[': a list .* \.jsonl"),
         (b'[{"id": 1}', "',' or ']' is missing after an entry, at byte 10"),
         (b'[{"id": 1}, {"id": "x', "not JSON: .* at byte 19"),
         (b'[{"id": 1} {"id": 2}]', "',' or ']' is missing after an entry, at byte 12"),
         (b'[{"id": 1},]', "not JSON: Expecting value, at byte 11"),
-        (b'[{"id": 1}] {}', "something follows the list, at byte 13"),
-        ("[1]".encode("utf-16"), "is in utf-16"),
-        ("[1]".encode("utf-32-le"), "is in utf-32"),
+        (b'[{"id": 1}] {}', "extra data after the list, at byte 13"),
+        ("[1]".encode("utf-16"), "is encoded in utf-16"),
+        ("[1]".encode("utf-32-le"), "is encoded in utf-32"),
     ],
 )
-def test_what_is_no_list_is_told(block: int, content: bytes, message: str) -> None:
+def test_files_that_are_not_a_list_are_rejected(block: int, content: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         list(find_items(io.BytesIO(content)))
 
 
-def test_a_damaged_entry_does_not_draw_in_the_rest_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_entry_does_not_load_the_rest_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_index, "_BLOCK", 64)
-    monkeypatch.setattr(json_index, "LONGEST_ENTRY", 1000)
+    monkeypatch.setattr(json_index, "MAX_ENTRY_BYTES", 1000)
     file = io.BytesIO(b'[{"id" 1}' + b" " * 100_000)
     with pytest.raises(ValueError, match="Expecting ':' delimiter, at byte 7"):
         list(find_items(file))

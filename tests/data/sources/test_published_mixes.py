@@ -1,4 +1,4 @@
-"""The three published mixes: as they were, and what the folders and the list of sources say of them."""
+"""The three published mixtures have the published entries, and the table of datasets matches them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ MIXES = Path(__file__).parents[3] / "examples" / "instellavl" / "mixes"
 
 
 @pytest.mark.parametrize(
-    ("stage", "uses", "sets", "kinds"),
+    ("stage", "entries", "sources", "kinds"),
     [
         ("warmup", 1, 1, {"all": 1}),
         ("pretrain", 30, 30, {"all": 27, "choose": 3}),
         ("instruct", 133, 131, {"all": 108, "choose": 19, "repeat": 6}),
     ],
 )
-def test_mixes(stage: str, uses: int, sets: int, kinds: dict[str, int]) -> None:
+def test_mixes(stage: str, entries: int, sources: int, kinds: dict[str, int]) -> None:
     mixture = read_mixture(MIXES / f"{stage}.yaml", "s3://bucket/data/")
-    assert (len(mixture), len({path for path, _ in mixture})) == (uses, sets)
+    assert (len(mixture), len({path for path, _ in mixture})) == (entries, sources)
     assert all(path.startswith(f"s3://bucket/data/{stage}/") for path, _ in mixture)
     assert Counter(rule.kind for _, rule in mixture) == kinds
-    named = {row["name"] for row in make_data_folders.read_sets(stage)}
-    assert named == {path.rpartition("/")[2] for path, _ in mixture}
+    names = {row["name"] for row in make_data_folders.read_sets(stage)}
+    assert names == {path.rpartition("/")[2] for path, _ in mixture}
 
 
 def test_folders_and_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

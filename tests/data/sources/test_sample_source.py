@@ -1,4 +1,4 @@
-"""Annotation files and shards give the same samples."""
+"""Annotation files and shards yield the same samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_vlm.data.sources.sample_source import AnnotationSource, ShardSourc
 from tests.data.helpers import Folder, mixed_folder
 
 
-def test_shards_give_what_annotations_give(tmp_path: Path) -> None:
+def test_shards_yield_the_samples_of_the_annotations(tmp_path: Path) -> None:
     folder = mixed_folder(tmp_path, 12)
     plain = open_source(folder.write(), folder.images)
     prepare_shards([folder.write()], folder.images, tmp_path / "s", processes=1)
@@ -22,11 +22,11 @@ def test_shards_give_what_annotations_give(tmp_path: Path) -> None:
     for index in range(12):
         a, b = plain.sample(index), shards.sample(index)
         assert (a.id, a.turns, a.measure_images()) == (b.id, b.turns, b.measure_images())
-        for place in range(len(a.image_names)):
-            assert a.read_image(place) == b.read_image(place)
+        for i in range(len(a.image_names)):
+            assert a.read_image(i) == b.read_image(i)
 
 
-def test_bad_images_are_named(tmp_path: Path) -> None:
+def test_errors_name_the_sample_and_the_image(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.add("gone", "<image>", "yes", image="gone.png")
     folder.add("broken", "<image>", "yes", image="broken.png")
@@ -38,7 +38,7 @@ def test_bad_images_are_named(tmp_path: Path) -> None:
         assert caught.value.reason == reason
 
 
-def test_content_hash_follows_the_file(tmp_path: Path) -> None:
+def test_content_hash_changes_with_the_file(tmp_path: Path) -> None:
     folder = mixed_folder(tmp_path, 2)
     before = AnnotationSource(folder.write(), folder.images).content_hash()
     assert AnnotationSource(folder.write(), folder.images).content_hash() == before
@@ -46,7 +46,7 @@ def test_content_hash_follows_the_file(tmp_path: Path) -> None:
     assert AnnotationSource(folder.write(), folder.images).content_hash() != before
 
 
-def test_numbering(tmp_path: Path) -> None:
+def test_global_sample_numbers(tmp_path: Path) -> None:
     folder = mixed_folder(tmp_path, 3)
     source = AnnotationSource(folder.write(), folder.images)
     sources = SourceList([source, source])
