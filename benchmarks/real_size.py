@@ -34,7 +34,7 @@ from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
 from megatron_vlm.data.packing.row_cost import cost_of_model
 from megatron_vlm.runtime.device import current_device, on_gpu
 from megatron_vlm.runtime.launch import distributed
-from megatron_vlm.runtime.out_of_memory import ran_out_of_memory
+from megatron_vlm.runtime.out_of_memory import is_out_of_memory
 
 CONFIG = Path(__file__).parent.parent / "examples/instellavl/instruct.yaml"
 LOSS_TOLERANCE = {True: 2e-2, False: 1e-4}
@@ -104,7 +104,7 @@ def measure(name: str, build: Callable[[], tuple[Any, list[Any]]], rounds: int) 
         medians = [statistics.median(row) for row in zip(*times, strict=True)]
         result = Measured(name, medians, torch.cuda.max_memory_allocated() if on_gpu() else 0, losses[0])
     except RuntimeError as error:
-        if not ran_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         result = Measured(name, [], 0, float("nan"), OUT_OF_MEMORY)
     loop, steps = None, []

@@ -12,7 +12,7 @@ from megatron_vlm.config import ConfigError, check_recipe, parse_command_line
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.runtime.launch import distributed, world_size
 from megatron_vlm.runtime.logging import configure_logging
-from megatron_vlm.runtime.out_of_memory import describe_shortage, ran_out_of_memory
+from megatron_vlm.runtime.out_of_memory import describe_out_of_memory, is_out_of_memory
 from megatron_vlm.runtime.process_groups import parallel_ranks
 from megatron_vlm.training.checkpoint import CheckpointError
 from megatron_vlm.training.dry_run import describe_run
@@ -46,8 +46,8 @@ def main(arguments: list[str]) -> int:
 def _fail(error: Exception) -> None:
     """Say what is wrong and leave at once: the other ranks' next collective fails, and torchrun ends them."""
     rank = os.environ.get("RANK", "0")
-    if ran_out_of_memory(error):
-        message = describe_shortage(error)
+    if is_out_of_memory(error):
+        message = describe_out_of_memory(error)
     else:
         message = f"{type(error).__name__}: {error}"
         if not isinstance(error, DataError | CheckpointError):

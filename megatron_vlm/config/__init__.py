@@ -1,4 +1,7 @@
-"""Settings: typed dataclasses, read from a YAML recipe and the command line, checked before any model is built."""
+"""Settings of a run: typed dataclasses, read from YAML and the command line, and checked before a model is built.
+
+Nothing here may import torch, megatron-core or another package of the project.
+"""
 
 from megatron_vlm.config.check import check_paths, check_recipe
 from megatron_vlm.config.command_line import parse_command_line

@@ -1,4 +1,4 @@
-"""Every combination of settings that cannot work, found before any model is built and reported together."""
+"""Checks of a whole recipe: all problems are found before a model is built and reported in one error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_vlm.config.recipe import Recipe
 def check_recipe(recipe: Recipe, world_size: int, *, paths: bool = False) -> None:
     """Raise ConfigError with all problems of running `recipe` on `world_size` processes.
 
-    Looks at no file unless `paths` is set: then what `check_paths` finds is part of the same report.
+    With `paths`, the problems that `check_paths` finds are included; without, no file is accessed.
     """
     problems = [
         *check_values(recipe),
@@ -30,7 +30,7 @@ def check_recipe(recipe: Recipe, world_size: int, *, paths: bool = False) -> Non
 
 
 def check_paths(recipe: Recipe) -> None:
-    """Raise ConfigError with every file or folder the recipe names that is missing or of the wrong kind."""
+    """Raise ConfigError with every path in the recipe that is missing or of the wrong type."""
     problems = path_problems(recipe)
     if problems:
         raise ConfigError([str(problem) for problem in problems])

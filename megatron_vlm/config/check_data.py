@@ -1,4 +1,4 @@
-"""Settings of the data that only make sense with others."""
+"""Checks of data settings against other settings."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from megatron_vlm.config.recipe import Recipe
 
 
 def check_data(recipe: Recipe) -> Iterator[Problem]:
-    """Where the lists of samples go."""
+    """Check that sample logs have a folder to be written to."""
     if recipe.data.log_samples and not recipe.training.save:
         yield Problem(
             "data.log_samples",
             True,
-            "the lists go to training.save, which is not set",
+            "sample lists are written to training.save, which is not set",
             "Set save, or log_samples = false",
         )

@@ -1,4 +1,4 @@
-"""What the model's sizes must fulfil, on their own and against the layout."""
+"""Checks of the model's sizes, on their own and against the parallel sizes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from megatron_vlm.config.recipe import Recipe
 
 
 def check_vision(recipe: Recipe) -> Iterator[Problem]:
-    """The tower, the tiles it is given, and the tower split over tensor ranks."""
+    """Check the vision tower, its tiles, and its sharding over tensor ranks."""
     vision, tensor = recipe.model.vision, recipe.parallel.tensor_model_parallel_size
     if not divides(vision.num_attention_heads, vision.hidden_size):
         yield Problem(
             "model.vision.hidden_size",
             vision.hidden_size,
-            f"not divisible by the tower's num_attention_heads = {vision.num_attention_heads}",
+            f"not divisible by model.vision.num_attention_heads = {vision.num_attention_heads}",
             f"Use {multiples_around(vision.hidden_size, vision.num_attention_heads)}, or another number of heads",
         )
-    # SigLIP is published at 384 / 14 and lets the last pixels of a tile fall: a tower without class token may.
+    # SigLIP (384 / 14) ignores the last pixels of a tile. CLIP does not allow that.
     if vision.class_token and not divides(vision.patch_size, vision.image_size):
         yield Problem(
             "model.vision.image_size",
@@ -31,8 +31,8 @@ def check_vision(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "model.vision.vision_feature_layer",
             vision.vision_feature_layer,
-            f"no hidden state of a tower of {vision.num_hidden_layers} layers, counted from its end",
-            f"Give a number from {-vision.num_hidden_layers} to -1; -2 is the last layer but one",
+            f"not a hidden state of a vision tower with {vision.num_hidden_layers} layers, counted from the last",
+            f"Use a number from {-vision.num_hidden_layers} to -1; -2 is the output of the second-to-last layer",
         )
     if recipe.parallel.vision_parallel == "tensor":
         for name in ("num_attention_heads", "intermediate_size"):
@@ -41,7 +41,7 @@ def check_vision(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(
                     f"model.vision.{name}",
                     size,
-                    f"not divisible by tensor_model_parallel_size = {tensor}, which vision_parallel = tensor needs",
+                    f"not divisible by tensor_model_parallel_size = {tensor}, as vision_parallel = tensor requires",
                     f"Use a tensor_model_parallel_size of {divisors(size, tensor)}, or vision_parallel = data",
                 )
     yield from _check_pinpoints(recipe)
@@ -51,21 +51,21 @@ def _check_pinpoints(recipe: Recipe) -> Iterator[Problem]:
     side, pinpoints = recipe.model.vision.image_size, recipe.model.image_grid_pinpoints
     key = "model.image_grid_pinpoints"
     if not pinpoints:
-        yield Problem(key, [], "empty", f"Name at least one (width, height); [[{side}, {side}]] is a single tile")
+        yield Problem(key, [], "empty", f"Give at least one [width, height]; [[{side}, {side}]] is a single tile")
     for pinpoint in pinpoints:
         if len(pinpoint) != 2:
-            yield Problem(key, pinpoint, "not a pair", "Write each resolution as [width, height]")
+            yield Problem(key, pinpoint, "not a pair", "Give each resolution as [width, height]")
         elif side >= 1 and not all(length >= 1 and length % side == 0 for length in pinpoint):
             yield Problem(
                 key,
                 pinpoint,
                 f"width and height must be multiples of model.vision.image_size = {side}",
-                f"Name resolutions such as [{side}, {2 * side}]",
+                f"Use resolutions such as [{side}, {2 * side}]",
             )
 
 
 def check_language(recipe: Recipe) -> Iterator[Problem]:
-    """The decoder's sizes, and how it is split over tensor, context and pipeline ranks."""
+    """Check the language model, and its sharding over tensor, context and pipeline ranks."""
     language, parallel = recipe.model.language, recipe.parallel
     tensor = parallel.tensor_model_parallel_size
     heads, key_value_heads = language.num_attention_heads, language.num_key_value_heads
@@ -74,8 +74,8 @@ def check_language(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(
                 "model.language.head_dim",
                 language.head_dim,
-                "the rotary embedding needs an even width",
-                "Use an even number, or nothing for hidden_size / num_attention_heads",
+                "the rotary embedding requires an even head size",
+                "Use an even number, or leave it out for hidden_size / num_attention_heads",
             )
     elif not divides(heads, language.hidden_size):
         yield Problem(
@@ -88,7 +88,7 @@ def check_language(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "model.language.hidden_size",
             language.hidden_size,
-            f"a head is {language.hidden_size // heads} wide, and the rotary embedding needs an even width",
+            f"the head size is {language.hidden_size // heads}, and the rotary embedding requires an even one",
             f"Use {multiples_around(language.hidden_size, 2 * heads)}, or another number of heads",
         )
     if not divides(key_value_heads, heads):
@@ -120,13 +120,13 @@ def check_language(recipe: Recipe) -> Iterator[Problem]:
             "model.image_token_index",
             recipe.model.image_token_index,
             f"outside the vocabulary of model.language.vocab_size = {language.vocab_size}",
-            f"Use an id from 0 to {language.vocab_size - 1} that is not one of the tokenizer's",
+            f"Use an id from 0 to {language.vocab_size - 1} that the tokenizer does not use",
         )
     yield from _check_layer_split(recipe)
 
 
 def _check_head_split(recipe: Recipe) -> Iterator[Problem]:
-    """Tensor ranks share the heads out, and Ulysses context parallelism shares each rank's out once more."""
+    """Heads are sharded over tensor ranks, and by Ulysses over context ranks."""
     language, parallel = recipe.model.language, recipe.parallel
     tensor, ranks = (
         parallel.tensor_model_parallel_size,
@@ -140,16 +140,16 @@ def _check_head_split(recipe: Recipe) -> Iterator[Problem]:
             f"not divisible by tensor_model_parallel_size * context_parallel_size = {ranks}",
             f"Make that product {divisors(heads, ranks)}",
         )
-    # Fewer heads than ranks are replicated; then each rank must get exactly one.
+    # Fewer heads than ranks are replicated, so that each rank has exactly one.
     elif not all(divides(size, key_value_heads) or divides(key_value_heads, size) for size in (tensor, ranks)):
         yield Problem(
             "model.language.num_key_value_heads",
             key_value_heads,
-            f"can neither be dealt out evenly nor be replicated evenly over tensor_model_parallel_size = {tensor} and "
+            f"can neither be sharded nor replicated evenly over tensor_model_parallel_size = {tensor} and "
             f"tensor_model_parallel_size * context_parallel_size = {ranks}",
-            f"Use degrees that divide {key_value_heads} or are multiples of it",
+            f"Use parallel sizes that divide {key_value_heads} or are multiples of it",
         )
-    # ... and tensor ranks hold equal parts of its weights, wherever they cut them (no heads at all: told elsewhere)
+    # Tensor ranks hold shards of equal size of the weights. (Zero heads are reported by check_values.)
     elif (
         heads > 0
         and divides(heads, language.hidden_size)
@@ -158,8 +158,8 @@ def _check_head_split(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "model.language.num_key_value_heads",
             key_value_heads,
-            f"keys and values are {2 * key_value_heads} x {language.head_width} wide, which tensor_model_parallel_size "
-            f"= {tensor} does not divide",
+            f"the size of keys and values, {2 * key_value_heads} x {language.head_width}, is not divisible by "
+            f"tensor_model_parallel_size = {tensor}",
             "Use a tensor_model_parallel_size of "
             f"{divisors(gcd(heads, 2 * key_value_heads * language.head_width), tensor)}",
         )

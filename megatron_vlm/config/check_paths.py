@@ -1,4 +1,4 @@
-"""Files and folders a recipe names: there, and of the right kind."""
+"""Checks of the files and folders in a recipe."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _DATA_FILES = (".json", ".jsonl", ".yaml", ".yml")
 
 
 def path_problems(recipe: Recipe) -> list[Problem]:
-    """All paths of the recipe that cannot be used. Remote ones (s3://) are not looked at."""
+    """All paths of the recipe that cannot be used. Remote paths (s3://) are not accessed."""
     return [*_check_data(recipe), *_check_tokenizer(recipe), *_check_checkpoints(recipe)]
 
 
 def _check_data(recipe: Recipe) -> Iterator[Problem]:
     if not recipe.data.data_path:
-        yield Problem("data.data_path", [], "no data", "Name annotation files, shard folders or a mixture")
+        yield Problem("data.data_path", [], "no data", "Give annotation files, shard folders or a mixture file")
     for name in recipe.data.data_path:
         path = Path(name)
         if _remote(name) or path.is_dir():
@@ -31,8 +31,8 @@ def _check_data(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(
                 "data.data_path",
                 name,
-                f"a file of an unknown kind ({path.suffix or 'no suffix'})",
-                f"Name a file ending in {', '.join(_DATA_FILES)}, or a shard folder",
+                f"unknown file type ({path.suffix or 'no suffix'})",
+                f"Use a file ending in {', '.join(_DATA_FILES)}, or a shard folder",
             )
     yield from _check_cache(recipe)
     folder = recipe.data.image_folder
@@ -45,13 +45,18 @@ def _check_cache(recipe: Recipe) -> Iterator[Problem]:
     remote = next((name for name in [*data.data_path, data.data_root or ""] if _remote(name)), None)
     if remote and data.cache_dir is None:
         yield Problem(
-            "data.cache_dir", None, f"shards of {remote} have no place on this machine", "Name a folder of a local disk"
+            "data.cache_dir",
+            None,
+            f"not set, but shards of {remote} are cached there",
+            "Give a folder on a local disk",
         )
     if data.cache_limit is not None:
         try:
             to_bytes(data.cache_limit)
         except ValueError:
-            yield Problem("data.cache_limit", data.cache_limit, "no size", "Give one such as 100gb or 64MiB")
+            yield Problem(
+                "data.cache_limit", data.cache_limit, "not a size", "Use a number and a unit, such as 100gb or 64MiB"
+            )
     if data.data_root is not None and not _remote(data.data_root) and not Path(data.data_root).is_dir():
         yield _missing("data.data_root", Path(data.data_root), "folder")
 
@@ -59,7 +64,7 @@ def _check_cache(recipe: Recipe) -> Iterator[Problem]:
 def _check_tokenizer(recipe: Recipe) -> Iterator[Problem]:
     name = recipe.data.tokenizer_model
     key, path = "data.tokenizer_model", Path(name)
-    remedy = "Name a Hugging Face tokenizer folder (with tokenizer.json) or a sentencepiece .model file"
+    remedy = "Use a Hugging Face tokenizer folder (with tokenizer.json) or a sentencepiece .model file"
     if not name:
         yield Problem(key, name, "no tokenizer", remedy)
     elif not path.exists():
@@ -77,19 +82,21 @@ def _check_checkpoints(recipe: Recipe) -> Iterator[Problem]:
         if value is not None and not Path(value).is_dir():
             yield _missing(f"training.{name}", Path(value), "folder")
     if training.save is not None and Path(training.save).exists() and not Path(training.save).is_dir():
-        yield Problem("training.save", training.save, "a file, not a folder", "Name a folder, or one yet to be made")
+        yield Problem(
+            "training.save", training.save, "a file, not a folder", "Use a folder; it is created if it does not exist"
+        )
 
 
 def _missing(setting: str, path: Path, kind: str) -> Problem:
-    """A path that is not there, with the most alike name in its folder, or the part of the path that is missing."""
+    """A missing path, with the most similar name in its folder, or the parent folder that is missing."""
     if path.exists():
-        return Problem(setting, path, f"not a {kind}", f"Name a {kind}")
+        return Problem(setting, path, f"not a {kind}", f"Use a {kind}")
     parent = path.parent
     if not parent.is_dir():
-        return Problem(setting, path, f"no such {kind}: {parent} does not exist", "Make it, or correct the path")
+        return Problem(setting, path, f"no such {kind}: {parent} does not exist", "Create it, or correct the path")
     guess = nearest(path.name, sorted(entry.name for entry in parent.iterdir()))
     remedy = f"Did you mean {parent / guess}? Relative paths" if guess else "Relative paths"
-    return Problem(setting, path, f"no such {kind}", f"{remedy} start from the working directory, {Path.cwd()}")
+    return Problem(setting, path, f"no such {kind}", f"{remedy} are relative to the working directory, {Path.cwd()}")
 
 
 def _remote(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What the batch and the optimizer ask of the layout."""
+"""Checks of batch size, world size and optimizer against the parallel sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_vlm.config.recipe import Recipe
 
 
 def check_batch(recipe: Recipe, world_size: int) -> Iterator[Problem]:
-    """Rows over context and tensor ranks, steps over data ranks and pipeline stages, processes over all."""
+    """Check row length, global batch size and world size against the parallel sizes."""
     parallel, seq_length = recipe.parallel, recipe.data.seq_length
     split = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     if not divides(split, seq_length):
@@ -25,14 +25,14 @@ def check_batch(recipe: Recipe, world_size: int) -> Iterator[Problem]:
             "data.seq_length",
             seq_length,
             f"longer than model.language.max_position_embeddings = {trained_context}",
-            f"Use at most {trained_context}, or raise max_position_embeddings if the model is to learn longer rows",
+            f"Use at most {trained_context}, or raise max_position_embeddings to train on longer rows",
         )
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     if chunks > 1 and stages == 1:
         yield Problem(
             "parallel.virtual_pipeline_model_parallel_size",
             chunks,
-            "an interleaved schedule needs more than one stage, and pipeline_model_parallel_size = 1",
+            "the interleaved schedule needs more than one stage, but pipeline_model_parallel_size = 1",
             "Use pipeline_model_parallel_size of 2 or more, or virtual_pipeline_model_parallel_size = 1",
         )
     yield from _check_world(recipe, world_size)
@@ -41,7 +41,7 @@ def check_batch(recipe: Recipe, world_size: int) -> Iterator[Problem]:
 def _check_world(recipe: Recipe, world_size: int) -> Iterator[Problem]:
     parallel, rows = recipe.parallel, recipe.training.global_batch_size
     needed = parallel.model_parallel_size
-    if needed < 1:  # reported with the sizes themselves
+    if needed < 1:  # reported by check_values
         return
     if world_size % needed:
         yield Problem(
@@ -51,7 +51,7 @@ def _check_world(recipe: Recipe, world_size: int) -> Iterator[Problem]:
             f"{parallel.pipeline_model_parallel_size} * {parallel.context_parallel_size} = {needed}",
             f"Start {multiples_around(world_size, needed)} processes (torchrun --nproc-per-node), or lower a size",
         )
-        return  # the number of data ranks is not known
+        return  # the data-parallel size is not known
     copies = parallel.data_parallel_size(world_size)
     if not divides(copies, rows):
         yield Problem(
@@ -67,20 +67,20 @@ def _check_world(recipe: Recipe, world_size: int) -> Iterator[Problem]:
             "training.global_batch_size",
             rows,
             f"gives {rows // copies} micro-batches to each of {copies} data-parallel ranks, and the interleaved "
-            f"schedule needs a multiple of pipeline_model_parallel_size = {stages}",
+            f"schedule requires a multiple of pipeline_model_parallel_size = {stages}",
             f"Use {multiples_around(rows, stages * copies)} rows, or virtual_pipeline_model_parallel_size = 1",
         )
 
 
 def check_optimization(recipe: Recipe) -> Iterator[Problem]:
-    """Optimizer against layout, and learning rates against each other."""
+    """Check optimizer settings against parallel settings, and learning rates against each other."""
     training, parallel = recipe.training, recipe.parallel
     if training.optimizer == "sgd" and parallel.use_distributed_optimizer:
-        # megatron-core asserts this when the optimizer is built, because of how the state is laid out in checkpoints.
+        # megatron-core would assert this later, when it builds the optimizer.
         yield Problem(
             "training.optimizer",
             training.optimizer,
-            "megatron-core's distributed optimizer only knows adam",
+            "megatron-core's distributed optimizer supports only adam",
             "Use optimizer = adam, or use_distributed_optimizer = false",
         )
     if parallel.overlap_param_gather:
@@ -89,7 +89,7 @@ def check_optimization(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(
                     "parallel.overlap_param_gather",
                     True,
-                    f"needs parallel.{name}, which is false",
+                    f"requires parallel.{name}, which is false",
                     f"Set {name} = true, or overlap_param_gather = false",
                 )
     for name in ("lr", "vision_lr", "projector_lr"):
@@ -98,6 +98,6 @@ def check_optimization(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(
                 "training.min_lr",
                 training.min_lr,
-                f"above the peak training.{name} = {rate}: the rate would rise where it should fall",
+                f"above the peak training.{name} = {rate}: the learning rate would rise instead of decay",
                 f"Use a min_lr of at most {rate}",
             )

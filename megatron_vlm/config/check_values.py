@@ -68,19 +68,19 @@ def check_values(recipe: Recipe) -> Iterator[Problem]:
 
 def _check_range(key: str, value: float) -> Iterator[Problem]:
     if key in AT_LEAST_ONE and value < 1:
-        yield Problem(key, value, "too small", "Give 1 or more")
+        yield Problem(key, value, "too small", "Use 1 or more")
     elif key in NOT_NEGATIVE and value < 0:
-        yield Problem(key, value, "negative", "Give 0 or more")
+        yield Problem(key, value, "negative", "Use 0 or more")
     elif key in POSITIVE and value <= 0:
-        yield Problem(key, value, "not positive", "Give a number above 0")
+        yield Problem(key, value, "not positive", "Use a number above 0")
     elif key in FRACTIONS and not 0 <= value < 1:
-        yield Problem(key, value, "out of range", "Give a number from 0 to below 1")
+        yield Problem(key, value, "out of range", "Use a number from 0 up to, but not including, 1")
 
 
 def _check_choices(setting: Setting) -> Iterator[Problem]:
     choices = ", ".join(setting.choices)
     if setting.value == []:
-        yield Problem(setting.key, [], "empty", f"Name at least one of {choices}")
+        yield Problem(setting.key, [], "empty", f"Give at least one of {choices}")
     try:  # reading a recipe checks this too, but a recipe may be made in Python
         to_type(setting.value, setting.hint)
     except ValueError:

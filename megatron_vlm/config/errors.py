@@ -1,4 +1,4 @@
-"""The one error of the settings: everything that is wrong, in one message."""
+"""ConfigError, which lists all problems of the settings, and suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 class ConfigError(Exception):
-    """Wrong settings. The message numbers every problem; `problems` holds them one by one."""
+    """Invalid settings. The message is a numbered list of `problems`."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -19,16 +19,16 @@ class ConfigError(Exception):
         super().__init__("\n".join([heading, *numbered]))
 
 
-def nearest(name: str, right_names: Iterable[str]) -> str | None:
-    """The right name most like `name`, or None where none is alike."""
-    matches = difflib.get_close_matches(name, list(right_names), n=1, cutoff=0.55)
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The most similar of `names`, or None if none is similar."""
+    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.55)
     return matches[0] if matches else None
 
 
-def nearest_key(key: str, right_keys: Iterable[str]) -> str | None:
-    """The dotted key whose last name is most like that of `key`; of several, the one whose section is."""
+def nearest_key(key: str, keys: Iterable[str]) -> str | None:
+    """The dotted key whose last component is most similar to that of `key`; ties are decided by the section."""
     by_name: dict[str, list[str]] = {}
-    for right in right_keys:
-        by_name.setdefault(right.rpartition(".")[2], []).append(right)
+    for candidate in keys:
+        by_name.setdefault(candidate.rpartition(".")[2], []).append(candidate)
     name = nearest(key.rpartition(".")[2], by_name)
     return None if name is None else difflib.get_close_matches(key, by_name[name], n=1, cutoff=0.0)[0]

@@ -1,4 +1,4 @@
-"""LLaVA's short way to write many tiling resolutions: `(1x1),...,(6x6)`, in tiles."""
+"""LLaVA's short notation for a range of tiling resolutions: `(1x1),...,(6x6)`, in tiles."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ _RANGE = re.compile(r"\s*\((\d+)x(\d+)\)\s*,\s*(?:\.\.\.|…)\s*,\s*\((\d+)x(\d+
 
 
 def expand_pinpoints(text: str, side: int) -> list[list[int]]:
-    """All resolutions from (A x B) to (C x D) tiles, as (width, height) in pixels, the narrow ones first.
+    """All resolutions from A x B to C x D tiles, as [width, height] in pixels, by increasing width, then height.
 
     Args:
-        text: `(AxB),...,(CxD)`: columns x rows of tiles.
-        side: of a tile, pixels.
+        text: `(AxB),...,(CxD)`, columns x rows of tiles.
+        side: side of a tile, in pixels.
 
     Raises:
-        ValueError: it is not of this form, or nothing lies in the range.
+        ValueError: `text` is not a range, or the range is empty.
     """
     match = _RANGE.fullmatch(text)
     if match is None:
@@ -27,5 +27,5 @@ def expand_pinpoints(text: str, side: int) -> list[list[int]]:
         for row in range(first_row, last_row + 1)
     ]
     if not sizes or sizes[0][0] < 1 or sizes[0][1] < 1:
-        raise ValueError(f"nothing lies in the range {text!r}: (AxB),...,(CxD) goes from A to C columns, B to D rows")
+        raise ValueError(f"the range {text!r} is empty: (AxB),...,(CxD) means A to C columns and B to D rows")
     return sizes

@@ -1,4 +1,4 @@
-"""How a problem between settings is worded, and the arithmetic that remedies need."""
+"""The message of a problem with a setting, and arithmetic for its remedies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Problem:
-    """A setting, its value, what is wrong with it and what to do."""
+    """A setting, its value, what is wrong with it, and what to do about it."""
 
     setting: str
     value: Any
@@ -21,17 +21,17 @@ class Problem:
 
 
 def divides(divisor: int, number: int) -> bool:
-    """Whether `number` is a multiple of `divisor`. Sizes below 1 are reported on their own and count as dividing."""
+    """Whether `divisor` divides `number`. True if either is below 1, which check_values reports."""
     return divisor < 1 or number < 1 or number % divisor == 0
 
 
 def multiples_around(number: int, divisor: int) -> str:
-    """The multiples of `divisor` next to `number`, in words: "4096 or 4104"."""
+    """The multiples of `divisor` nearest to `number`, as text: "4096 or 4104"."""
     below = number // divisor * divisor
     return f"{below} or {below + divisor}" if below else f"{divisor}"
 
 
 def divisors(number: int, at_most: int) -> str:
-    """All divisors of `number` up to a bound, in words: "1, 2 or 4"."""
+    """All divisors of `number` up to `at_most`, as text: "1, 2 or 4"."""
     found = [str(d) for d in range(1, min(number, at_most) + 1) if number % d == 0]
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"

@@ -64,7 +64,7 @@ def choices_of(hint: Any) -> tuple[str, ...]:
 
 
 def type_name(hint: Any) -> str:
-    """A type in words, for error messages."""
+    """A type as error messages name it."""
     inner, optional = without_none(hint)
     if typing.get_origin(inner) is list:
         (element,) = typing.get_args(inner)
@@ -77,7 +77,7 @@ def type_name(hint: Any) -> str:
 
 
 def to_type(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`. Raises a ValueError that says in words what was expected.
+    """`value` as the type `hint`. Raises a ValueError that says what was expected.
 
     Numbers may come as text: YAML 1.1 reads 1e-5 (no dot) as text, and the command line gives only text.
     """

@@ -1,5 +1,4 @@
-"""Devices, process groups, launch, logging and files: what a process of a run stands on.
+"""What a process of a run needs: device, process groups, launch, logging, atomic files, preparation for megatron-core.
 
-Nothing here knows the model, the data or the training loop. Modules that use megatron-core import `megatron_patches`
-first; the others work without it.
+Nothing here may import the model, the data, training or conversion; only `megatron_vlm.config` is below it.
 """

@@ -1,4 +1,4 @@
-"""Which kind of machine this is: the only place that asks."""
+"""The device a process computes on: CUDA, ROCm or CPU. No other module queries torch for it."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ def on_gpu() -> bool:
 
 
 def fused(function: _Function) -> _Function:
-    """A chain of elementwise operations as one kernel on a GPU, rounded once at its end, its inputs alone kept for
-    backward. On a CPU it is left as it is: compiling takes 15 s there, in every process.
+    """Compile elementwise operations into one kernel that rounds once and saves only its inputs for backward.
+
+    On a CPU the function is returned unchanged: compiling would take 15 s in every process.
     """
     return cast(_Function, torch.compile(function)) if on_gpu() else function
 
 
 def current_device() -> torch.device:
-    """The device this process computes on; after launch, its own GPU."""
+    """The device of this process; after launch, its own GPU."""
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
 
 
 def collective_backend() -> str:
-    """torch.distributed's backend for this kind of machine (RCCL answers to `nccl`)."""
+    """torch.distributed's backend: gloo on a CPU, otherwise nccl, which is RCCL on ROCm."""
     return "nccl" if on_gpu() else "gloo"
 
 

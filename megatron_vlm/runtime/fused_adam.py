@@ -1,4 +1,4 @@
-"""AdamW in the calling convention megatron-core's distributed optimizer expects, on torch's own fused kernel."""
+"""AdamW on torch's fused kernel, for megatron-core without Apex and Transformer Engine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) whose `step` lives in the param group, as Apex's and TE's do.
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) with `step` in the param group, as in Apex and Transformer Engine.
 
-    torch.optim.AdamW keeps one `step` per parameter, and megatron-core's `fully_reshardable` optimizer checkpoint
-    cannot be loaded into that (KeyError: 'step').
+    torch.optim.AdamW has one `step` per parameter, and loading megatron-core's `fully_reshardable` optimizer checkpoint
+    into that fails (KeyError: 'step').
     """
 
     def __init__(
@@ -27,14 +27,14 @@ class FusedAdam(torch.optim.Optimizer):
         **_: Any,
     ) -> None:
         if not (bias_correction and adam_w_mode):
-            raise ValueError("this Adam is AdamW with bias correction: there is no other mode")
+            raise ValueError("FusedAdam is AdamW with bias correction; bias_correction and adam_w_mode must be True")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            # counted even where a rank has nothing to update: the group's step is one number for all ranks
+            # Counted on ranks without gradients too: `step` must be the same on all ranks.
             group["step"] = group.get("step", 0) + 1
             if not params:
                 continue
@@ -56,3 +56,14 @@ class FusedAdam(torch.optim.Optimizer):
                 amsgrad=False,
                 maximize=False,
             )
+
+
+def install_fused_adam() -> None:
+    """Make megatron-core use FusedAdam where neither Apex nor Transformer Engine is installed, on GPUs too."""
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distributed
+
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        optimizer.Adam = distributed.Adam = FusedAdam
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True

@@ -1,4 +1,4 @@
-"""Start and stop of a distributed process, under torchrun or alone."""
+"""Setup and teardown of torch.distributed and megatron-core in a process, with torchrun or without."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from megatron_vlm.runtime.process_groups import initialize_groups
 
 
 def world_size() -> int:
-    """Processes in this job, known before torch.distributed is up."""
+    """Number of processes in the job; known before torch.distributed is initialised."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """This process among those of its machine."""
+    """Rank of this process on its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -39,10 +39,10 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def process_group(timeout_minutes: int = 10) -> Iterator[None]:
-    """torch.distributed for the time of the block; a process started without torchrun is a world of one.
+    """torch.distributed inside the block; a process started without torchrun has a world size of 1.
 
-    A rank that leaves through an exception does not wait for the others: its connections close, so that their next
-    collective fails at once, and torchrun ends them. Alone, it leaves nothing behind.
+    After an exception, process groups are destroyed only if the world size is 1. A rank of several must not wait for
+    the others: it exits, which closes its connections, so that their next collective fails and torchrun ends them.
     """
     if on_gpu():
         torch.cuda.set_device(local_rank())
@@ -57,19 +57,19 @@ def process_group(timeout_minutes: int = 10) -> Iterator[None]:
         yield
     except BaseException:
         if dist.get_world_size() == 1:
-            _leave()
+            _destroy()
         raise
-    _leave()
+    _destroy()
 
 
-def _leave() -> None:
+def _destroy() -> None:
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def distributed(parallel: ParallelConfig, *, seed: int = 42, timeout_minutes: int = 10) -> Iterator[None]:
-    """A process group with megatron-core's groups and random state for `parallel`, for the time of the block."""
+    """torch.distributed with megatron-core's process groups and random state for `parallel`, inside the block."""
     with process_group(timeout_minutes):
         initialize_groups(parallel)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -1,10 +1,9 @@
-"""What megatron-core needs before it runs on a machine without a GPU.
+"""Prepares a process for megatron-core. Every module that imports `megatron.core` imports this one first.
 
-megatron-core asks CUDA for a device, for streams and events, and for the names of types; on a CPU each of these is
-answered with the CPU's own or with an object that does nothing. It also expects an Adam whose `step` is in the param
-group, from Apex or Transformer Engine: where neither is installed, ours takes the place (on a GPU too).
-
-Importing this module installs the patches. Every module that imports `megatron.core` imports this one first.
+The import raises an ImportError if the extra `train` is not installed, filters megatron-core's warnings that are known
+noise, gives it an AdamW where neither Apex nor Transformer Engine is installed (fused_adam.py), and on a machine
+without a GPU patches torch so that megatron-core runs on the CPU: it asks CUDA for a device, streams, events and tensor
+types, and gets the CPU's own, or objects that do nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 import torch.utils._device
 
 from megatron_vlm.runtime.device import on_gpu
-from megatron_vlm.runtime.fused_adam import FusedAdam
+from megatron_vlm.runtime.fused_adam import install_fused_adam
 
 CPU = torch.device("cpu")
 _FACTORIES = (
@@ -29,43 +28,43 @@ _FACTORIES = (
 )  # fmt: skip
 
 
-class _Idle:
-    """Stands in for a CUDA stream or event: every method does nothing."""
+class _NoOp:
+    """Replaces a CUDA stream or event; every method does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __getattr__(self, name: str) -> Callable[..., _Idle]:
-        return lambda *args, **kwargs: _Idle()
+    def __getattr__(self, name: str) -> Callable[..., _NoOp]:
+        return lambda *args, **kwargs: _NoOp()
 
 
-class _IdleStream(_Idle): ...
+class _NoOpStream(_NoOp): ...
 
 
-class _IdleEvent(_Idle): ...
+class _NoOpEvent(_NoOp): ...
 
 
 def install() -> None:
-    """Prepare this process for megatron-core. Safe to call more than once."""
+    """Apply the patches. Calling it again has no effect."""
     if not getattr(install, "done", False):
         install.done = True  # type: ignore[attr-defined]
         if not on_gpu():
-            _answer_for_cuda()
-            _answer_for_device_arguments()
+            _redirect_cuda_calls()
+            _redirect_cuda_devices()
             import megatron.core.tensor_parallel.random as megatron_random
 
             megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-        _provide_adam()
+        install_fused_adam()
 
 
-def _answer_for_cuda() -> None:
+def _redirect_cuda_calls() -> None:
     cuda: Any = torch.cuda
-    # One function per name: torch._dynamo refuses one object under two names.
+    # One function per name: torch._dynamo rejects one object under two names.
     cuda.current_device = lambda: CPU
     cuda.set_device = lambda *args, **kwargs: None
     cuda.synchronize = lambda *args, **kwargs: None
-    cuda.Stream, cuda.Event = _IdleStream, _IdleEvent
-    cuda.current_stream = lambda *args: _Idle()
-    cuda.default_stream = lambda *args: _Idle()
+    cuda.Stream, cuda.Event = _NoOpStream, _NoOpEvent
+    cuda.current_stream = lambda *args: _NoOp()
+    cuda.default_stream = lambda *args: _NoOp()
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.memory_allocated = lambda *args: 0
     cuda.manual_seed = torch.manual_seed
@@ -79,9 +78,9 @@ def _is_cuda(device: Any) -> bool:
     return str(device).startswith("cuda")
 
 
-def _answer_for_device_arguments() -> None:
-    # torch lists its factories when a `with torch.device(...)` is first entered: it must see its own, not ours, or
-    # transformers' meta-device loading leaves buffers unset.
+def _redirect_cuda_devices() -> None:
+    # torch caches the list of its factories when `with torch.device(...)` is first entered. It must list the original
+    # functions: otherwise transformers' loading on the meta device does not initialise buffers.
     torch.utils._device._device_constructors()
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *args, **kwargs: self
@@ -111,27 +110,31 @@ def _answer_for_device_arguments() -> None:
     tensor.to, tensor.type = to_cpu, type_as_cuda
 
 
-def _provide_adam() -> None:
-    import megatron.core.optimizer as optimizer
-    import megatron.core.optimizer.distrib_optimizer as distributed
-
-    if optimizer.USING_PYTORCH_OPTIMIZER:  # neither Apex nor Transformer Engine
-        optimizer.Adam = distributed.Adam = FusedAdam
-        optimizer.USING_PYTORCH_OPTIMIZER = False
-        distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
-
-
 _NEEDED = {"megatron": "megatron-core", "psutil": "psutil"}
-"""Module -> package, of those in the extra `train` that nothing of megatron-core works without."""
+"""Module -> package of the extra `train`; megatron-core does not work without them."""
 
 if _missing := [package for module, package in _NEEDED.items() if find_spec(module) is None]:
     raise ImportError(
         f"training and conversion need {', '.join(_missing)}, which is not installed: pip install 'megatron-vlm[train]'"
     )
-# megatron-core tells its own developers of its own deprecations, some from every layer of every rank.
-warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.core")
-warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-# torch renames collectives that megatron-core still calls by their old names.
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+# Regular expressions that known noise begins with. All other warnings are shown.
+_NOISE: list[tuple[type[Warning], str]] = [
+    # Apex and Transformer Engine are optional: norms and Adam are this package's own.
+    (UserWarning, "(Transformer Engine and )?Apex (is|are) not installed"),
+    # About the default value of megatron-core's own setting cuda_graph_scope.
+    (UserWarning, "full scope is deprecated"),
+    # A rank whose parameters are all frozen, such as a pipeline stage without the projector in a warmup.
+    (UserWarning, "WARNING: there is no optimizer on RANK"),
+    # torch's new names of collectives and of checkpoint functions, which megatron-core does not use yet.
+    (FutureWarning, r"`torch\.distributed\.\w+` is deprecated"),
+    (FutureWarning, "Please use DTensor instead and we are deprecating ShardedTensor"),
+    (FutureWarning, "`load_state_dict` is deprecated"),
+]
+if not on_gpu():
+    # About the overlap of CUDA kernels.
+    _NOISE.append((UserWarning, "When using .* it is recommended to set the environment variable CUDA_DEVICE_MAX_CONN"))
+for _category, _message in _NOISE:
+    warnings.filterwarnings("ignore", _message, _category)
 
 install()

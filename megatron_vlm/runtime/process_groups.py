@@ -1,4 +1,4 @@
-"""Process groups: megatron-core's, and the ones the vision tower needs beside them."""
+"""Process groups: megatron-core's, and those of the vision tower."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_vlm.config import ParallelConfig
 
 @dataclass(frozen=True)
 class ParallelRanks:
-    """Where this process stands in the grid; what a log line and a data loader need to know."""
+    """Rank and size of this process in each parallel dimension."""
 
     tensor: int
     pipeline: int
@@ -38,7 +38,7 @@ class ParallelRanks:
 
     @property
     def is_row_leader(self) -> bool:
-        """One rank of each stage speaks for all that hold the same row."""
+        """Whether this is the one rank among those of its stage that hold the same row (tensor and context rank 0)."""
         return self.tensor == 0 and self.context == 0
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class ParallelRanks:
 
 
 def initialize_groups(parallel: ParallelConfig) -> None:
-    """Build megatron-core's process groups for this layout. The world must be a multiple of the model-parallel size."""
+    """Create megatron-core's process groups. The world size must be a multiple of `parallel.model_parallel_size`."""
     virtual = parallel.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -57,20 +57,20 @@ def initialize_groups(parallel: ParallelConfig) -> None:
 
 
 def destroy_groups() -> None:
-    """End megatron-core's groups, so that others can be built; every rank calls this when none is in use any more.
+    """Destroy megatron-core's process groups, so that others can be created. Every rank calls this.
 
-    megatron-core forgets most of its groups without closing them, and each one of gloo's keeps threads that wake a
-    hundred times a second: after thirty layouts in one process they took more than half of the CPU.
+    megatron-core's own function drops most groups without destroying them. Each gloo group has threads that wake 100
+    times per second: after 30 layouts in one process they used more than half of the CPU.
     """
     dist.barrier()
     for group in parallel_state._global_process_group_list or []:
-        if group is not None:  # stands for the whole world
+        if group is not None:  # None is the default group
             dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
 
 
 def parallel_ranks() -> ParallelRanks:
-    """This process's place in the current grid."""
+    """The ranks of this process in megatron-core's current process groups."""
     return ParallelRanks(
         tensor=parallel_state.get_tensor_model_parallel_rank(),
         pipeline=parallel_state.get_pipeline_model_parallel_rank(),
@@ -84,10 +84,10 @@ def parallel_ranks() -> ParallelRanks:
 
 
 def tile_shard_rank(parallel: ParallelConfig) -> tuple[int, int]:
-    """(rank, size) among the ranks that tiles of a row are dealt to.
+    """(rank, size) in the group over which the tiles of a row are sharded.
 
-    A whole tower (`data`) encodes on every rank of the tensor x context group; a split one (`tensor`) needs all its
-    tensor ranks for one tile, so that only context ranks share the tiles out.
+    With `vision_parallel: data` that is the tensor x context group. With `tensor`, all tensor ranks compute the same
+    tile, and the group is the context group.
     """
     if parallel.vision_parallel == "tensor":
         return parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
@@ -96,8 +96,8 @@ def tile_shard_rank(parallel: ParallelConfig) -> tuple[int, int]:
 
 
 def vision_groups(parallel: ParallelConfig) -> ProcessGroupCollection:
-    """Groups the tower's layers are built with: never pipeline or context, tensor only where it is split."""
-    # The expert-parallel group of a model without experts holds this rank alone: no need to make another.
+    """Process groups of the vision tower: its own rank alone, or with `vision_parallel: tensor` the tensor group."""
+    # Without experts, the expert-parallel group has this rank alone.
     alone = parallel_state.get_expert_model_parallel_group()
     tensor = parallel_state.get_tensor_model_parallel_group() if parallel.vision_parallel == "tensor" else alone
     return ProcessGroupCollection(tp=tensor, cp=alone, pp=alone)

@@ -1,4 +1,4 @@
-"""A small recipe that fits together, and the problems that appear when some of its settings are changed."""
+"""A small valid recipe, and the problems found after some of its settings are changed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def small_recipe() -> Callable[[dict[str, Any]], Recipe]:
 
 @pytest.fixture
 def problems_of(small_recipe: Callable[[dict[str, Any]], Recipe]) -> Callable[..., list[str]]:
-    """What check_recipe has against the small recipe with some settings changed."""
+    """The problems that reading and check_recipe find in the small recipe with some settings changed."""
 
     def problems(changes: dict[str, Any], world_size: int = 1) -> list[str]:
         try:

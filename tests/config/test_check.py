@@ -1,4 +1,4 @@
-"""Good layouts pass, and everything that is wrong is in one report."""
+"""Valid parallel layouts pass, and all problems are in one report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VIRTUAL = "parallel.virtual_pipeline_model_parallel_size"
 CONTEXT = "parallel.context_parallel_size"
 
 
-def test_the_defaults_are_a_model_that_runs_on_one_process_and_on_eight():
+def test_the_defaults_are_valid_on_one_process_and_on_eight():
     check_recipe(Recipe(), world_size=1)
     check_recipe(Recipe(), world_size=8)
 
@@ -30,7 +30,7 @@ def test_the_defaults_are_a_model_that_runs_on_one_process_and_on_eight():
         ({TENSOR: 4, "parallel.vision_parallel": "tensor"}, 8),
     ],
 )
-def test_good_layouts_have_no_problem(problems_of, sizes, world_size):
+def test_valid_layouts_have_no_problem(problems_of, sizes, world_size):
     assert problems_of(sizes, world_size) == []
 
 
@@ -55,7 +55,7 @@ def test_all_problems_are_in_one_report_and_numbered(small_recipe):
     assert [line.split(".")[0].strip() for line in numbered] == [str(n + 1) for n in range(len(expected))]
 
 
-def test_paths_are_looked_at_only_when_asked_and_then_in_the_same_report(small_recipe):
+def test_paths_are_checked_only_on_request_and_in_the_same_report(small_recipe):
     recipe = small_recipe({"training.lr": 0})
     with pytest.raises(ConfigError) as without_paths:
         check_recipe(recipe, world_size=1)
@@ -66,6 +66,6 @@ def test_paths_are_looked_at_only_when_asked_and_then_in_the_same_report(small_r
     assert with_paths.value.problems == without_paths.value.problems + paths_alone.value.problems
 
 
-def test_sizes_of_zero_are_reported_and_divide_nothing_by_zero(problems_of):
+def test_sizes_of_zero_are_reported_without_a_division_by_zero(problems_of):
     for key in (TENSOR, PIPELINE, VIRTUAL, CONTEXT):
         assert len(problems_of({key: 0})) == 1, key

@@ -41,7 +41,7 @@ CASES = [
         "1, 2, 4 or 8",
     ),
     (
-        # 12 query heads and 6 key and value heads over 4 ranks: neither dealt out nor replicated evenly
+        # 12 query heads and 6 key and value heads over 4 ranks: neither sharded nor replicated evenly
         {
             "model.language.num_attention_heads": 12,
             "model.language.hidden_size": 96,
@@ -54,7 +54,7 @@ CASES = [
         "divide 6 or are multiples of it",
     ),
     (
-        # over TP * CP = 12 ranks 6 heads could be replicated, over TP = 4 alone they cannot
+        # 6 heads can be replicated over TP * CP = 12 ranks, but not over TP = 4
         {
             "model.language.num_attention_heads": 12,
             "model.language.hidden_size": 96,
@@ -68,7 +68,7 @@ CASES = [
         "divide 6 or are multiples of it",
     ),
     (
-        # a single key head of 6 and its value cannot be cut over 8 ranks
+        # one key and one value head of size 6 cannot be sharded over 8 ranks
         {
             "model.language.num_key_value_heads": 1,
             "model.language.head_dim": 6,
@@ -99,7 +99,7 @@ def test_one_problem_with_setting_value_and_remedy(problems_of, changes, world_s
     assert remedy in problem
 
 
-def test_tower_that_is_whole_on_every_rank_may_have_any_number_of_heads(problems_of):
+def test_a_replicated_vision_tower_may_have_any_number_of_heads(problems_of):
     changes = TENSOR | {"model.vision.num_attention_heads": 2, "model.vision.intermediate_size": 66}
     assert problems_of(changes, 4) == []
 
@@ -118,5 +118,5 @@ def test_key_value_heads_may_be_fewer_than_ranks(problems_of, key_value_heads):
     "changes",
     [{"model.vision.vision_feature_layer": -4}, {"model.image_token_index": 0}, {"model.image_token_index": 511}],
 )
-def test_the_ends_of_ranges_are_allowed(problems_of, changes):
+def test_the_limits_of_ranges_are_allowed(problems_of, changes):
     assert problems_of(changes) == []

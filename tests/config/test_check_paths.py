@@ -1,4 +1,4 @@
-"""Files and folders that are missing or of the wrong kind."""
+"""Missing paths, files instead of folders, and unknown file types."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_vlm.config import ConfigError, Recipe, check_paths
 
 @pytest.fixture
 def recipe(tmp_path):
-    """A recipe all of whose paths are there."""
+    """A recipe whose paths all exist."""
     (tmp_path / "train.json").write_text("[]")
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "shards").mkdir()
@@ -25,7 +25,7 @@ def recipe(tmp_path):
     return recipe
 
 
-def test_paths_that_are_there_pass(recipe, tmp_path):
+def test_existing_paths_pass(recipe, tmp_path):
     check_paths(recipe)
     (tmp_path / "new").mkdir()
     recipe.data.image_folder = "s3://bucket/images"
@@ -36,14 +36,14 @@ def test_paths_that_are_there_pass(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("section", "name", "value", "words"),
+    ("section", "name", "value", "message"),
     [
         ("data", "data_path", [], "no data"),
-        ("data", "cache_limit", "much", "no size"),
+        ("data", "cache_limit", "much", "not a size"),
         ("data", "data_root", "{}/absent", "no such folder"),
         ("data", "data_path", ["{}/trian.json"], "Did you mean {}/train.json?"),
         ("data", "data_path", ["{}/missing/train.json"], "{}/missing does not exist"),
-        ("data", "data_path", ["{}/notes.txt"], "unknown kind (.txt)"),
+        ("data", "data_path", ["{}/notes.txt"], "unknown file type (.txt)"),
         ("data", "image_folder", "{}/images", "no such folder"),
         ("data", "image_folder", "{}/notes.txt", "not a folder"),
         ("data", "tokenizer_model", "", "no tokenizer"),
@@ -55,7 +55,7 @@ def test_paths_that_are_there_pass(recipe, tmp_path):
         ("training", "save", "{}/notes.txt", "a file, not a folder"),
     ],
 )
-def test_each_wrong_path_is_named_with_a_remedy(recipe, tmp_path, section, name, value, words):
+def test_each_wrong_path_is_reported_with_a_remedy(recipe, tmp_path, section, name, value, message):
     here = str(tmp_path)
     filled = [item.format(here) for item in value] if isinstance(value, list) else value.format(here)
     setattr(getattr(recipe, section), name, filled)
@@ -63,7 +63,7 @@ def test_each_wrong_path_is_named_with_a_remedy(recipe, tmp_path, section, name,
         check_paths(recipe)
     (problem,) = caught.value.problems
     assert problem.startswith(f"{section}.{name} = ")
-    assert words.format(here) in problem
+    assert message.format(here) in problem
 
 
 def test_all_wrong_paths_are_reported_together(recipe):
@@ -74,7 +74,7 @@ def test_all_wrong_paths_are_reported_together(recipe):
     assert len(caught.value.problems) == 3
 
 
-def test_shards_of_s3_need_a_place(recipe):
+def test_shards_of_s3_need_a_cache_folder(recipe):
     recipe.data.cache_dir = None
-    with pytest.raises(ConfigError, match="shards of s3://bucket/shards have no place"):
+    with pytest.raises(ConfigError, match="cache_dir = nothing: not set, but shards of s3://bucket/shards are cached"):
         check_paths(recipe)

@@ -1,4 +1,4 @@
-"""Each check of batch, world and optimizer, on its own."""
+"""Each check of batch size, world size and optimizer, on its own."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def test_one_problem_with_setting_value_and_remedy(problems_of, changes, world_s
         {"training.min_lr": 1e-4, "training.lr": 1e-4},
     ],
 )
-def test_good_combinations_pass(problems_of, changes):
+def test_valid_combinations_pass(problems_of, changes):
     assert problems_of(changes) == []
 
 
-def test_micro_batches_need_no_multiple_of_stages_without_interleaving(problems_of):
+def test_without_interleaving_micro_batches_need_not_be_a_multiple_of_stages(problems_of):
     changes = {"parallel.pipeline_model_parallel_size": 4, "training.global_batch_size": 6}
     assert problems_of(changes, 8) == []

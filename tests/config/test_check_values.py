@@ -8,9 +8,9 @@ from megatron_vlm.config import Recipe
 from megatron_vlm.config.check_values import AT_LEAST_ONE, FRACTIONS, NOT_NEGATIVE, POSITIVE, check_values
 from megatron_vlm.config.recipe import iter_settings
 
-# Written out a second time, so that a name lost from the check's own lists is noticed.
-FREE = {"model.vision.vision_feature_layer", "model.image_token_index"}
-UNCOUPLED_WRONG_VALUES = [
+# Written out again, so that the tests fail if a setting is missing from the lists of check_values.
+WITHOUT_RANGE = {"model.vision.vision_feature_layer", "model.image_token_index"}
+OUT_OF_RANGE = [
     ("training.train_iters", 0),
     ("training.global_batch_size", 0),
     ("training.save_interval", 0),
@@ -51,7 +51,7 @@ UNKNOWN_CHOICES = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value"), UNCOUPLED_WRONG_VALUES)
+@pytest.mark.parametrize(("key", "value"), OUT_OF_RANGE)
 def test_value_out_of_range_is_the_only_problem(problems_of, key, value):
     (problem,) = problems_of({key: value})
     assert problem.startswith(f"{key} = {value}:")
@@ -64,7 +64,7 @@ def test_a_size_of_zero_is_a_problem(problems_of, key):
 
 def test_every_number_has_a_range():
     numbers = {setting.key for setting in iter_settings(Recipe()) if setting.hint in (int, float, float | None)}
-    assert numbers == FREE.union(AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, FRACTIONS)
+    assert numbers == WITHOUT_RANGE.union(AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, FRACTIONS)
 
 
 @pytest.mark.parametrize(("key", "value"), UNKNOWN_CHOICES)

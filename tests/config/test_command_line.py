@@ -1,4 +1,4 @@
-"""The command line: flags, precedence, switches, lists, help, and messages for what is wrong."""
+"""The command line: flags, precedence, switches, lists, help and error messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def problems_of(line: str) -> list[str]:
     return caught.value.problems
 
 
-def test_command_line_beats_recipe_beats_defaults(tmp_path):
+def test_command_line_overrides_recipe_overrides_defaults(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("training: {train_iters: 5, lr: 1e-4}\n")
     recipe, options = parse_command_line(["--config", str(path), "--train-iters", "7", "--dry-run"])
@@ -27,7 +27,7 @@ def test_command_line_beats_recipe_beats_defaults(tmp_path):
     assert vars(options) == {"config": str(path), "dry_run": True}
 
 
-def test_without_arguments_it_is_the_defaults():
+def test_without_arguments_all_settings_are_defaults():
     recipe, options = parse_command_line([])
     assert recipe == Recipe()
     assert vars(options) == {"config": None, "dry_run": False}
@@ -37,21 +37,21 @@ def test_every_setting_has_a_flag_that_sets_it_and_nothing_else():
     defaults = {setting.key: setting.value for setting in iter_settings(Recipe())}
     for setting in iter_settings(Recipe()):
         if setting.hint is bool:
-            words, expected = [], True
+            arguments, expected = [], True
         elif setting.hint == list[list[int]]:
-            words, expected = ["28x56", "56x28"], [[28, 56], [56, 28]]
+            arguments, expected = ["28x56", "56x28"], [[28, 56], [56, 28]]
         elif setting.hint == list[str]:
-            words, expected = ["one", "two"], ["one", "two"]
+            arguments, expected = ["one", "two"], ["one", "two"]
         elif setting.hint in (int, int | None, float, float | None):
             whole = setting.hint in (int, int | None)
-            words, expected = ["-3" if whole else "1e-7"], -3 if whole else 1e-7
+            arguments, expected = ["-3" if whole else "1e-7"], -3 if whole else 1e-7
         elif setting.choices:
-            words, expected = [setting.choices[-1]], setting.choices[-1]
+            arguments, expected = [setting.choices[-1]], setting.choices[-1]
             if isinstance(setting.value, list):
-                expected = words
+                expected = arguments
         else:
-            words, expected = ["text"], "text"
-        recipe, _ = parse_command_line([flag(setting.key), *words])
+            arguments, expected = ["text"], "text"
+        recipe, _ = parse_command_line([flag(setting.key), *arguments])
         found = {other.key: other.value for other in iter_settings(recipe)}
         assert found[setting.key] == expected, setting.key
         assert {**found, setting.key: setting.value} == defaults, setting.key
@@ -78,7 +78,7 @@ def test_switches(line, expected):
     assert parse(line).training.bf16 is expected
 
 
-def test_switches_of_the_model_are_negated_behind_the_dots():
+def test_switches_of_the_model_are_negated_after_the_dots():
     assert parse("--model.language.no-tie-word-embeddings").model.language.tie_word_embeddings is False
     assert parse("--no-use-distributed-optimizer").parallel.use_distributed_optimizer is False
 
@@ -90,7 +90,7 @@ def test_a_list_ends_at_the_next_flag():
     assert recipe.training.seed == 3
 
 
-def test_none_unsets_what_the_recipe_set(tmp_path):
+def test_none_unsets_a_value_of_the_recipe(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("training: {vision_lr: 1e-6, save: out}\n")
     recipe = parse(f"--config {path} --vision-lr none --save none")
@@ -99,13 +99,13 @@ def test_none_unsets_what_the_recipe_set(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ("--tensor-parallel-size 2", "Did you mean --tensor-model-parallel-size?"),
         ("--hidden-size=3", "Did you mean --model.vision.hidden-size?"),
         ("--train_iters 3", "Did you mean --train-iters?"),
         ("--model.langauge.hidden-size 3", "Did you mean --model.language.hidden-size?"),
-        ("--train-iter 3", "Did you mean --train-iters?"),  # no silent abbreviations
+        ("--train-iter 3", "Did you mean --train-iters?"),  # abbreviations are errors
         ("--dry_run", "Did you mean --dry-run?"),
         ("--model.language.hiden-size 3", "Did you mean --model.language.hidden-size?"),
         ("--sequence-parallel", "always on when tensor_model_parallel_size > 1"),
@@ -123,12 +123,12 @@ def test_none_unsets_what_the_recipe_set(tmp_path):
         ("--trainable vision decoder", "each element one of vision, projector, language, got ['vision', 'decoder']"),
     ],
 )
-def test_wrong_arguments(line, words):
+def test_wrong_arguments(line, message):
     (problem,) = problems_of(line)
-    assert words in problem
+    assert message in problem
 
 
-def test_all_that_is_wrong_is_reported_together(tmp_path):
+def test_all_problems_are_reported_together(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("training: {trian_iters: 5}\n")
     problems = problems_of(f"--config {path} --lr fast --tensor-size 3 --seed x")
@@ -147,8 +147,8 @@ def test_help_is_one_line_for_each_setting_under_its_section(capsys):
     for setting in iter_settings(Recipe()):
         shown = flag(setting.key)
         if setting.hint is bool:
-            cut = max(shown.rfind("."), 1) + 1
-            shown = f"{shown[:cut]}[no-]{shown[cut:]}"
+            dot = max(shown.rfind("."), 1) + 1
+            shown = f"{shown[:dot]}[no-]{shown[dot:]}"
         (line,) = (line for line in lines if line.startswith(f"  {shown} "))
         assert setting.help in line
     assert any(line.startswith("  --lr X ") and line.endswith("Peak learning rate. [1e-05]") for line in lines)

@@ -1,4 +1,4 @@
-"""The message of the one error, and the nearest right names."""
+"""The message of ConfigError, and suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def test_problems_are_numbered():
     assert str(ConfigError(["a.", "b."])) == "2 problems in the settings:\n  1. a.\n  2. b."
 
 
-def test_a_single_text_is_a_single_problem():
+def test_a_single_string_is_a_single_problem():
     error = ConfigError("a.")
     assert str(error) == "1 problem in the settings:\n  1. a."
     assert error.problems == ["a."]
@@ -20,7 +20,7 @@ def test_nearest():
     assert nearest("qqqq", ["lr", "train_iters"]) is None
 
 
-def test_nearest_key_looks_at_the_name_first_and_then_at_the_section():
+def test_nearest_key_compares_the_name_first_and_then_the_section():
     keys = ["training.lr", "model.vision.hidden_size", "model.language.hidden_size"]
     assert nearest_key("model.language.hiden_size", keys) == "model.language.hidden_size"
     assert nearest_key("data.lr", keys) == "training.lr"

@@ -1,4 +1,4 @@
-"""Ranges of tiling resolutions, from YAML and from the command line."""
+"""Ranges of tiling resolutions in YAML and on the command line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_range() -> None:
             expand_pinpoints(text, 336)
 
 
-def test_in_a_recipe_whatever_comes_first(tmp_path: Path) -> None:
+def test_in_a_recipe_before_or_after_the_tile_size(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text('model:\n  image_grid_pinpoints: "(1x1),...,(1x2)"\n  vision: {image_size: 384}\n')
     assert load_recipe(path).model.image_grid_pinpoints == [[384, 384], [384, 768]]

@@ -1,4 +1,4 @@
-"""Recipes from YAML: what is read, what is refused and how the message helps."""
+"""Reading recipes from YAML, and the error messages for invalid ones."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def problems_in(path: str) -> list[str]:
     return caught.value.problems
 
 
-def test_nothing_given_is_the_defaults():
+def test_without_a_file_all_settings_are_defaults():
     assert load_recipe(None) == Recipe()
 
 
-def test_file_beats_defaults_and_overrides_beat_the_file(tmp_path):
+def test_file_overrides_defaults_and_is_overridden(tmp_path):
     path = write(
         tmp_path, "training:\n  lr: 1e-3\n  train_iters: 5\nmodel:\n  vision: {hidden_size: 8}\ndata:\nparallel: {}\n"
     )
@@ -63,19 +63,19 @@ def test_file_beats_defaults_and_overrides_beat_the_file(tmp_path):
         ("lrr: 3", "training.lr"),
     ],
 )
-def test_unknown_key_names_file_key_and_the_nearest_right_name(tmp_path, text, guess):
+def test_unknown_key_is_reported_with_the_file_and_a_suggestion(tmp_path, text, guess):
     path = write(tmp_path, text)
     (problem,) = problems_in(path)
     assert problem.startswith(f"{path}: ")
     assert f"Did you mean {guess}?" in problem
 
 
-def test_unlike_anything_points_to_the_help(tmp_path):
+def test_a_key_similar_to_no_setting_points_to_the_help(tmp_path):
     (problem,) = problems_in(write(tmp_path, "qqqqq: 1"))
     assert "--help" in problem
 
 
-def test_names_of_megatron_lm_that_have_no_place_here_are_explained(tmp_path):
+def test_settings_of_megatron_lm_that_do_not_exist_here_are_explained(tmp_path):
     (problem,) = problems_in(write(tmp_path, "parallel: {sequence_parallel: true}"))
     assert "always on when tensor_model_parallel_size > 1" in problem
 
@@ -92,7 +92,7 @@ def test_all_wrong_keys_and_types_are_reported_together(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("training: {lr: [", "not valid YAML"),
         ("training: {lr: 1.0, lr: 2.0}", "lr is given twice"),
@@ -100,11 +100,11 @@ def test_all_wrong_keys_and_types_are_reported_together(tmp_path):
         ("- 1\n- 2\n", "the whole file: expected settings"),
     ],
 )
-def test_broken_files(tmp_path, text, words):
+def test_invalid_files(tmp_path, text, message):
     path = write(tmp_path, text)
     (problem,) = problems_in(path)
     assert path in problem
-    assert words in problem
+    assert message in problem
 
 
 def test_anchors_and_merges_work(tmp_path):

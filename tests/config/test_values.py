@@ -1,4 +1,4 @@
-"""Values from YAML, JSON and the command line, as the types of the fields."""
+"""Conversion of values from YAML, JSON and the command line to the types of the fields."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_vlm.config.values import choices_of, to_type, without_none
 
 
 @pytest.mark.parametrize(
-    ("value", "kind", "expected"),
+    ("value", "hint", "expected"),
     [
         ("1e-5", float, 1e-5),
         (1, float, 1.0),
@@ -29,14 +29,14 @@ from megatron_vlm.config.values import choices_of, to_type, without_none
         ([["28", 56]], list[list[int]], [[28, 56]]),
     ],
 )
-def test_accepted(value, kind, expected):
-    converted = to_type(value, kind)
+def test_accepted(value, hint, expected):
+    converted = to_type(value, hint)
     assert converted == expected
     assert type(converted) is type(expected)
 
 
 @pytest.mark.parametrize(
-    ("value", "kind", "words"),
+    ("value", "hint", "message"),
     [
         ("abc", float, "expected a number, got 'abc'"),
         ("nan", float, "expected a number"),
@@ -63,10 +63,10 @@ def test_accepted(value, kind, expected):
         ("x_01", Annotated[str, "x_N"], "expected one of x_N, got 'x_01'"),
     ],
 )
-def test_refused_in_words(value, kind, words):
+def test_rejected_with_a_message(value, hint, message):
     with pytest.raises(ValueError) as caught:
-        to_type(value, kind)
-    assert words in str(caught.value)
+        to_type(value, hint)
+    assert message in str(caught.value)
 
 
 def test_choices_of():

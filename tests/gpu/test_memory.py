@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_vlm.runtime.out_of_memory import describe_shortage, ran_out_of_memory
+from megatron_vlm.runtime.out_of_memory import describe_out_of_memory, is_out_of_memory
 
 pytestmark = pytest.mark.gpu
 
@@ -13,6 +13,6 @@ pytestmark = pytest.mark.gpu
 def test_the_message_tells_what_the_gpu_has() -> None:
     with pytest.raises(torch.OutOfMemoryError) as raised:
         torch.empty(2**50, dtype=torch.uint8, device="cuda")
-    assert ran_out_of_memory(raised.value)
+    assert is_out_of_memory(raised.value)
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
-    assert f"has {total:.1f} GiB; torch holds" in describe_shortage(raised.value)
+    assert f"has {total:.1f} GiB; torch holds" in describe_out_of_memory(raised.value)
