@@ -6,7 +6,7 @@ PYTHON    ?= $(shell for python in python3 python3.12 python3.11; do \
                  $$python -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$python && break; done)
 VERSION   := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 
-# mosaicml-streaming's own pins exclude current transformers and numpy: docs/decisions.md, "mosaicml-streaming".
+# The tests compare with it. Its pins exclude current transformers and numpy: docs/decisions.md, "mosaicml-streaming".
 STREAMING := mosaicml-streaming==0.13.0
 
 # Where torch and the rest are already there (a container, a cluster): make PY=python3 gpu-check

@@ -4,7 +4,7 @@ python tools/data_report.py MIX.yaml --output DIR --config RECIPE.yaml
 
 The mixture, or any other data, comes first and takes the place of the recipe's data_path. All flags of training are
 understood (--tokenizer-model, --data-root, --image-folder, ...). Writes DIR/index.html, a page that needs no other file
-and no network, and DIR/suspects.jsonl. Plots are drawn with matplotlib, which the extra `demo` brings.
+and no network, and DIR/suspects.jsonl. Plots need matplotlib, which the extra `data` installs.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("megatron_vlm").setLevel(logging.INFO)
     try:
         if importlib.util.find_spec("matplotlib") is None:
-            raise DataError("plots are drawn with matplotlib, which is not installed: pip install matplotlib")
+            raise DataError("plots need matplotlib, which is not installed: pip install matplotlib")
         recipe, _ = parse_command_line(rest[len(named) :])
         recipe.data.data_path = named or recipe.data.data_path
         page = Report(recipe, options.output, options.examples).write()

@@ -17,7 +17,6 @@ from typing import Any
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.prepare.shard_destination import LocalDestination, S3Destination, open_destination
 from megatron_vlm.data.shards.mds_format import INDEX, ShardSample, ShardWriter, merge_indexes
-from megatron_vlm.data.shards.streaming_shim import import_streaming
 from megatron_vlm.data.sources.sample_source import AnnotationSource, SourceList
 from megatron_vlm.data.worker_pool import parallel_map, report_progress
 
@@ -106,7 +105,6 @@ def prepare_shards(
     mine = range(first, parts, step)
     todo = [number for number in mine if number not in done]
     maker = _PartMaker(sources, destination, samples_per_part, size_limit)
-    import_streaming()  # once, before the processes are forked: it takes seconds
     amounts = [sum(len(maker.members(number)) for number in numbers) for numbers in (mine, todo)]
     for _ in parallel_map(
         lambda place: maker(todo[place]), len(todo), processes, f"writing {output}", chunk=1, samples=amounts[0],

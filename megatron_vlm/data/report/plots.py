@@ -1,6 +1,6 @@
 """The plots of tools/data_report.py: arrays in, the bytes of a PNG out.
 
-Drawn with matplotlib, which the extra `demo` brings.
+They need matplotlib, which the extra `data` installs.
 """
 
 from __future__ import annotations

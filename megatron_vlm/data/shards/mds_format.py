@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_vlm.data.errors import DataError
-from megatron_vlm.data.shards.streaming_shim import import_streaming
+from megatron_vlm.data.shards.mds_writer import MDSWriter
 from megatron_vlm.runtime.atomic_files import is_absent_or_empty
 
 COLUMNS = {
@@ -73,9 +73,7 @@ class ShardWriter:
             shutil.rmtree(self.partial)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.written = 0
-        self._writer = import_streaming().MDSWriter(
-            out=str(self.partial), columns=COLUMNS, hashes=["sha1"], size_limit=size_limit, progress_bar=False
-        )
+        self._writer = MDSWriter(self.partial, COLUMNS, size_limit)
         # mtime=0: the same samples give the same bytes.
         self._metadata_file = gzip.GzipFile(self.partial / SAMPLE_METADATA, "wb", compresslevel=4, mtime=0)
 

@@ -1,9 +1,10 @@
-"""Imports mosaicml-streaming so that it works with a CPU build of torch.
+"""Imports mosaicml-streaming so that it works with a CPU build of torch. Reading and writing shards do not need it.
 
-mosaicml-streaming imports its predefined datasets, which need torchvision, and the torchvision that PyPI pairs with a
-CPU build of torch cannot be imported. These datasets are not used here, so they are replaced by empty modules. The
-package is installed with --no-deps, because its pins exclude current versions of transformers and numpy with which it
-works.
+It is for those who read shards, ours or the published ones, with mosaicml-streaming itself: the tests and the loader
+benchmark do. mosaicml-streaming imports its predefined datasets, which need torchvision, and the torchvision that PyPI
+pairs with a CPU build of torch cannot be imported. These datasets are not used here, so they are replaced by empty
+modules. The package is installed with --no-deps, because its pins exclude current versions of transformers and numpy
+with which it works.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def import_streaming() -> Any:
         import streaming
     except ImportError as error:
         raise ImportError(
-            f"shards are read and written with mosaicml-streaming, which cannot be imported ({error}). "
-            "Install it with: pip install --no-deps mosaicml-streaming==0.13.0 && "
+            f"mosaicml-streaming cannot be imported ({error}). Install it and what it needs with: "
+            "pip install --no-deps mosaicml-streaming==0.13.0 && "
             "pip install 'zstd<2' 'xxhash<4' 'python-snappy<1' brotli boto3 'catalogue<3' tqdm transformers"
         ) from error
     register_encodings()
