@@ -17,24 +17,17 @@ from megatron_vlm.config import ParallelConfig
 
 @dataclass(frozen=True)
 class ParallelRanks:
-    """Rank and size of this process in each parallel dimension."""
+    """Rank of this process in each parallel dimension, and the data-parallel size."""
 
     tensor: int
     pipeline: int
     context: int
     data: int
-    tensor_size: int
-    pipeline_size: int
-    context_size: int
     data_size: int
 
     @property
-    def first_stage(self) -> bool:
+    def is_first_stage(self) -> bool:
         return self.pipeline == 0
-
-    @property
-    def last_stage(self) -> bool:
-        return self.pipeline == self.pipeline_size - 1
 
     @property
     def is_row_leader(self) -> bool:
@@ -76,9 +69,6 @@ def parallel_ranks() -> ParallelRanks:
         pipeline=parallel_state.get_pipeline_model_parallel_rank(),
         context=parallel_state.get_context_parallel_rank(),
         data=parallel_state.get_data_parallel_rank(),
-        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        context_size=parallel_state.get_context_parallel_world_size(),
         data_size=parallel_state.get_data_parallel_world_size(),
     )
 

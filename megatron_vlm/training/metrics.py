@@ -24,7 +24,7 @@ class RowCounter:
     """Counts what passes through a rank's row iterator in a step; every data rank counts its own rows once."""
 
     def __init__(self, rows: Any, ranks: ParallelRanks) -> None:
-        self.rows, self.counts = rows, ranks.is_row_leader and ranks.first_stage
+        self.rows, self.counts = rows, ranks.is_row_leader and ranks.is_first_stage
         self.tokens = self.tiles = self.read = 0
         self.waited = 0.0
 

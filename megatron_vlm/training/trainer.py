@@ -66,7 +66,7 @@ class Trainer:
                 dp_rank=self.ranks.data,
                 dp_size=self.ranks.data_size,
                 consumed_rows=self.progress.consumed_rows,
-                need_tiles=self.ranks.first_stage,
+                need_tiles=self.ranks.is_first_stage,
                 tile_rank=tile_rank,
                 tile_ranks=tile_ranks,
                 plan_ahead=is_local_rank0,
@@ -105,7 +105,8 @@ class Trainer:
             folder.mkdir(parents=True, exist_ok=True)
             cut_back(folder, self.progress.consumed_rows)
         dist.barrier()
-        return SampleLog(rows, folder, dist.get_rank()) if self.ranks.is_row_leader and self.ranks.first_stage else rows
+        logs = self.ranks.is_row_leader and self.ranks.is_first_stage
+        return SampleLog(rows, folder, dist.get_rank()) if logs else rows
 
     def _set_first_weights(self, chunks: list[VisionLanguageModel]) -> Path | None:
         """Weights of a new run. Returns the checkpoint to resume from instead, if there is one."""

@@ -55,7 +55,7 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
     wrapped = wrap_for_data_parallel(chunks, recipe)
     optimizer = build_optimizer(wrapped, recipe)
     here = parallel_ranks()
-    encoding = tile_shard_rank(recipe.parallel) if here.first_stage else None
+    encoding = tile_shard_rank(recipe.parallel) if here.is_first_stage else None
     rows = rows_for_chunks(rows_of(here.data, here.data_size, encoding), len(chunks))
     steps = []
     for _ in range(STEPS):
