@@ -1,4 +1,4 @@
-"""What tests of several packages share."""
+"""Fixtures for the tests of several packages."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.environments import OLDER, QUANTIZERS, Environment, for_inference, on_top_of
+from tests.support.environments import QUANTIZATION, TRANSFORMERS_4, Environment, inference_environment, overlay
 
 
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[None]:
-    """Process groups of a world of one, in the test's own process, until the end of the module."""
+    """Process groups of world size 1 in the test's own process, for the whole module."""
     import megatron_vlm.runtime.megatron_patches  # noqa: F401
     from megatron_vlm.config import ParallelConfig
     from megatron_vlm.runtime.launch import distributed
@@ -22,17 +22,17 @@ def one_process() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def inference(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """What the extra `inference` installs, with transformers 5."""
-    return for_inference(tmp_path_factory.mktemp("environments"))
+    """An environment with the extra `inference` and transformers 5."""
+    return inference_environment(tmp_path_factory.mktemp("environments"))
 
 
 @pytest.fixture(scope="session")
 def older(inference: Environment) -> Environment:
     """The same with transformers 4.57."""
-    return on_top_of(inference, inference.folder.with_name("older"), *OLDER)
+    return overlay(inference, inference.folder.with_name("older"), *TRANSFORMERS_4)
 
 
 @pytest.fixture(scope="session")
 def quantizing(inference: Environment) -> Environment:
     """The same with bitsandbytes."""
-    return on_top_of(inference, inference.folder.with_name("quantizing"), *QUANTIZERS)
+    return overlay(inference, inference.folder.with_name("quantizing"), *QUANTIZATION)

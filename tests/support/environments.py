@@ -1,4 +1,4 @@
-"""Virtual environments of their own, for tests of what users install. They take a minute each: one per session."""
+"""Virtual environments in which tests install the package as users do. Each takes a minute, so one serves a session."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PACKAGE_FILES = (
     "checkpoint_convert",
     "instellavl",
 )
-OLDER = ("transformers==4.57.6", "tokenizers>=0.22,<0.23.1", "huggingface_hub<1")
-QUANTIZERS = ("bitsandbytes", "accelerate")
+TRANSFORMERS_4 = ("transformers==4.57.6", "tokenizers>=0.22,<0.23.1", "huggingface_hub<1")
+QUANTIZATION = ("bitsandbytes", "accelerate")
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment; nothing of the repository's folder is found in it, unless it was installed."""
+    """A virtual environment that does not see the repository's folder."""
 
     folder: Path
 
@@ -40,21 +40,21 @@ class Environment:
         return self.folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
 
     def pip(self, *arguments: str | Path) -> None:
-        done = self.run("-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments, timeout=1200)
-        assert done.returncode == 0, done.stdout + done.stderr
+        result = self.run("-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments, timeout=1200)
+        assert result.returncode == 0, result.stdout + result.stderr
 
     def run(self, *command: str | Path, timeout: float = 280) -> subprocess.CompletedProcess[str]:
-        """Python with these arguments, in the environment's own folder."""
-        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment = {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(self.folder / "hub")}
+        """Run Python with these arguments, in the environment's folder."""
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment = {**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(self.folder / "hub")}
         arguments = [str(self.python), *map(str, command)]
         return subprocess.run(
             arguments, cwd=self.folder, env=environment, timeout=timeout, text=True, capture_output=True
         )
 
 
-def for_inference(folder: Path) -> Environment:
-    """`pip install '.[inference]'`, in the versions of constraints.txt, from a copy: building leaves files behind."""
+def inference_environment(folder: Path) -> Environment:
+    """`pip install '.[inference]'` with constraints.txt, from a copy of the sources: building writes into them."""
     source = folder / "source"
     for name in PACKAGE_FILES:
         if (ROOT / name).is_dir():
@@ -68,8 +68,8 @@ def for_inference(folder: Path) -> Environment:
     return environment
 
 
-def on_top_of(base: Environment, folder: Path, *packages: str) -> Environment:
-    """An environment that has everything `base` has, but for these packages and what they ask for in other versions."""
+def overlay(base: Environment, folder: Path, *packages: str) -> Environment:
+    """A new environment with the packages of `base`, except that `packages` and their requirements replace them."""
     venv.create(folder, with_pip=True)
     environment = Environment(folder)
     (environment.packages / "base.pth").write_text(f"{base.packages}\n")

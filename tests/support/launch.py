@@ -1,4 +1,4 @@
-"""Start ranks for a test, with a time limit, and show their output when they fail."""
+"""Start the ranks of a test with a timeout; show their output if they fail."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def launch(*command: str | Path, ranks: int, timeout: float, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a script (or `-m`, module) on `ranks` processes of this machine; ranks > 1 go through torchrun."""
+    """Run a script (or `-m`, module) on `ranks` processes of this machine; torchrun starts them if ranks > 1."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     arguments = [sys.executable, *torchrun, *map(str, command)]
-    done = subprocess.run(
+    result = subprocess.run(
         arguments,
         cwd=ROOT,
         env=environment,
@@ -27,6 +27,6 @@ def launch(*command: str | Path, ranks: int, timeout: float, check: bool = True)
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    if check and done.returncode:
-        raise AssertionError(f"{' '.join(map(str, command))} on {ranks} ranks failed:\n{done.stdout[-6000:]}")
-    return done
+    if check and result.returncode:
+        raise AssertionError(f"{' '.join(map(str, command))} on {ranks} ranks failed:\n{result.stdout[-6000:]}")
+    return result

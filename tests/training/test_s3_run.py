@@ -69,7 +69,7 @@ def test_a_run_from_s3_killed_twice_is_the_run_from_disk(tmp_path: Path) -> None
             "log_samples": True,
         }
         recipe.write_text(yaml.safe_dump(settings))
-        proxy.faults += [Fault("error", "shard.00001", 2), Fault("cut", "shard.00003", 2)]
+        proxy.faults += [Fault("error", "shard.00001", 2), Fault("disconnect", "shard.00003", 2)]
         save = tmp_path / "from_s3"
         killed_after(recipe, save, tmp_path / "log1", 5)
         killed_after(recipe, save, tmp_path / "log2", 12)

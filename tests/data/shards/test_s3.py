@@ -122,7 +122,7 @@ def test_a_mixture_of_annotations_and_local_and_remote_shards(tmp_path: Path, pr
     assert counts.total() == 5 + 16 + 24 and max(count for name, count in counts.items() if name[0] == "s") == 1
 
 
-@pytest.mark.parametrize("kind", ["error", "cut", "stall", "short"])
+@pytest.mark.parametrize("kind", ["error", "disconnect", "stall", "truncate"])
 def test_transient_errors_are_retried(tmp_path: Path, proxy: Proxy, shards: Path, kind: str) -> None:
     put_folder(shards, URL)
     proxy.faults += [Fault(kind, "00000/shard.00001", 1 if kind == "stall" else 2), Fault("error", "/index.json", 1)]
@@ -134,8 +134,8 @@ def test_transient_errors_are_retried(tmp_path: Path, proxy: Proxy, shards: Path
     ("kind", "message"),
     [
         ("error", "tried 4 times"),
-        ("cut", "tried 4 times"),
-        ("short", "received .* bytes, expected"),
+        ("disconnect", "tried 4 times"),
+        ("truncate", "received .* bytes, expected"),
         ("stall", "tried 4 times, last error ReadTimeoutError"),
     ],
 )
