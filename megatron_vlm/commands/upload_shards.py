@@ -1,8 +1,9 @@
-"""Copy a finished set of shards to an S3 store: each object verified, what is there already not sent again.
+"""Upload a complete shard set to S3. Each object is verified, and objects that are already there are skipped.
 
 python tools/upload_shards.py shards/train s3://bucket/train
 
-Works on any folder that mosaicml-streaming reads. The index is sent last, so the set appears when it is whole.
+In an installed package the command is `megatron-vlm upload-shards`. The shards may be ours or published ones. The index
+is uploaded last, so that the set becomes visible when it is complete.
 """
 
 from __future__ import annotations
@@ -21,27 +22,28 @@ from megatron_vlm.data.shards.reader import ShardFolder
 
 
 def upload_shards(folder: Path, url: str, threads: int = 8) -> tuple[int, int]:
-    """
+    """Upload a shard set, the index last.
+
     Args:
-        folder: a finished set.
+        folder: a complete shard set.
         url: s3://bucket/prefix
-        threads: objects sent at the same time.
+        threads: concurrent uploads.
 
     Returns:
-        Objects sent, objects that were there.
+        Objects uploaded, objects skipped.
 
     Raises:
-        DataError: the folder is no finished set, another set is there, or the store refuses or fails.
+        DataError: `folder` is not a complete shard set, `url` holds another one, or an upload failed.
     """
-    ShardFolder(folder)  # whole: all files there, of the sizes the index says
+    ShardFolder(folder)  # checks that all files exist with the sizes in the index
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     names.remove(INDEX)
 
     index = s3.join(url, INDEX)
     if s3.exists(index) and not s3.is_uploaded(folder / INDEX, index):
         raise DataError(
-            f"{url} holds another set of shards, which may be in use: sending this one would mix the two. "
-            "Choose another place, or remove that one first."
+            f"{url} holds another shard set, which may be in use, and uploading this one would mix the two. "
+            "Choose another prefix or remove that set first."
         )
 
     def send(name: str) -> bool:
@@ -52,29 +54,29 @@ def upload_shards(folder: Path, url: str, threads: int = 8) -> tuple[int, int]:
 
     pool = ThreadPoolExecutor(threads)
     try:
-        sent = list(tqdm(pool.map(send, names), total=len(names), unit=" objects", desc=f"sending to {url}"))
+        sent = list(tqdm(pool.map(send, names), total=len(names), unit=" objects", desc=f"uploading to {url}"))
     finally:
-        pool.shutdown(cancel_futures=True)  # after a failure, or Ctrl-C, the others need not be tried
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C the rest is not tried
     sent.append(send(INDEX))
     return sum(sent), len(sent) - sum(sent)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 all is there, 2 something failed, 130 it was stopped by Ctrl-C."""
+    """Exit code: 0 the set is complete, 2 error, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a finished set of shards")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a complete shard set")
     parser.add_argument("url", metavar="s3://BUCKET/PREFIX")
-    parser.add_argument("--threads", type=int, default=8, metavar="N", help="objects sent at the same time")
+    parser.add_argument("--threads", type=int, default=8, metavar="N", help="concurrent uploads; default: 8")
     options = parser.parse_args(argv)
     if not s3.is_remote(options.url):
         parser.error(f"{options.url} does not begin with s3://")
     try:
-        sent, there = upload_shards(options.folder, options.url, options.threads)
+        uploaded, skipped = upload_shards(options.folder, options.url, options.threads)
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on with the objects that are missing", file=sys.stderr)
+        print("interrupted; run the same command to resume", file=sys.stderr)
         return 130
-    print(f"{sent + there} objects at {options.url}: {sent} sent and verified, {there} were there")
+    print(f"{uploaded + skipped} objects at {options.url}: {uploaded} uploaded and verified, {skipped} already there")
     return 0

@@ -1,6 +1,7 @@
-"""The general kinds of data sets, and how to add one.
+"""Converters of other datasets to LLaVA annotations, and how to add one.
 
-A kind is a class with a name, its own arguments, and a method that makes entries of rows:
+A converter is a class with a name, its own flags, and a method that converts a row of the dataset to an annotation
+entry:
 
     @register
     class Riddles(Converter):
@@ -11,7 +12,7 @@ A kind is a class with a name, its own arguments, and a method that makes entrie
         def entry(self, row, images):
             return conversation(row["riddle"], row["solution"])
 
-`tools/convert_dataset.py riddles --plugin riddles.py ...` knows it then.
+Use it with `tools/convert_dataset.py riddles --plugin riddles.py ...`.
 """
 
 from __future__ import annotations
@@ -23,92 +24,93 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_vlm.data.prepare.prompts import PROMPTS
+from megatron_vlm.data.prepare.reading_order import parse_box, reading_order
 from megatron_vlm.data.prepare.tables import ImageStore, RowError
 from megatron_vlm.data.processing.conversation import IMAGE_PLACEHOLDER
 
 Entry = dict[str, Any]
-Problem = Callable[[Entry, RowError], None]
+ErrorHandler = Callable[[Entry, RowError], None]
 
-KINDS: dict[str, type[Converter]] = {}
+CONVERTERS: dict[str, type[Converter]] = {}
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def register(kind: type[Converter]) -> type[Converter]:
-    """Make a kind known by its name."""
-    KINDS[kind.name] = kind
-    return kind
+def register(converter: type[Converter]) -> type[Converter]:
+    """Class decorator: make a converter available by its name."""
+    CONVERTERS[converter.name] = converter
+    return converter
 
 
 class Converter(ABC):
-    """One kind of data set. The first line of its docstring is its help."""
+    """Base class. The first line of a converter's docstring is its --help text."""
 
     name: str
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
 
-    @classmethod  # noqa: B027  (most have some, none need any)
+    @classmethod  # noqa: B027  (optional to override)
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Flags of its own."""
+        """Add the flags of this converter."""
 
     @abstractmethod
     def entry(self, row: Entry, images: ImageStore) -> Entry:
-        """A LLaVA entry; without an id it is given one.
+        """Convert a row to a LLaVA entry. An entry without an id gets one later.
 
         Raises:
             RowError: the row cannot be converted.
         """
 
-    def entries(self, rows: Iterator[Entry], images: ImageStore, problem: Problem) -> Iterator[Entry]:
-        """All entries. `problem(row, error)` is told of rows that give none."""
+    def entries(self, rows: Iterator[Entry], images: ImageStore, on_error: ErrorHandler) -> Iterator[Entry]:
+        """Convert all rows. `on_error(row, error)` is called for each row that cannot be converted."""
         for row in rows:
             try:
                 yield self.entry(row, images)
             except RowError as error:
-                problem(row, error)
+                on_error(row, error)
 
 
 def cell(row: Entry, column: str) -> Any:
-    """What is in a column.
+    """The value of a column.
 
     Raises:
-        RowError: there is no such column, or nothing in it.
+        RowError: the column is missing or empty.
     """
     value = row.get(column)
     if value is None or value == "":
-        raise RowError("missing column", f"nothing in {column!r}; there are {sorted(row)}")
+        raise RowError("missing column", f"{column!r} is absent or empty; the columns are {sorted(row)}")
     return value
 
 
 def conversation(*texts: str, image: str | list[str] | None = None) -> Entry:
-    """An entry of questions and answers in turn; placeholders for its images stand before the first question."""
+    """An entry of alternating questions and answers. The image placeholders precede the first question."""
     count = 0 if image is None else 1 if isinstance(image, str) else len(image)
     first = f"{IMAGE_PLACEHOLDER}\n" * count + texts[0]
-    turns = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate((first, *texts[1:]))]
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate((first, *texts[1:]))]
     return {**({"image": image} if image is not None else {}), "conversations": turns}
 
 
 def column_arguments(parser: argparse.ArgumentParser, **columns: str) -> None:
-    """A flag --NAME-column for each, with its default."""
+    """Add a flag --NAME-column with a default for each column."""
     for name, default in columns.items():
         parser.add_argument(f"--{name}-column", default=default, metavar="NAME", help=f"default: {default}")
 
 
 @register
 class QuestionAnswer(Converter):
-    """question and answer of an image: Hugging Face's VQA sets, or text alone where a row has no image"""
+    """a question and an answer about an image, as in VQA datasets; rows without an image become text-only samples"""
 
     name = "qa"
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         column_arguments(parser, image="image", question="question", answer="answer")
-        parser.add_argument("--suffix", default="", metavar="TEXT", help="added to each question on a line of its own")
+        parser.add_argument("--suffix", default="", metavar="TEXT", help="appended to each question on a new line")
 
     def entry(self, row: Entry, images: ImageStore) -> Entry:
         options = self.options
         question, answer = str(cell(row, options.question_column)), cell(row, options.answer_column)
-        answer = str(answer[0] if isinstance(answer, list) else answer)  # several people's answers: the first
+        answer = str(answer[0] if isinstance(answer, list) else answer)  # of several annotators' answers, the first
         if options.suffix:
             question = f"{question}\n{options.suffix}"
         return conversation(question, answer, image=images.take_all(row.get(options.image_column)))
@@ -116,7 +118,7 @@ class QuestionAnswer(Converter):
 
 @register
 class Conversations(Converter):
-    """whole conversations, perhaps with image bytes: LLaVA's from/value, role/content, or pairs user/assistant"""
+    """whole conversations with or without images: turns as from/value, role/content, or user/assistant pairs"""
 
     name = "conversations"
 
@@ -128,25 +130,25 @@ class Conversations(Converter):
         texts = list(_texts(cell(row, self.options.turns_column)))
         image = images.take_all(row.get(self.options.image_column))
         count = len(image) if isinstance(image, list) else int(image is not None)
-        there = "".join(texts).count(IMAGE_PLACEHOLDER)
-        if there not in (0, count):
-            raise RowError("image count mismatch", f"{there} {IMAGE_PLACEHOLDER} placeholders for {count} images")
+        placeholders = "".join(texts).count(IMAGE_PLACEHOLDER)
+        if placeholders not in (0, count):
+            raise RowError("image count mismatch", f"{placeholders} {IMAGE_PLACEHOLDER} for {count} images")
         entry = conversation(*texts, image=image)
-        if there:  # they stand where they belong
+        if placeholders:  # keep them where they are
             entry["conversations"][0]["value"] = texts[0]
         return {**({"id": str(row["id"])} if row.get("id") is not None else {}), **entry}
 
 
-_ASKING, _ANSWERING = ("human", "user"), ("gpt", "assistant", "model")
+_USER_ROLES, _ASSISTANT_ROLES = ("human", "user"), ("gpt", "assistant", "model")
 
 
 def _texts(turns: Any) -> Iterator[str]:
-    """Questions and answers in turn, of the forms in which sets have conversations.
+    """Alternating questions and answers of a conversation in any of the supported forms.
 
     Raises:
-        RowError: they do not take turns.
+        RowError: questions and answers do not alternate.
     """
-    place = 0
+    count = 0
     for turn in turns if isinstance(turns, list) else ():
         if not isinstance(turn, dict):
             break
@@ -155,18 +157,18 @@ def _texts(turns: Any) -> Iterator[str]:
             messages: list[tuple[Any, Any]] = [("user", turn["user"]), ("assistant", turn["assistant"])]
         else:
             messages = [(role, turn.get("value", turn.get("content")))]
-        for who, text in messages:
-            if who not in (_ASKING, _ANSWERING)[place % 2] or not isinstance(text, str):
-                raise RowError("turns out of order", f"message {place} is {text!r} from {who!r}")
-            place += 1
+        for role, text in messages:
+            if role not in (_USER_ROLES, _ASSISTANT_ROLES)[count % 2] or not isinstance(text, str):
+                raise RowError("turns out of order", f"message {count} is {text!r} from {role!r}")
+            count += 1
             yield text
-    if place == 0 or place % 2:
-        raise RowError("turns out of order", f"{place} messages, where each question has an answer")
+    if count == 0 or count % 2:
+        raise RowError("turns out of order", f"{count} messages, but each question needs an answer")
 
 
 @register
 class Captions(Converter):
-    """image and caption or several, asked for with one of a pool of prompts, drawn by the seed and the row"""
+    """an image with one or several captions; each is the answer to a random prompt of a pool"""
 
     name = "captions"
 
@@ -174,7 +176,7 @@ class Captions(Converter):
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         column_arguments(parser, image="image", caption="caption")
         parser.add_argument("--prompts", default="caption", metavar="POOL|FILE",
-                            help=f"{', '.join(PROMPTS)}, or a file with a prompt on each line")  # fmt: skip
+                            help=f"{', '.join(PROMPTS)}, or a file with one prompt per line")  # fmt: skip
         parser.add_argument("--seed", type=int, default=0)
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -187,26 +189,26 @@ class Captions(Converter):
     def entry(self, row: Entry, images: ImageStore) -> Entry:
         caption = str(cell(row, self.options.caption_column)).strip()
         image = images.take(cell(row, self.options.image_column))
-        # Of the row, not of the order: shares of a set that are converted apart get what the whole gets.
+        # Seeded by the content of the row, so that the prompts do not depend on how rows are split over jobs.
         prompt = random.Random(f"{self.options.seed} {image} {caption}").choice(self.pool or ())
         return conversation(prompt, caption, image=image)
 
-    def entries(self, rows: Iterator[Entry], images: ImageStore, problem: Problem) -> Iterator[Entry]:
-        """Several captions of an image, as a list, are an entry each."""
+    def entries(self, rows: Iterator[Entry], images: ImageStore, on_error: ErrorHandler) -> Iterator[Entry]:
+        """Each caption of a list of captions becomes an entry of its own."""
         column = self.options.caption_column
 
-        def single() -> Iterator[Entry]:
+        def single_captions() -> Iterator[Entry]:
             for row in rows:
                 captions = row.get(column)
                 for caption in captions or [None] if isinstance(captions, list) else [captions]:
                     yield {**row, column: caption}
 
-        return super().entries(single(), images, problem)
+        return super().entries(single_captions(), images, on_error)
 
 
 @register
-class Words(Converter):
-    """words with their boxes, as OCR sets have them, to the text in reading order, line by line"""
+class OcrWords(Converter):
+    """words with bounding boxes, as in OCR datasets; the answer is their text in reading order, line by line"""
 
     name = "ocr"
 
@@ -214,52 +216,23 @@ class Words(Converter):
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         column_arguments(parser, image="image", words="words")
         parser.add_argument("--prompt", default="Read all text in this image, from top to bottom.", metavar="TEXT")
-        parser.add_argument("--unreadable", default="###", metavar="TEXT", help="marks words to leave out")
+        parser.add_argument("--unreadable", default="###", metavar="TEXT", help="text of words to skip")
 
     def entry(self, row: Entry, images: ImageStore) -> Entry:
         words = []
         for word in cell(row, self.options.words_column):
             text = str(word.get("text", "")).strip()
             if text and text != self.options.unreadable:
-                words.append((text, *_box(word)))
+                words.append((text, *parse_box(word)))
         if not words:
-            raise RowError("no words", "no word can be read")
+            raise RowError("no words", "no word is readable")
         image = images.take(cell(row, self.options.image_column))
         return conversation(self.options.prompt, reading_order(words), image=image)
 
 
-def _box(word: Entry) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of `box`: these four, or the corners of a polygon [[x, y], ...]."""
-    box = word.get("box")
-    try:
-        if isinstance(box, list) and isinstance(box[0], list):
-            xs, ys = zip(*box, strict=True)
-            return float(min(xs)), float(min(ys)), float(max(xs)), float(max(ys))
-        left, top, right, bottom = map(float, box or ())
-    except (TypeError, ValueError, IndexError):
-        raise RowError("bad box", f"{box!r} of the word {word.get('text')!r}") from None
-    return left, top, right, bottom
-
-
-def reading_order(words: list[tuple[str, float, float, float, float]]) -> str:
-    """Text of words (text, left, top, right, bottom): lines from top to bottom, each from left to right.
-
-    A word is of a line if its middle is within half the height of the line's first word.
-    """
-    lines: list[list[tuple[str, float, float, float, float]]] = []
-    for word in sorted(words, key=lambda word: (word[2] + word[4], word[1])):
-        if lines:
-            _, _, top, _, bottom = lines[-1][0]
-            if abs((word[2] + word[4]) / 2 - (top + bottom) / 2) <= (bottom - top) / 2:
-                lines[-1].append(word)
-                continue
-        lines.append([word])
-    return "\n".join(" ".join(word[0] for word in sorted(line, key=lambda word: word[1])) for line in lines)
-
-
 @register
 class Choice(Converter):
-    """question with choices and perhaps a rationale: the choice first, why in a second turn"""
+    """a multiple-choice question; the answer is the letter, and a rationale, if there is one, becomes a second turn"""
 
     name = "choice"
 
@@ -268,21 +241,21 @@ class Choice(Converter):
         column_arguments(
             parser, image="image", question="question", choices="choices", answer="answer", rationale="rationale"
         )
-        parser.add_argument("--why", default="Why?", metavar="TEXT", help="the question for the rationale")
+        parser.add_argument("--why", default="Why?", metavar="TEXT", help="question that the rationale answers")
 
     def entry(self, row: Entry, images: ImageStore) -> Entry:
         options = self.options
         choices = [str(choice) for choice in cell(row, options.choices_column)]
-        right = self._right(cell(row, options.answer_column), choices)
+        correct = self._correct_index(cell(row, options.answer_column), choices)
         listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(_LETTERS, choices, strict=False))
         question = f"{cell(row, options.question_column)}\n{listed}\nAnswer with the letter of the right choice."
-        texts = [question, _LETTERS[right]]
+        texts = [question, _LETTERS[correct]]
         if rationale := row.get(options.rationale_column):
             texts += [options.why, str(rationale)]
         return conversation(*texts, image=images.take_all(row.get(options.image_column)))
 
-    def _right(self, answer: Any, choices: list[str]) -> int:
-        """Place of the right choice, of which the place, the letter or the text may be given."""
+    def _correct_index(self, answer: Any, choices: list[str]) -> int:
+        """Index of the correct choice. `answer` is its index, its letter or its text."""
         if str(answer) in choices:
             return choices.index(str(answer))
         if isinstance(answer, str) and answer.strip(" .()").upper() in list(_LETTERS[: len(choices)]):
@@ -294,27 +267,27 @@ class Choice(Converter):
 
 @register
 class MergeTurns(Converter):
-    """entries that follow each other and have the same image become one conversation of several turns"""
+    """LLaVA entries; consecutive entries with the same image are merged into one conversation"""
 
     name = "merge"
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--turns", type=int, default=5, metavar="N", help="questions in one conversation at most")
+        parser.add_argument("--turns", type=int, default=5, metavar="N", help="most questions per conversation")
 
     def entry(self, row: Entry, images: ImageStore) -> Entry:
         turns = cell(row, "conversations")
         texts = [str(turn.get("value", "")).replace(IMAGE_PLACEHOLDER, "").strip() for turn in turns]
         if len(texts) % 2 or [turn.get("from") for turn in turns] != ["human", "gpt"] * (len(texts) // 2):
-            raise RowError("turns out of order", "human and gpt must take turns, and gpt has the last word")
+            raise RowError("turns out of order", "human and gpt must alternate, and the last turn must be gpt")
         image = images.take_all(row.get("image"))
         return {**({"id": row["id"]} if "id" in row else {}), **conversation(*texts, image=image)}
 
-    def entries(self, rows: Iterator[Entry], images: ImageStore, problem: Problem) -> Iterator[Entry]:
+    def entries(self, rows: Iterator[Entry], images: ImageStore, on_error: ErrorHandler) -> Iterator[Entry]:
         merged: Entry | None = None
-        for entry in super().entries(rows, images, problem):
-            same = merged is not None and entry.get("image") is not None and entry["image"] == merged.get("image")
-            if merged is not None and same and self._questions(merged) + self._questions(entry) <= self.options.turns:
+        for entry in super().entries(rows, images, on_error):
+            same_image = merged is not None and entry.get("image") is not None and entry["image"] == merged.get("image")
+            if merged and same_image and self._questions(merged) + self._questions(entry) <= self.options.turns:
                 first = entry["conversations"][0]
                 first["value"] = first["value"].replace(f"{IMAGE_PLACEHOLDER}\n", "")
                 merged["conversations"] += entry["conversations"]

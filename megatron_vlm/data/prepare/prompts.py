@@ -1,4 +1,4 @@
-"""Pools of prompts for sets that have only the answer."""
+"""Prompt pools for datasets that have answers but no questions."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Where a set of shards is written to: a local folder or an S3 store, behind one interface.
+"""The destination of a shard set: a local folder or an S3 prefix, behind one interface.
 
-A set is written part by part and is whole when its index.json is there: in a local folder all lies in a sibling folder
-`<name>.partial` until then, in a store the index is written last. A part is made in a work folder of its process, so
-that two which make the same one, by mistake, do not write into each other's files.
+A set is written part by part. It is complete when its index.json exists: a local set is written to the sibling folder
+`<name>.partial` and renamed at the end, and in S3 the index is written last. Each process writes a part to a work
+folder of its own, so that two processes that write the same part by mistake do not mix their files.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from megatron_vlm.data.shards.mds_format import INDEX
 from megatron_vlm.runtime.atomic_files import atomic_file, is_absent_or_empty
 
 _WORK, _WORK_FOR_S3 = ".work-", "megatron-vlm-shards-"
-_SECONDS_TO_LOCK = 60.0
+_MIN_ABANDONED_SECONDS = 60.0
+"""A younger work folder may not be locked yet."""
 
 
 @contextmanager
 def _work_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A folder that is removed at the end of the block; those of processes that were killed are removed first.
+    """A folder that is removed at the end of the block. Folders that killed processes left are removed first.
 
-    Its lock ends with the process, on whatever machine that shares the disk.
+    A lock marks the folder as in use. It ends with its process, also on other machines that share the disk.
     """
     parent.mkdir(parents=True, exist_ok=True)
     for other in parent.glob(f"{prefix}*"):
-        with suppress(OSError):  # another process removes it, too
-            if time.time() - other.stat().st_mtime > _SECONDS_TO_LOCK:
-                with _locked(other) as abandoned:
-                    if abandoned:
+        with suppress(OSError):  # another process may remove it at the same time
+            if time.time() - other.stat().st_mtime > _MIN_ABANDONED_SECONDS:
+                with _locked(other) as acquired:
+                    if acquired:
                         shutil.rmtree(other)
     with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder, _locked(Path(folder)):
         yield Path(folder)
@@ -45,7 +46,7 @@ def _work_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Whether this process holds a folder's lock in the block: not if another one does, or the disk knows no locks."""
+    """Try to lock a folder for the block. Yields False if another process holds it or the disk supports no locks."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
@@ -59,39 +60,39 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 class Destination(ABC):
-    """A set of shards in the making."""
+    """A shard set that is being written."""
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
-        """A small file written before; None: there is none."""
+        """Content of a small file written before; None: it does not exist."""
 
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file; it is there whole or not at all."""
+        """Write a small file atomically."""
 
     @abstractmethod
     def staging(self, name: str) -> Iterator[Path]:
-        """A context: the path of a folder to be made, which is in its place, as `name`, at the end of the block."""
+        """Context manager. Yields the path of a folder to create, which becomes `name` of the set at the end."""
 
     @abstractmethod
-    def names(self, folder: str) -> list[str]:
-        """Small files written below `folder`."""
+    def list_names(self, folder: str) -> list[str]:
+        """Names of the small files below `folder`."""
 
     @abstractmethod
     def publish(self, index: bytes) -> None:
-        """Make the set appear."""
+        """Write the index and make the set visible."""
 
     @abstractmethod
-    def beside(self, name: str, data: bytes) -> str:
-        """Write a file beside a set that is not to appear; returns where."""
+    def write_beside(self, name: str, data: bytes) -> str:
+        """Write a file next to a set that will not be published. Returns its path."""
 
 
 class LocalDestination(Destination):
-    """A folder on a disk."""
+    """A local folder."""
 
     def __init__(self, folder: Path) -> None:
         if not is_absent_or_empty(folder):
-            raise DataError(f"{folder} exists and is not empty. Choose another folder, or remove it first.")
+            raise DataError(f"{folder} exists and is not empty. Choose another folder or remove it first.")
         self.folder = folder
         self.partial = folder.with_name(folder.name + ".partial")
 
@@ -109,11 +110,11 @@ class LocalDestination(Destination):
             yield work / name
             if not (work / name).is_dir():
                 return
-            with suppress(FileNotFoundError):  # of a run that ended between a part and the note that it is done
+            with suppress(FileNotFoundError):  # left by a run that was killed before it recorded the part as done
                 shutil.rmtree(self.partial / name)
             (work / name).rename(self.partial / name)
 
-    def names(self, folder: str) -> list[str]:
+    def list_names(self, folder: str) -> list[str]:
         path = self.partial / folder
         return sorted(item.name for item in path.iterdir() if item.name[0] != ".") if path.is_dir() else []
 
@@ -125,7 +126,7 @@ class LocalDestination(Destination):
             self.folder.rmdir()  # empty, as checked
         self.partial.rename(self.folder)
 
-    def beside(self, name: str, data: bytes) -> str:
+    def write_beside(self, name: str, data: bytes) -> str:
         shutil.rmtree(self.partial, ignore_errors=True)
         path = self.folder.with_name(f"{self.folder.name}.{name}")
         path.write_bytes(data)
@@ -133,11 +134,11 @@ class LocalDestination(Destination):
 
 
 class S3Destination(Destination):
-    """A prefix of an S3 store; parts are made in the folder for temporary files and sent when they are whole."""
+    """A prefix in S3. Parts are written to the folder for temporary files and uploaded when they are complete."""
 
     def __init__(self, url: str) -> None:
         if s3.exists(s3.join(url, INDEX)):
-            raise DataError(f"{url} holds a set of shards already. Choose another place, or remove it first.")
+            raise DataError(f"{url} already holds a shard set. Choose another prefix or remove it first.")
         self.url = url
 
     def read(self, name: str) -> bytes | None:
@@ -157,20 +158,21 @@ class S3Destination(Destination):
                 for file in sorted((work / name).iterdir()):
                     s3.upload(file, s3.join(self.url, f"{name}/{file.name}"))
 
-    def names(self, folder: str) -> list[str]:
+    def list_names(self, folder: str) -> list[str]:
         return s3.list_names(s3.join(self.url, folder))
 
     def publish(self, index: bytes) -> None:
         self.write(INDEX, index)
 
-    def beside(self, name: str, data: bytes) -> str:
+    def write_beside(self, name: str, data: bytes) -> str:
         self.write(name, data)
         return s3.join(self.url, name)
 
 
 def open_destination(output: str | Path) -> LocalDestination | S3Destination:
-    """
+    """The destination at a folder or s3:// prefix.
+
     Raises:
-        DataError: there is something at `output` already.
+        DataError: `output` is not empty.
     """
     return S3Destination(str(output)) if s3.is_remote(output) else LocalDestination(Path(output))

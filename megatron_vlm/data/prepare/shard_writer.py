@@ -1,15 +1,15 @@
-"""Annotations and image files to shards: every sample is checked, every image decoded; nothing is lost in silence.
+"""Writes annotations and image files as shards. Every sample is validated, every image decoded, and errors are listed.
 
-The samples are cut into parts of equal number. A part is done by one process, which writes its shards and then a note
-of what became of its samples; parts that have a note are not done again. Several machines may do some of the parts
-each. The merge adds the notes up and writes the index, by which the set appears.
+The samples are divided into parts of equal size. One process writes the shards of a part and then a record of its
+samples. Parts with a record are not written again, so an interrupted run can be resumed. The parts can be distributed
+over several jobs. The merge adds up the records and writes the index, which completes the set.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,19 @@ from megatron_vlm.data.sources.sample_source import AnnotationSource, SourceList
 from megatron_vlm.data.worker_pool import parallel_map, report_progress
 
 QUARANTINE = "quarantine.jsonl"
-MOST_SAMPLES_PER_PART = 4096
-_LEAST_SAMPLES_PER_PART = 64
-_PARTS = 16
-"""That a set has at least, so that processes find work; a very small one has fewer. Not more: a small set lies within
-one shuffle window then, see order.py."""
-_NOTES = "parts"
+MAX_SAMPLES_PER_PART = 4096
+_MIN_SAMPLES_PER_PART = 64
+_MIN_PARTS = 16
+"""Keeps several processes busy; only very small sets have fewer parts. With more parts, a small set would exceed one
+shuffle window (shard_shuffle.py).
+"""
+_RECORDS = "parts"
 _PLAN = "plan.json"
 
 
 @dataclass
 class PrepareSummary:
-    """What became of the samples: read = written + the sum of quarantined."""
+    """Sample counts. `read` is `written` plus the sum of `quarantined`."""
 
     read: int = 0
     written: int = 0
@@ -40,20 +41,20 @@ class PrepareSummary:
     quarantined: Counter[str] = field(default_factory=Counter)
     """By reason."""
     quarantine: str | None = None
-    """File that lists them, one JSON object per line; None where there are none."""
+    """File that lists the quarantined samples, one JSON object per line; None: there are none."""
 
 
 def find_annotations(paths: Sequence[str | Path]) -> list[Path]:
-    """The annotation files that some paths name; a folder stands for all `.json` and `.jsonl` files below it.
+    """Annotation files at `paths`. A folder stands for all `.json` and `.jsonl` files below it.
 
     Raises:
-        DataError: a folder has none.
+        DataError: a folder has no such file.
     """
     found = []
     for path in map(Path, paths):
         files = sorted(file for file in path.rglob("*.json*") if file.suffix in (".json", ".jsonl"))
         if path.is_dir() and not files:
-            raise DataError(f"folder {path} has no .json or .jsonl file")
+            raise DataError(f"folder {path} contains no .json or .jsonl file")
         found += files if path.is_dir() else [path]
     return found
 
@@ -65,32 +66,32 @@ def prepare_shards(
     processes: int | None = None,
     size_limit: int = 1 << 26,
     samples_per_part: int | None = None,
-    share: tuple[int, int] | None = None,
+    job: tuple[int, int] | None = None,
 ) -> PrepareSummary:
-    """Write one set of shards, or some of its parts.
+    """Write a shard set, or the parts of one job.
 
-    Bad samples are listed with the reason in `quarantine.jsonl` inside the set, or, where no sample is good and so no
-    set is written, in `<output>.quarantine.jsonl`.
+    Invalid samples are listed with the reason in `quarantine.jsonl` inside the set. If no sample is valid, no set is
+    written and they are listed in `<output>.quarantine.jsonl`.
 
     Args:
         annotations: `.json` and `.jsonl` files, and folders of them.
-        image_folder: what their image paths start from.
-        output: folder, or s3://…; appears when it is whole.
-        processes: that decode images; default: as many as this machine's cores.
-        size_limit: bytes of a shard.
-        samples_per_part: what is done at a time, and not done again; default: a 16th of the set, at most 4096.
-        share: (k, n): only every n-th part from the k-th on, k from 1, and no merge; see `merge_parts`.
+        image_folder: root of their image paths.
+        output: folder or s3:// prefix. The set becomes visible when it is complete.
+        processes: number of processes that decode images; default: one per core.
+        size_limit: of a shard, in bytes.
+        samples_per_part: samples that one process writes at a time; default: 1/16 of the set, at most 4096.
+        job: (k, n): write every n-th part from the k-th, with k from 1, and do not merge; see `merge_parts`.
 
     Returns:
-        What became of the samples; with `share`, of those of its parts.
+        Sample counts of the set, or of the parts of `job`.
 
     Raises:
-        DataError: an annotation file cannot be read, or `output` holds something already, or parts of something else.
+        DataError: an annotation file cannot be read, or `output` is not empty or holds parts of another run.
     """
     destination = open_destination(output)
     sources = SourceList([AnnotationSource(path, image_folder) for path in find_annotations(annotations)])
-    if samples_per_part is None:  # of the set alone: all machines that share it must agree
-        samples_per_part = min(max(-(-len(sources) // _PARTS), _LEAST_SAMPLES_PER_PART), MOST_SAMPLES_PER_PART)
+    if samples_per_part is None:  # derived from the set alone, so that all jobs agree
+        samples_per_part = min(max(-(-len(sources) // _MIN_PARTS), _MIN_SAMPLES_PER_PART), MAX_SAMPLES_PER_PART)
     parts = -(-len(sources) // samples_per_part)
     plan = {
         "sources": [[str(source.name), source.content_hash()] for source in sources.sources],
@@ -99,64 +100,64 @@ def prepare_shards(
         "samples_per_part": samples_per_part,
         "size_limit": size_limit,
     }
-    _agree(destination, plan, output)
-    done = {int(name.partition(".")[0]) for name in destination.names(_NOTES) if name != _PLAN}
-    first, step = (share[0] - 1, share[1]) if share else (0, 1)
-    mine = range(first, parts, step)
-    todo = [number for number in mine if number not in done]
-    maker = _PartMaker(sources, destination, samples_per_part, size_limit)
-    amounts = [sum(len(maker.members(number)) for number in numbers) for numbers in (mine, todo)]
+    _check_plan(destination, plan, output)
+    done = {int(name.partition(".")[0]) for name in destination.list_names(_RECORDS) if name != _PLAN}
+    first, step = (job[0] - 1, job[1]) if job else (0, 1)
+    own = range(first, parts, step)
+    todo = [number for number in own if number not in done]
+    writer = _PartWriter(sources, destination, samples_per_part, size_limit)
+    total, left = (sum(len(writer.samples_of(number)) for number in numbers) for numbers in (own, todo))
     for _ in parallel_map(
-        lambda place: maker(todo[place]), len(todo), processes, f"writing {output}", chunk=1, samples=amounts[0],
-        samples_before=amounts[0] - amounts[1],
+        lambda index: writer(todo[index]), len(todo), processes, f"writing {output}", chunk=1, samples=total,
+        samples_before=total - left,
     ):  # fmt: skip
         pass
-    if share:
-        return _add_up(_notes(destination, mine))
+    if job:
+        return _summarize(_read_records(destination, own))
     return merge_parts(output)
 
 
-def _agree(destination: LocalDestination | S3Destination, plan: dict[str, Any], output: str | Path) -> None:
-    """Parts that are there already must be of the same samples, cut alike."""
+def _check_plan(destination: LocalDestination | S3Destination, plan: dict[str, Any], output: str | Path) -> None:
+    """Parts that already exist must hold the same samples with the same settings."""
     content = json.dumps(plan, sort_keys=True).encode()
-    before = destination.read(f"{_NOTES}/{_PLAN}")
-    if before is None:
-        destination.write(f"{_NOTES}/{_PLAN}", content)
-    elif before != content:
-        old = json.loads(before)
+    existing = destination.read(f"{_RECORDS}/{_PLAN}")
+    if existing is None:
+        destination.write(f"{_RECORDS}/{_PLAN}", content)
+    elif existing != content:
+        old = json.loads(existing)
         changed = ", ".join(key for key in plan if old.get(key) != plan[key])
         where = destination.partial if isinstance(destination, LocalDestination) else output
         raise DataError(
-            f"{where} holds parts of a run with other {changed}. Call it as before to go on, or remove them to begin "
-            "anew."
+            f"{where} holds parts of a run with other {changed}. Use the previous settings to resume it, or remove the "
+            "parts to start again."
         )
 
 
 def merge_parts(output: str | Path) -> PrepareSummary:
-    """Make a set of its parts.
+    """Complete a shard set whose parts are all written.
 
     Raises:
-        DataError: `output` holds a set already, or parts are missing.
+        DataError: `output` already holds a set, or parts are missing.
     """
     destination = open_destination(output)
-    content = destination.read(f"{_NOTES}/{_PLAN}")
+    content = destination.read(f"{_RECORDS}/{_PLAN}")
     if content is None:
-        raise DataError(f"there are no parts of {output} to be merged")
+        raise DataError(f"{output} has no parts to merge")
     parts = int(json.loads(content)["parts"])
-    done = set(destination.names(_NOTES))
-    missing = [number for number in range(parts) if _note_name(number) not in done]
+    done = set(destination.list_names(_RECORDS))
+    missing = [number for number in range(parts) if _record_name(number) not in done]
     if missing:
-        raise DataError(f"{len(missing)} of {parts} parts of {output} are not done yet, the first is part {missing[0]}")
-    notes = list(_notes(destination, range(parts)))
-    summary = _add_up(notes)
-    lines = "".join(json.dumps(item) + "\n" for note in notes for item in note["bad"]).encode()
+        raise DataError(f"{len(missing)} of {parts} parts of {output} are missing, the first is part {missing[0]}")
+    records = list(_read_records(destination, range(parts)))
+    summary = _summarize(records)
+    lines = "".join(json.dumps(item) + "\n" for record in records for item in record["bad"]).encode()
     if not summary.written:
-        summary.quarantine = destination.beside(QUARANTINE, lines)
+        summary.quarantine = destination.write_beside(QUARANTINE, lines)
         return summary
     if lines:
         destination.write(QUARANTINE, lines)
         summary.quarantine = f"{output}/{QUARANTINE}"
-    index = merge_indexes([(_folder(number), note["index"]) for number, note in enumerate(notes) if note["index"]])
+    index = merge_indexes([(_folder(n), record["index"]) for n, record in enumerate(records) if record["index"]])
     destination.publish(json.dumps(index).encode())
     return summary
 
@@ -165,29 +166,29 @@ def _folder(number: int) -> str:
     return f"{number:05d}"
 
 
-def _note_name(number: int) -> str:
+def _record_name(number: int) -> str:
     return f"{number:05d}.json"
 
 
-def _notes(destination: LocalDestination | S3Destination, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+def _read_records(destination: LocalDestination | S3Destination, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
     for number in numbers:
-        content = destination.read(f"{_NOTES}/{_note_name(number)}")
+        content = destination.read(f"{_RECORDS}/{_record_name(number)}")
         assert content is not None
         yield json.loads(content)
 
 
-def _add_up(notes: Sequence[dict[str, Any]] | Iterator[dict[str, Any]]) -> PrepareSummary:
+def _summarize(records: Iterable[dict[str, Any]]) -> PrepareSummary:
     summary = PrepareSummary()
-    for note in notes:
-        summary.read += note["read"]
-        summary.written += note["written"]
-        summary.images += note["images"]
-        summary.quarantined.update(item["reason"] for item in note["bad"])
+    for record in records:
+        summary.read += record["read"]
+        summary.written += record["written"]
+        summary.images += record["images"]
+        summary.quarantined.update(item["reason"] for item in record["bad"])
     return summary
 
 
-class _PartMaker:
-    """Writes a part and its note."""
+class _PartWriter:
+    """Writes the shards of a part and its record."""
 
     def __init__(
         self, sources: SourceList, destination: LocalDestination | S3Destination, samples_per_part: int, limit: int
@@ -197,25 +198,25 @@ class _PartMaker:
         self.samples_per_part = samples_per_part
         self.limit = limit
 
-    def members(self, number: int) -> range:
-        """Sample numbers of a part."""
+    def samples_of(self, number: int) -> range:
+        """Global sample numbers of a part."""
         start = number * self.samples_per_part
         return range(start, min(start + self.samples_per_part, len(self.sources)))
 
     def __call__(self, number: int) -> None:
-        bad: list[dict[str, object]] = []
+        invalid: list[dict[str, object]] = []
         images = 0
         index = None
         with self.destination.staging(_folder(number)) as folder:
             with ShardWriter(folder, self.limit) as writer:
-                for done, member in enumerate(self.members(number), 1):
-                    place, entry = self.sources.locate(member)
-                    source = self.sources.sources[place]
+                for done, sample_number in enumerate(self.samples_of(number), 1):
+                    source_index, entry = self.sources.locate(sample_number)
+                    source = self.sources.sources[source_index]
                     assert isinstance(source, AnnotationSource)
                     try:
                         sample = _load(source, entry)
                     except SampleError as error:
-                        bad.append(
+                        invalid.append(
                             {"file": source.name, "index": entry, "id": error.sample_id, "reason": error.reason,
                              "message": str(error)}
                         )  # fmt: skip
@@ -225,14 +226,15 @@ class _PartMaker:
                     report_progress(done)
             if writer.written:
                 index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-                (folder / INDEX).unlink()  # a part is no set
-        note = {
-            "read": len(self.members(number)), "written": writer.written, "images": images, "bad": bad, "index": index,
+                (folder / INDEX).unlink()  # only a complete set has an index
+        record = {
+            "read": len(self.samples_of(number)), "written": writer.written, "images": images, "bad": invalid,
+            "index": index,
         }  # fmt: skip
-        self.destination.write(f"{_NOTES}/{_note_name(number)}", json.dumps(note).encode())
+        self.destination.write(f"{_RECORDS}/{_record_name(number)}", json.dumps(record).encode())
 
 
 def _load(source: AnnotationSource, index: int) -> ShardSample:
     sample = source.sample(index)
-    loaded = [sample.load_image(place) for place in range(len(sample.image_names))]
+    loaded = [sample.load_image(i) for i in range(len(sample.image_names))]
     return ShardSample(source.entry(index), [data for data, _ in loaded], [size for _, size in loaded])

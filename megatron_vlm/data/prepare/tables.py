@@ -1,4 +1,4 @@
-"""Rows of a table, whatever it is kept in, and image files for what its cells hold."""
+"""Reads the rows of tables in several file formats, and stores the images in their cells as files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from PIL import Image
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.processing.image_io import ImageUnreadable, verify_image
 
-_BASE64_AT_LEAST = 60
-_LONGEST_PATH = 250
-_LONGEST_CELL = 1 << 30
-"""Images as Base64 are far longer than the csv module allows by default."""
+_MIN_BASE64_LENGTH = 60
+_MAX_PATH_LENGTH = 250
+_MAX_CELL_LENGTH = 1 << 30
+"""Base64 images are far longer than the csv module's default limit."""
 
 
 class RowError(Exception):
-    """A row that cannot be converted; `reason` is one of a few, so that rows can be counted by it."""
+    """A row that cannot be converted. `reason` is one of a fixed set, so that errors can be counted by it."""
 
     def __init__(self, reason: str, what: str) -> None:
         super().__init__(f"{reason}: {what}")
@@ -33,10 +33,10 @@ class RowError(Exception):
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a `.json` (a list), `.jsonl`, `.csv`, `.tsv` or `.parquet` file, one at a time where the format allows.
+    """Yield the rows of a `.json` (a list), `.jsonl`, `.csv`, `.tsv` or `.parquet` file. All but `.json` are streamed.
 
     Raises:
-        DataError: it cannot be read, or is none of these.
+        DataError: the file cannot be read or has another suffix.
     """
     try:
         yield from _READERS[path.suffix](path)
@@ -49,7 +49,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _json(path: Path) -> Iterator[dict[str, Any]]:
     rows = json.loads(path.read_bytes())
     if not isinstance(rows, list):
-        raise ValueError(f"it holds a {type(rows).__name__}, not a list")
+        raise ValueError(f"expected a list, got {type(rows).__name__}")
     yield from rows
 
 
@@ -64,8 +64,8 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _csv(path: Path) -> Iterator[dict[str, Any]]:
-    csv.field_size_limit(_LONGEST_CELL)
-    with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a mark before the first column's name
+    csv.field_size_limit(_MAX_CELL_LENGTH)
+    with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a byte-order mark
         yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
 
 
@@ -73,7 +73,7 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError(f"{path} is read with pyarrow: pip install pyarrow") from error
+        raise DataError(f"reading {path} needs pyarrow: pip install pyarrow") from error
     for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):  # rows with images are large
         yield from batch.to_pylist()
 
@@ -82,54 +82,55 @@ _READERS = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".parq
 
 
 class ImageStore:
-    """The folder that image files of the converted set lie in."""
+    """The folder with the image files of the converted dataset."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def take(self, cell: Any) -> str:
-        """The path, below the folder, of the image in a cell; its bytes are kept as they are.
+        """The path, relative to the folder, of the image in a cell. Image bytes are written unchanged.
 
         Args:
-            cell: a path below the folder; the bytes of a file, as Base64 or in Hugging Face's {bytes, path} too.
+            cell: a path relative to the folder, the bytes of an image file (raw or Base64), or Hugging Face's
+                {bytes, path}.
 
         Raises:
-            RowError: there is no such file, or the bytes are no image.
+            RowError: the file does not exist, or the bytes are not an image.
         """
         if isinstance(cell, dict):
             cell = cell.get("bytes") or cell.get("path")
-        if isinstance(cell, str) and len(cell) > _BASE64_AT_LEAST and not self._has(cell):
-            with suppress(binascii.Error):  # a path, if it is none
+        if isinstance(cell, str) and len(cell) > _MIN_BASE64_LENGTH and not self._exists(cell):
+            with suppress(binascii.Error):  # not Base64: treat it as a path
                 cell = base64.b64decode(cell.rpartition(",")[2], validate=True)  # a data: URL has a comma
         if isinstance(cell, bytes):
-            return self._keep(cell)
+            return self._write(cell)
         if not isinstance(cell, str) or not cell:
             raise RowError("no image", f"{cell!r} is neither bytes nor a path")
-        if not self._has(cell):
-            raise RowError("missing image", f"there is no {self.folder / cell}")
+        if not self._exists(cell):
+            raise RowError("missing image", f"{self.folder / cell} does not exist")
         return cell
 
     def take_all(self, cell: Any) -> str | list[str] | None:
-        """As `take`, of a cell that may be empty, or hold a list of images."""
+        """Like `take`, for a cell that may be empty or hold a list of images."""
         if cell is None or cell == "" or cell == []:
             return None
         if isinstance(cell, list):
-            taken = [self.take(one) for one in cell]
-            return taken if len(taken) > 1 else taken[0]
+            paths = [self.take(image) for image in cell]
+            return paths if len(paths) > 1 else paths[0]
         return self.take(cell)
 
-    def _has(self, path: str) -> bool:
-        return len(path) < _LONGEST_PATH and (self.folder / path).is_file()
+    def _exists(self, path: str) -> bool:
+        return len(path) < _MAX_PATH_LENGTH and (self.folder / path).is_file()
 
-    def _keep(self, data: bytes) -> str:
+    def _write(self, data: bytes) -> str:
         try:
             verify_image(data)
             with Image.open(io.BytesIO(data)) as image:
                 suffix = (image.format or "bin").lower()
         except ImageUnreadable as error:
             raise RowError("unreadable image", str(error)) from error
-        name = hashlib.sha256(data).hexdigest()[:32]  # the same image twice is one file
+        name = hashlib.sha256(data).hexdigest()[:32]  # identical images share a file
         path = Path(name[:2], f"{name}.{suffix}")
         (self.folder / path).parent.mkdir(exist_ok=True)
         if not (self.folder / path).exists():

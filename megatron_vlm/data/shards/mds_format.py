@@ -1,8 +1,8 @@
 """The shards we write: MDS format with built-in encodings only, so that stock mosaicml-streaming reads them.
 
 | column        | encoding | content |
-|---------------|----------|-------|
-| annotation    | json     | the annotation, id included |
+|---------------|----------|---------|
+| annotation    | json     | the annotation with its id |
 | images        | bytes    | the original image files, concatenated; never re-encoded |
 | image_lengths | json     | size of each image file in bytes |
 | image_sizes   | json     | [width, height] of each image after EXIF rotation |

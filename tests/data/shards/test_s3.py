@@ -67,21 +67,21 @@ def test_shards_written_to_a_store_equal_those_on_disk(tmp_path: Path, proxy: Pr
     assert read_all(remote) == read_all(ShardFolder(shards))
     puts = [path for method, path in proxy.requests if method == "PUT"]
     assert puts[-1].endswith("index.json")  # the index is written last
-    with pytest.raises(DataError, match="holds a set of shards already"):
+    with pytest.raises(DataError, match="already holds a shard set"):
         prepare_shards([folder.write()], folder.images, URL, 1)
 
 
 def test_several_jobs_and_an_interruption_between_them(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
     folder = mixed_folder(tmp_path, 30)
     arguments = ([folder.write()], folder.images, URL, 1, 4000, 10)
-    assert prepare_shards(*arguments, share=(2, 2)).written == 10
-    with pytest.raises(DataError, match="2 of 3 parts .* are not done yet, the first is part 0"):
+    assert prepare_shards(*arguments, job=(2, 2)).written == 10
+    with pytest.raises(DataError, match="2 of 3 parts .* are missing, the first is part 0"):
         merge_parts(URL)
     with pytest.raises(DataError, match="has no index"):
         ShardFolder(URL, ShardCache(tmp_path / "cache"))
-    assert prepare_shards(*arguments, share=(1, 2)).written == 20
+    assert prepare_shards(*arguments, job=(1, 2)).written == 20
     proxy.requests.clear()
-    assert prepare_shards(*arguments, share=(1, 2)).written == 20  # nothing left to do
+    assert prepare_shards(*arguments, job=(1, 2)).written == 20  # nothing left to do
     assert not [path for method, path in proxy.requests if method == "PUT"]
     assert merge_parts(URL).written == 30
     assert read_all(ShardFolder(URL, ShardCache(tmp_path / "cache"))) == read_all(ShardFolder(shards))
