@@ -1,7 +1,7 @@
-"""Named arrays in one file that is mapped into memory: processes of a machine that open it share its pages.
+"""Named numpy arrays in one memory-mapped file: the processes of a machine that open it share its pages.
 
-The file is .npy data end to end, each array beginning at a multiple of 64 bytes; the first holds the others' names as
-JSON.
+The file is a sequence of .npy records, each aligned to 64 bytes. The first record holds the names of the other arrays
+as JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ALIGNMENT = 64
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write arrays under their names; a file of that name is replaced. Raises OSError."""
+    """Write named arrays; an existing file is replaced. Raises OSError."""
     names = np.frombuffer(json.dumps(list(arrays)).encode(), np.uint8)
     with atomic_file(path) as file:
         for array in (names, *arrays.values()):
@@ -28,11 +28,11 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 
 def map_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file, read-only and read as they are used.
+    """The arrays of a file, read-only and memory-mapped.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError, OSError: it is no such file, or not whole.
+        FileNotFoundError: the file does not exist.
+        ValueError, OSError: it is not an array file, or it is truncated.
     """
     with path.open("rb") as file:
         names = json.loads(_map_next(path, file).tobytes())
@@ -42,12 +42,12 @@ def map_arrays(path: Path) -> dict[str, np.ndarray]:
 def _map_next(path: Path, file: IO[bytes]) -> np.ndarray:
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
-        raise ValueError(f"{path} has arrays of format {version}")
+        raise ValueError(f"{path} holds .npy data of version {version}; this reader needs (1, 0)")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
     start, size = file.tell(), int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if fortran or dtype.hasobject or start + size > os.fstat(file.fileno()).st_size:
-        raise ValueError(f"{path} is not whole")
+        raise ValueError(f"{path} is truncated or not an array file")
     file.seek(start + size + -(start + size) % _ALIGNMENT)
-    if not size:  # nothing cannot be mapped
+    if not size:  # an empty region cannot be mapped
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, "r", start, shape).view(np.ndarray)

@@ -17,59 +17,60 @@ from megatron_vlm.data.processing.tiling import ImageGeometry, Size
 
 @dataclass
 class PackedBatch:
-    """A micro-batch: one row of documents laid end to end, image positions already reserved.
+    """A micro-batch: one row of documents packed end to end, with its image tokens already expanded.
 
     Every rank of a model-parallel group holds the same row; each takes its own slice of it later.
 
-    Shapes: S is the row's length, T the tiles of the row, N the positions that image features fill.
+    Shapes: S is seq_length, T the number of tiles of the row, N the number of its image tokens.
     """
 
     tokens: torch.Tensor
-    """[S] int64. Image positions hold the model's image_token_index; the tail is padding."""
+    """[S] int64. Image tokens have the model's image_token_index; the tail is padding."""
     labels: torch.Tensor
     """[S] int64, already shifted: labels[i] is the target of position i, or IGNORE_INDEX."""
     positions: torch.Tensor
-    """[S] int64, from 0 in each document."""
+    """[S] int64: position ids, from 0 in each document."""
     cu_seqlens: list[int]
-    """Document boundaries, 0 first and S last. A padded tail is a document of its own, without labels."""
+    """Cumulative lengths of the documents, from 0 to S. A padded tail counts as a document without labels."""
     feature_positions: torch.Tensor
-    """[N] int64, ascending: the positions in the row that image features fill."""
+    """[N] int64, ascending: the positions of the image tokens in the row."""
     feature_sources: torch.Tensor
-    """[N] int64: which feature fills each of them; tile t's patch p is t * patches_per_tile + p, -1 is the newline, and
-    -2 - b is blend b.
+    """[N] int64: the feature that replaces each image token. t * patches_per_tile + p is patch p of tile t, -1 is the
+    newline embedding, -2 - b is bilinear feature b.
     """
     num_tiles: int
-    """T: tiles of the whole row, whether or not this rank holds any."""
+    """T: tiles of the whole row, whether or not this rank encodes any of them."""
     tiles: torch.Tensor | None = None
-    """[n, 3, image_size, image_size] uint8: the tiles this rank encodes (see tile_range), if any."""
+    """[n, 3, image_size, image_size] uint8: the tiles that this rank encodes (see tile_range), if any."""
     sample_ids: list[str] = field(default_factory=list)
     num_tokens: int = 0
-    """Tokens of real documents: S minus the padded tail."""
+    """S without the padded tail."""
     row_index: int = -1
-    """Rows of all ranks that come before it since the start of training; -1: it is of no plan."""
+    """Index of the row in the run, counted over all ranks; -1: the row was not planned."""
     bilinear_sources: torch.Tensor | None = None
-    """[B, 4] int64: the features that each blend is made of; None: the row has none. See merge.bilinear_features."""
+    """[B, 4] int64: the four features that each bilinear feature interpolates, see image_tokens.bilinear_features;
+    None: the row has none.
+    """
     bilinear_weights: torch.Tensor | None = None
     """[B, 4] float32"""
 
     def pin_memory(self) -> PackedBatch:
-        """The same in page-locked memory, from which a GPU copies while it computes. Called by torch's DataLoader."""
+        """A copy in page-locked memory, for asynchronous copies to a GPU. Called by torch's DataLoader."""
         pinned: dict[str, Any] = {
-            part.name: value.pin_memory()
-            for part in fields(self)
-            if isinstance(value := getattr(self, part.name), torch.Tensor)
+            item.name: value.pin_memory()
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), torch.Tensor)
         }
         return replace(self, **pinned)
 
 
 def tile_range(num_tiles: int, rank: int, size: int) -> tuple[int, int]:
-    """The tiles [start, stop) of a row that member `rank` of `size` encoding ranks is dealt.
+    """The tiles [start, stop) of a row that encoding rank `rank` of `size` gets.
 
-    Every rank is dealt ceil(num_tiles / size) places, in order; the last ranks may have fewer tiles than places or
-    none.
+    Ranks get contiguous blocks of ceil(num_tiles / size) tiles. The last ranks may get fewer or none.
     """
-    each = -(-num_tiles // size)
-    return min(rank * each, num_tiles), min((rank + 1) * each, num_tiles)
+    block = -(-num_tiles // size)
+    return min(rank * block, num_tiles), min((rank + 1) * block, num_tiles)
 
 
 @dataclass
@@ -79,19 +80,22 @@ class Document:
     sample_id: str
     encoded: EncodedConversation
     image_sizes: list[Size]
-    """Upright (width, height) of its images, in the order of their positions."""
+    """Upright (width, height) of each image, in the order of appearance."""
 
 
 def assemble_row(documents: Sequence[Document], seq_length: int, pad_id: int, geometry: ImageGeometry) -> PackedBatch:
-    """Lay documents end to end and pad the rest; the tiles are left out.
+    """Pack documents end to end and pad the row to seq_length. `tiles` is left as None.
 
-    Labels are shifted within each document: its last position has none. A padded tail is a document of its own.
+    Labels are shifted within each document, so its last position has no label. A padded tail is a document of its own.
 
     Args:
-        documents: together at most `seq_length` tokens.
+        documents: of at most `seq_length` tokens in total.
         seq_length: S, the length of the row.
-        pad_id: fills the tail.
-        geometry: what the documents' images were encoded with.
+        pad_id: token id of the padding.
+        geometry: the one the documents' images were encoded with.
+
+    Raises:
+        ValueError: the documents have more than `seq_length` tokens.
     """
     ends = np.cumsum([len(document.encoded.ids) for document in documents])
     num_tokens = int(ends[-1])

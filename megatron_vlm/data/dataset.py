@@ -1,4 +1,4 @@
-"""The data of a recipe, opened: sources, lengths, which samples can be used, and the plan that follows."""
+"""The dataset of a recipe: sources, sample lengths, which samples are usable, and the plans of its epochs."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NAMED = 5
+_MAX_EXAMPLES = 5
 
 
 @dataclass
 class DataSources:
-    """The data of a recipe and what its samples are encoded with. Nothing is measured yet."""
+    """The sources of a recipe and what their samples are encoded with. Nothing is measured yet."""
 
     mixture: Mixture
     tokenizer: Tokenizer
     geometry: ImageGeometry
 
     def load_indexes(self, cache_dir: str | None) -> list[LengthIndex]:
-        """The length index of each source; samples that are not in the cache are measured now."""
+        """The length index of each source; those that are not cached are built now."""
         return [load_length_index(s, self.tokenizer, self.geometry, cache_dir) for s in self.mixture.sources.sources]
 
 
 @dataclass
 class MixtureDataset(DataSources):
-    """What rows are planned from and built with; n samples over all sources."""
+    """What rows are planned from and built with. n is the number of samples of all sources."""
 
     indexes: list[LengthIndex]
-    """One for each source."""
+    """One per source."""
     tokens: np.ndarray
-    """[n] of each sample, of what is kept of it where it is cut; REJECTED where it is refused"""
+    """[n] tokens of each sample, after truncation; REJECTED for a rejected one."""
     tiles: np.ndarray
-    """[n]"""
+    """[n] tiles of each sample, after truncation."""
     usable: np.ndarray
-    """[n] bool"""
+    """[n] bool: neither rejected nor skipped."""
     truncations: dict[int, tuple[int, int]]
-    """(turns that are kept, their tokens) of the samples that are cut, by number."""
+    """(turns kept, their tokens) of each truncated sample, by global sample number."""
     counts: dict[str, Any]
-    """samples, usable, refused by reason, skipped, cut and what the cuts leave out, tokens and tiles per sample"""
+    """samples, usable, rejected (by reason), skipped, truncated, tokens_dropped, tokens_per_sample, tiles_per_sample"""
 
 
 def open_sources(recipe: Recipe) -> DataSources:
@@ -74,115 +74,116 @@ def open_sources(recipe: Recipe) -> DataSources:
 
 
 def open_dataset(recipe: Recipe, is_logging_rank: bool) -> MixtureDataset:
-    """Open sources and tokenizer, measure lengths or read them from the cache, sort out what cannot be used.
+    """Open sources and tokenizer, measure sample lengths or read them from the cache, and find the usable samples.
 
     Args:
         recipe: its data and model are used.
-        is_logging_rank: tell what is refused, skipped and cut: one process of a run does.
+        is_logging_rank: log which samples are rejected, skipped and truncated. True in one process of a run.
 
     Raises:
-        DataError: something cannot be opened, nothing is usable, or a sample is longer than a row and
+        DataError: something cannot be opened, no sample is usable, or a sample is longer than a row and
             oversized_samples is `error`.
     """
-    data, opened_sources = recipe.data, open_sources(recipe)
-    mixture, tokenizer = opened_sources.mixture, opened_sources.tokenizer
+    data, opened = recipe.data, open_sources(recipe)
+    mixture, tokenizer = opened.mixture, opened.tokenizer
     if len(tokenizer) > recipe.model.image_token_index:
         raise DataError(
             f"tokenizer {tokenizer.path} has {len(tokenizer)} ids and image_token_index is "
-            f"{recipe.model.image_token_index}: image positions would be taken for text. "
-            "Set it to an id that the tokenizer does not give."
+            f"{recipe.model.image_token_index}: image tokens would collide with text tokens. "
+            "Set image_token_index to an id that the tokenizer does not use."
         )
-    indexes = opened_sources.load_indexes(data.cache_dir)
+    indexes = opened.load_indexes(data.cache_dir)
     if is_logging_rank:
         for source, index in zip(mixture.sources.sources, indexes, strict=True):
             for line in describe_rejections(source, index):
                 logger.warning("%s", line)
     tokens = np.concatenate([index.tokens for index in indexes])
     tiles = np.concatenate([index.tiles for index in indexes])
-    refused = Counter(rejection.reason for index in indexes for rejection in index.rejected)
-    opened = MixtureDataset(
-        mixture, tokenizer, opened_sources.geometry, indexes, tokens, tiles, tokens != REJECTED, {}, {}
-    )
-    oversized = _fit_to_rows(opened, data, is_logging_rank)
-    usable = opened.usable
+    rejected = Counter(rejection.reason for index in indexes for rejection in index.rejected)
+    dataset = MixtureDataset(mixture, tokenizer, opened.geometry, indexes, tokens, tiles, tokens != REJECTED, {}, {})
+    oversized = _handle_oversized(dataset, data, is_logging_rank)
+    usable = dataset.usable
     if not usable.any():
-        reasons = ", ".join(f"{reason} {count}" for reason, count in refused.most_common()) or "no sample at all"
+        reasons = ", ".join(f"{reason} {count}" for reason, count in rejected.most_common()) or "no sample at all"
         raise DataError(
             f"the dataset is empty: none of {len(tokens)} samples of {', '.join(data.data_path)} is usable "
             f"({reasons}; {oversized['skipped']} longer than a row)"
         )
     if is_logging_rank and len(mixture.entries) > 1:
         table = describe_mixture(mixture, usable, tokens, tiles, recipe.training.seed)
-        logger.info("the first epoch takes:\n%s", table)
-    opened.counts = {
+        logger.info("samples of the first epoch:\n%s", table)
+    dataset.counts = {
         "samples": len(tokens),
         "usable": int(usable.sum()),
-        "refused": dict(refused),
+        "rejected": dict(rejected),
         **oversized,
         "tokens_per_sample": float(tokens[usable].mean()),
         "tiles_per_sample": float(tiles[usable].mean()),
     }
-    return opened
+    return dataset
 
 
-def _fit_to_rows(opened: MixtureDataset, data: DataConfig, is_logging_rank: bool) -> dict[str, int]:
-    """Cut, skip or refuse what is longer than a row, as the settings say. Returns what was done, counted."""
-    too_long = opened.usable & ((opened.tokens > data.seq_length) | (opened.tiles > data.max_tiles_per_row))
+def _handle_oversized(dataset: MixtureDataset, data: DataConfig, is_logging_rank: bool) -> dict[str, int]:
+    """Truncate, skip or reject the samples longer than a row, as oversized_samples says. Returns how many."""
+    too_long = dataset.usable & ((dataset.tokens > data.seq_length) | (dataset.tiles > data.max_tiles_per_row))
     oversized = np.flatnonzero(too_long)
     if not len(oversized):
-        return {"skipped": 0, "cut": 0, "tokens_cut_off": 0}
-    told = _name(opened, data, oversized)
+        return {"skipped": 0, "truncated": 0, "tokens_dropped": 0}
+    description = _describe_oversized(dataset, data, oversized)
     if data.oversized_samples == "error":
-        raise DataError(f"{told}. Raise seq_length or max_tiles_per_row, or set oversized_samples to truncate or skip.")
-    cut_off = _cut(opened, data) if data.oversized_samples == "truncate" else 0
-    skipped = len(oversized) - len(opened.truncations)
-    opened.usable[[number for number in oversized.tolist() if number not in opened.truncations]] = False
+        raise DataError(
+            f"{description}. Raise seq_length or max_tiles_per_row, or set oversized_samples to truncate or skip."
+        )
+    dropped = _truncate(dataset, data) if data.oversized_samples == "truncate" else 0
+    skipped = len(oversized) - len(dataset.truncations)
+    dataset.usable[[number for number in oversized.tolist() if number not in dataset.truncations]] = False
     if is_logging_rank:
-        done = [f"{skipped} are skipped"] if skipped else []
-        if opened.truncations:
-            done.insert(0, f"{len(opened.truncations)} are cut after an answer, {cut_off} tokens are left out")
-        logger.warning("%s; %s", told, ", ".join(done))
-    return {"skipped": skipped, "cut": len(opened.truncations), "tokens_cut_off": cut_off}
+        actions = [f"{skipped} are skipped"] if skipped else []
+        if dataset.truncations:
+            actions.insert(0, f"{len(dataset.truncations)} are truncated after an answer, which drops {dropped} tokens")
+        logger.warning("%s; %s", description, ", ".join(actions))
+    return {"skipped": skipped, "truncated": len(dataset.truncations), "tokens_dropped": dropped}
 
 
-def _name(opened: MixtureDataset, data: DataConfig, oversized: np.ndarray) -> str:
-    named = []
-    for number in oversized[:_NAMED].tolist():
-        place, index = opened.mixture.sources.locate(number)
-        sample = opened.mixture.sources.sources[place].metadata(index)
-        named.append(f"{sample.id!r} of {sample.file} ({opened.tokens[number]} tokens, {opened.tiles[number]} tiles)")
-    more = f" and {len(oversized) - _NAMED} more" if len(oversized) > _NAMED else ""
+def _describe_oversized(dataset: MixtureDataset, data: DataConfig, oversized: np.ndarray) -> str:
+    examples, sources = [], dataset.mixture.sources
+    for number in oversized[:_MAX_EXAMPLES].tolist():
+        source, index = sources.locate(number)
+        sample = sources.sources[source].metadata(index)
+        lengths = f"{dataset.tokens[number]} tokens, {dataset.tiles[number]} tiles"
+        examples.append(f"{sample.id!r} of {sample.file} ({lengths})")
+    more = f" and {len(oversized) - _MAX_EXAMPLES} more" if len(oversized) > _MAX_EXAMPLES else ""
     return (
         f"{len(oversized)} samples are longer than a row of {data.seq_length} tokens and {data.max_tiles_per_row} "
-        f"tiles: {', '.join(named)}{more}"
+        f"tiles: {', '.join(examples)}{more}"
     )
 
 
-def _cut(opened: MixtureDataset, data: DataConfig) -> int:
-    """Replace lengths by those of what is kept. Returns the tokens that are left out."""
-    starts, cut_off = opened.mixture.sources.starts, 0
-    for start, source, index in zip(starts[:-1].tolist(), opened.mixture.sources.sources, opened.indexes, strict=True):
-        cuts = load_truncations(
-            source, index, opened.tokenizer, opened.geometry, data.seq_length, data.max_tiles_per_row
+def _truncate(dataset: MixtureDataset, data: DataConfig) -> int:
+    """Replace the lengths of oversized samples by those after truncation. Returns the number of dropped tokens."""
+    sources, dropped = dataset.mixture.sources, 0
+    for start, source, index in zip(sources.starts[:-1].tolist(), sources.sources, dataset.indexes, strict=True):
+        found = load_truncations(
+            source, index, dataset.tokenizer, dataset.geometry, data.seq_length, data.max_tiles_per_row
         )
-        kept = cuts.turns > 0
-        numbers = cuts.samples[kept] + start
-        cut_off += int((opened.tokens[numbers] - cuts.tokens[kept]).sum())
-        opened.tokens[numbers], opened.tiles[numbers] = cuts.tokens[kept], cuts.tiles[kept]
-        pairs = zip(cuts.turns[kept].tolist(), cuts.tokens[kept].tolist(), strict=True)
-        opened.truncations.update(zip(numbers.tolist(), pairs, strict=True))
-    return cut_off
+        kept = found.turns > 0
+        numbers = found.samples[kept] + start
+        dropped += int((dataset.tokens[numbers] - found.tokens[kept]).sum())
+        dataset.tokens[numbers], dataset.tiles[numbers] = found.tokens[kept], found.tiles[kept]
+        pairs = zip(found.turns[kept].tolist(), found.tokens[kept].tolist(), strict=True)
+        dataset.truncations.update(zip(numbers.tolist(), pairs, strict=True))
+    return dropped
 
 
-def open_plan_cache(recipe: Recipe, opened: MixtureDataset, inputs: dict[str, Any]) -> PlanCache:
-    """The plans of all epochs, kept in the folder of the first source's length index under a name made of `inputs`."""
+def open_plan_cache(recipe: Recipe, dataset: MixtureDataset, inputs: dict[str, Any]) -> PlanCache:
+    """The plans of all epochs, cached beside the first source's length index under a hash of `inputs`."""
     data, seed = recipe.data, recipe.training.seed
     budget = Budget(data.seq_length, data.max_tiles_per_row, data.packing_window, row_cost(recipe))
     key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
 
     def compute(epoch: int) -> EpochPlan:
-        samples = opened.mixture.sample_epoch(opened.usable, seed, epoch)
-        return plan_epoch(samples, opened.tokens, opened.tiles, budget, seed, epoch)
+        samples = dataset.mixture.sample_epoch(dataset.usable, seed, epoch)
+        return plan_epoch(samples, dataset.tokens, dataset.tiles, budget, seed, epoch)
 
-    folder = cache_folder(opened.mixture.sources.sources[0].name, data.cache_dir)
+    folder = cache_folder(dataset.mixture.sources.sources[0].name, data.cache_dir)
     return PlanCache(folder, key, compute)

@@ -1,16 +1,17 @@
-"""What can be wrong with data, told so that a person can mend it."""
+"""Errors in the data. Each message says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
 
 class DataError(Exception):
-    """Data or a data setting that training cannot go on with."""
+    """Training cannot start or continue with this data or data setting."""
 
 
 class SampleError(DataError):
-    """One sample that cannot be used.
+    """A sample that cannot be used.
 
-    `reason` is a short class of mistake, the same for all samples that make it, so that refusals can be counted by it.
+    `reason` is a short category such as `missing image`, the same for all samples of its kind, so that rejected samples
+    can be counted by reason.
     """
 
     def __init__(self, sample_id: str, file: str, reason: str, what: str, remedy: str) -> None:
@@ -22,9 +23,9 @@ class SampleError(DataError):
         self.remedy = remedy
 
     def __reduce__(self) -> tuple[type[SampleError], tuple[str, str, str, str, str]]:
-        """Travels between processes whole."""
+        """Pickles all fields: errors are passed between processes."""
         return SampleError, (self.sample_id, self.file, self.reason, self.what, self.remedy)
 
 
 class RowError(DataError):
-    """A planned row that could not be built while training; the message names the row and the sample."""
+    """A planned row that could not be built during training. The message names the row and the sample."""

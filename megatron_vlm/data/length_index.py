@@ -1,10 +1,9 @@
-"""The length index: tokens, tiles and image sizes of every sample of a source, measured once and kept.
+"""The length index: tokens, tiles and image sizes of every sample of a source, measured once and cached.
 
-Planning needs nothing else, so every rank plans by itself without reading an image. The index is kept under a name
-made of everything the lengths follow from: the annotations' content, the tokenizer, the tiling and the template; when
-one of them changes, another index is built. Refused samples are looked at again each time, so a mended image is taken
-without more ado. An image that is replaced by one of another size while its annotation stays the same is found when
-the row is built.
+Planning needs nothing else, so every rank plans by itself without reading an image. The cache key covers everything the
+lengths depend on: the annotations, the tokenizer, the image geometry and the conversation template. When one of them
+changes, a new index is built. Rejected samples are measured again each time, so a repaired image is used from the next
+start on. If an image is replaced by one of another size under the same annotation, building its row reports it.
 """
 
 from __future__ import annotations
@@ -34,11 +33,13 @@ logger = logging.getLogger(__name__)
 
 REJECTED = -1
 _FORMAT = "2"
+_REJECTIONS = "refused"
+"""Name of the array of rejections in the file, which is JSON in bytes."""
 
 
 @dataclass
 class Rejection:
-    """A sample that is left out, and why."""
+    """A sample that is not used, and why."""
 
     index: int
     """In its source."""
@@ -52,7 +53,7 @@ class LengthIndex:
     """Lengths of the n samples of a source."""
 
     tokens: np.ndarray
-    """[n] int32, image positions included; REJECTED where the sample is."""
+    """[n] int32: tokens of each sample, image tokens included; REJECTED for a rejected one."""
     tiles: np.ndarray
     """[n] int32"""
     size_starts: np.ndarray
@@ -61,11 +62,11 @@ class LengthIndex:
     """[images, 2] int32: upright (width, height)"""
     rejected: list[Rejection]
     file: Path = Path()
-    """Where it is kept. Its arrays are mapped from there: the ranks of a machine share their memory."""
+    """The cached file. The arrays are mapped from it, so the ranks of a machine share their memory."""
 
     @property
     def rejected_file(self) -> Path:
-        """File beside the index that lists the refused samples, one JSON object per line."""
+        """File beside the index that lists the rejected samples, one JSON object per line."""
         return self.file.with_suffix(".refused.jsonl")
 
     def image_sizes(self, index: int) -> list[tuple[int, int]]:
@@ -75,9 +76,7 @@ class LengthIndex:
 
 
 @dataclass
-class _Measure:
-    """Lengths of one sample."""
-
+class _SampleLengths:
     tokens: int
     tiles: int
     sizes: list[tuple[int, int]]
@@ -85,29 +84,28 @@ class _Measure:
 
 
 class _Measurer:
-    """Measures samples of one source."""
+    """Measures the samples of one source."""
 
     def __init__(self, source: SampleSource, tokenizer: Tokenizer, geometry: ImageGeometry) -> None:
         self.source = source
         self.tokenizer = tokenizer
         self.geometry = geometry
 
-    def key(self) -> str:
+    def cache_key(self) -> str:
         parts = [_FORMAT, TEMPLATE, self.source.content_hash(), self.tokenizer.fingerprint, repr(self.geometry)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
-    def measure(self, index: int) -> _Measure:
+    def measure(self, index: int) -> _SampleLengths:
         try:
             sample = self.source.metadata(index)
             sizes = sample.measure_images()
         except SampleError as error:
-            return _Measure(REJECTED, 0, [], Rejection(index, error.sample_id, error.reason, str(error)))
-        positions = sum(num_image_tokens(size, self.geometry) for size in sizes)
-        # The text alone, and any image token does: only the number of ids is of interest.
-        encoded = encode_conversation(sample.turns, self.tokenizer, [0] * len(sizes), 0)
-        return _Measure(
-            len(encoded.ids) + positions, sum(num_image_tiles(size, self.geometry) for size in sizes), sizes
-        )
+            return _SampleLengths(REJECTED, 0, [], Rejection(index, error.sample_id, error.reason, str(error)))
+        image_tokens = sum(num_image_tokens(size, self.geometry) for size in sizes)
+        # Only the number of text tokens is needed: images count 0 here, and any image_token_index will do.
+        text = encode_conversation(sample.turns, self.tokenizer, [0] * len(sizes), 0)
+        tiles = sum(num_image_tiles(size, self.geometry) for size in sizes)
+        return _SampleLengths(len(text.ids) + image_tokens, tiles, sizes)
 
 
 def load_length_index(
@@ -117,31 +115,31 @@ def load_length_index(
     cache_dir: str | Path | None = None,
     processes: int | None = None,
 ) -> LengthIndex:
-    """The length index of a source: read from the cache, or built and put there.
+    """Read the length index of a source from the cache, or build and cache it.
 
-    Safe when several processes do it at once: each writes a file of its own and renames it.
+    Several processes may call this at once: each writes a file of its own and renames it.
 
     Args:
-        source: what to measure.
-        tokenizer: gives the lengths of text.
-        geometry: gives the lengths of images.
-        cache_dir: where indexes are kept; default: `.lengths` in the folder of the annotations or beside the shards.
-        processes: processes that measure; default: as many as this machine's cores, fewer for small sources.
+        source: the samples to measure.
+        tokenizer: determines the lengths of text.
+        geometry: determines the lengths of images.
+        cache_dir: folder of cached indexes; default: `.lengths` in the folder of the annotations or beside the shards.
+        processes: number of processes that measure; default: one per core, fewer for a small source.
 
     Raises:
         DataError: the cache folder cannot be written, or a measuring process died.
     """
     measurer = _Measurer(source, tokenizer, geometry)
-    path = cache_folder(source.name, cache_dir) / f"{Path(source.name).stem}-{measurer.key()}.arrays"
+    path = cache_folder(source.name, cache_dir) / f"{Path(source.name).stem}-{measurer.cache_key()}.arrays"
     index = _read(path)
     changed = index is None
     if index is None:
-        measures = parallel_map(measurer.measure, len(source), processes, f"measuring {source.name}")
-        index = _collect(measures, len(source))
+        lengths = parallel_map(measurer.measure, len(source), processes, f"measuring {source.name}")
+        index = _collect(lengths, len(source))
     elif index.rejected:
-        again = {rejection.index: measurer.measure(rejection.index) for rejection in index.rejected}
-        if any(measure.rejection != old for measure, old in zip(again.values(), index.rejected, strict=True)):
-            index, changed = _replace(index, again), True
+        remeasured = {rejection.index: measurer.measure(rejection.index) for rejection in index.rejected}
+        if any(new.rejection != old for new, old in zip(remeasured.values(), index.rejected, strict=True)):
+            index, changed = _update(index, remeasured), True
     index.file = path
     if changed:
         _write(path, index)
@@ -149,60 +147,63 @@ def load_length_index(
 
 
 def cache_folder(source: str, cache_dir: str | Path | None) -> Path:
-    """Where what is worked out of a source is kept: `cache_dir`, or `.lengths` beside the source."""
+    """Folder of the files computed from a source: `cache_dir`, or `.lengths` beside the source."""
     return Path(cache_dir) if cache_dir else Path(source).parent / ".lengths"
 
 
-def _collect(measures: Iterator[_Measure], total: int) -> LengthIndex:
+def _collect(samples: Iterator[_SampleLengths], total: int) -> LengthIndex:
     tokens, tiles = np.empty(total, np.int32), np.empty(total, np.int32)
     counts = np.zeros(total + 1, np.int64)
-    sizes = array("i")  # not a list: of millions of samples that would take gigabytes
-    refused = []
-    for index, measure in enumerate(measures):
-        tokens[index], tiles[index] = measure.tokens, measure.tiles
-        counts[index + 1] = len(measure.sizes)
-        for size in measure.sizes:
+    sizes = array("i")  # not a list, which would take gigabytes for millions of samples
+    rejected = []
+    for index, lengths in enumerate(samples):
+        tokens[index], tiles[index] = lengths.tokens, lengths.tiles
+        counts[index + 1] = len(lengths.sizes)
+        for size in lengths.sizes:
             sizes.extend(size)
-        if measure.rejection:
-            refused.append(measure.rejection)
-    return LengthIndex(tokens, tiles, np.cumsum(counts), np.frombuffer(sizes, np.int32).reshape(-1, 2), refused)
+        if lengths.rejection:
+            rejected.append(lengths.rejection)
+    return LengthIndex(tokens, tiles, np.cumsum(counts), np.frombuffer(sizes, np.int32).reshape(-1, 2), rejected)
 
 
-def _replace(index: LengthIndex, again: dict[int, _Measure]) -> LengthIndex:
-    """The index with some samples measured anew."""
+def _update(index: LengthIndex, remeasured: dict[int, _SampleLengths]) -> LengthIndex:
+    """The index with new lengths of some samples."""
 
-    def measures() -> Iterator[_Measure]:
+    def samples() -> Iterator[_SampleLengths]:
         for i in range(len(index.tokens)):
-            yield again.get(i) or _Measure(int(index.tokens[i]), int(index.tiles[i]), index.image_sizes(i))
+            yield remeasured.get(i) or _SampleLengths(int(index.tokens[i]), int(index.tiles[i]), index.image_sizes(i))
 
-    return _collect(measures(), len(index.tokens))
+    return _collect(samples(), len(index.tokens))
 
 
 def _read(path: Path) -> LengthIndex | None:
     try:
         arrays = map_arrays(path)
-        refused = [Rejection(**item) for item in json.loads(arrays["refused"].tobytes())]
-        return LengthIndex(arrays["tokens"], arrays["tiles"], arrays["size_starts"], arrays["sizes"], refused)
+        rejected = [Rejection(**item) for item in json.loads(arrays[_REJECTIONS].tobytes())]
+        return LengthIndex(arrays["tokens"], arrays["tiles"], arrays["size_starts"], arrays["sizes"], rejected)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError) as error:
-        logger.warning("length index %s is damaged (%s) and is built anew", path, error)
+        logger.warning("length index %s is damaged (%s) and is rebuilt", path, error)
         return None
 
 
 def _write(path: Path, index: LengthIndex) -> None:
-    refused = [asdict(rejection) for rejection in index.rejected]
+    rejected = [asdict(rejection) for rejection in index.rejected]
     arrays = {name: getattr(index, name) for name in ("tokens", "tiles", "size_starts", "sizes")}
     try:
         with atomic_file(index.rejected_file) as file:
-            file.write("".join(json.dumps(rejection) + "\n" for rejection in refused).encode())
-        write_arrays(path, **arrays, refused=np.frombuffer(json.dumps(refused).encode(), np.uint8))
+            file.write("".join(json.dumps(rejection) + "\n" for rejection in rejected).encode())
+        arrays[_REJECTIONS] = np.frombuffer(json.dumps(rejected).encode(), np.uint8)
+        write_arrays(path, **arrays)
     except OSError as error:
-        raise DataError(f"the length index cannot be written to {path.parent}: {error}. Set cache_dir.") from error
+        raise DataError(
+            f"the length index cannot be written to {path.parent}: {error}. Set cache_dir to a writable folder."
+        ) from error
 
 
 def describe_rejections(source: SampleSource, index: LengthIndex) -> list[str]:
-    """Lines that tell how many samples were refused for which reason, each reason with an example; none if none was."""
+    """Log lines: how many samples were rejected for each reason, with an example of each; none if no sample was."""
     if not index.rejected:
         return []
     counts = Counter(rejection.reason for rejection in index.rejected).most_common()
@@ -211,7 +212,7 @@ def describe_rejections(source: SampleSource, index: LengthIndex) -> list[str]:
         next(rejection.message for rejection in index.rejected if rejection.reason == reason) for reason, _ in counts
     ]
     return [
-        f"{source.name}: {len(index.rejected)} of {len(index.tokens)} samples refused: {reasons}; "
-        f"all are listed in {index.rejected_file}. For example:",
+        f"{source.name}: {len(index.rejected)} of {len(index.tokens)} samples rejected: {reasons}; "
+        f"all are listed in {index.rejected_file}. Examples:",
         *examples,
     ]

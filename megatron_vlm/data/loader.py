@@ -1,10 +1,10 @@
-"""Rows for training, from a recipe and one counter.
+"""The data loader: packed rows for training, from a recipe and the index of the first row.
 
-    data_path -> sources -> length index -> mixture of the epoch -> plan -> this rank's rows -> workers -> PackedBatch
+    data_path -> sources -> length index -> samples of the epoch -> plan -> rows of this rank -> workers -> PackedBatch
 
-Every rank opens the data and has the whole plan; what a rank reads differs only in which rows it takes (data
-parallelism) and which tiles of a row it decodes (tile_rank). The first call on a machine measures lengths and plans,
-and keeps both in files; let one process of each machine do it first: the others map the files into memory.
+Every rank opens the dataset and has the whole plan. Ranks differ only in which rows they read (data parallelism) and
+which tiles of a row they decode (tile_rank). The first call on a machine measures lengths and plans the epoch, and
+caches both in files. Let one process per machine do that first: the others then map the files into memory.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ROWS_AHEAD_PER_WORKER = 2
-_NAMED = 5
+_MAX_EXAMPLES = 5
 
 
 class _Failure:
-    """What a worker sends in place of a row that it could not build."""
+    """Sent by a worker in place of a row that it could not build."""
 
     def __init__(self, message: str) -> None:
         self.message = message
 
 
 class _Rows(Dataset[PackedBatch]):
-    """Planned rows as torch's DataLoader wants them."""
+    """Builds planned rows; a dataset for torch's DataLoader."""
 
     def __init__(self, builder: RowBuilder) -> None:
         self._builder = builder
@@ -62,8 +62,8 @@ class _Rows(Dataset[PackedBatch]):
             return _Failure(f"row {row.row_index} cannot be built: {type(error).__name__}: {error}")
 
 
-class _Order(Sampler[PlannedRow]):
-    """This rank's rows, without end; keeps those that were handed to workers and have not come back."""
+class _RowSampler(Sampler[PlannedRow]):
+    """This rank's rows, without end. Keeps the rows that were sent to workers and have not been returned yet."""
 
     def __init__(self, rows: Iterator[PlannedRow]) -> None:
         self._rows = rows
@@ -76,7 +76,7 @@ class _Order(Sampler[PlannedRow]):
 
 
 class RowLoader(Iterator[PackedBatch]):
-    """Yields this rank's rows in order, for ever."""
+    """Yields this rank's rows in order, without end."""
 
     def __init__(
         self,
@@ -90,31 +90,31 @@ class RowLoader(Iterator[PackedBatch]):
         """
         Args:
             plan: all rows of the run.
-            builder: makes a batch of a row.
-            counts: what `summary` reports of the data.
-            rows: those of this rank.
-            num_workers: processes that build rows; 0: they are built when asked for.
-            plan_inputs: what the order of rows follows from, see `plan_inputs.py`.
+            builder: builds the batch of a row.
+            counts: of the dataset, for `summary`.
+            rows: the rows of this rank.
+            num_workers: number of processes that build rows; 0: they are built in this process, when asked for.
+            plan_inputs: what determines the order of rows, see `plan_fingerprint.py`.
         """
         self.plan = plan
         self.tokenizer: Tokenizer = builder.tokenizer
         self.data_wait_seconds = 0.0
-        """Time spent waiting for rows; set it to 0 to start anew."""
+        """Time spent waiting for rows. May be reset to 0."""
         self.plan_inputs = plan_inputs or {}
         self._counts = counts
-        self._order = _Order(rows)
+        self._sampler = _RowSampler(rows)
         self._sources = builder.sources
         workers: dict[str, Any] = {}
         if num_workers:
             workers = {
-                "multiprocessing_context": "fork",  # the annotations are shared with the workers, not copied
+                "multiprocessing_context": "fork",  # workers share the annotations, without a copy
                 "prefetch_factor": _ROWS_AHEAD_PER_WORKER,
             }
         loader = DataLoader(
             _Rows(builder),
-            sampler=self._order,
+            sampler=self._sampler,
             batch_size=None,
-            collate_fn=_unchanged,
+            collate_fn=_identity,
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
             **workers,
@@ -124,7 +124,7 @@ class RowLoader(Iterator[PackedBatch]):
     def __next__(self) -> PackedBatch:
         """
         Raises:
-            RowError: a row cannot be built, or a worker died; the message names the row and what is in it.
+            RowError: a row cannot be built, or a worker died. The message names the row and its samples.
         """
         if self._batches is None:
             raise RowError("the loader is closed")
@@ -132,51 +132,51 @@ class RowLoader(Iterator[PackedBatch]):
         try:
             batch = next(self._batches)
         except (RuntimeError, EOFError, OSError) as error:
-            # RuntimeError is torch's word for a worker that died; the others mean that it died while handing a row over
-            waiting = self._order.outstanding[0]
+            # torch raises RuntimeError if a worker died; the others mean that it died while it sent a row.
+            row = self._sampler.outstanding[0]
             raise RowError(
-                f"row {waiting.row_index} did not come: {type(error).__name__} {error}. It holds "
-                f"{self._name(waiting)}. A worker that was killed usually ran out of memory: give fewer num_workers, "
-                "or more memory to the machine or container."
+                f"no worker returned row {row.row_index}: {type(error).__name__} {error}. The row holds "
+                f"{self._describe(row)}. A worker that was killed usually ran out of memory: set a lower num_workers, "
+                "or give the machine or container more memory."
             ) from error
         finally:
             self.data_wait_seconds += time.perf_counter() - started
-        self._order.outstanding.popleft()
+        self._sampler.outstanding.popleft()
         if isinstance(batch, _Failure):
             raise RowError(batch.message)
         return batch
 
-    def _name(self, row: PlannedRow) -> str:
-        located = [self._sources.locate(number) for number in row.members.tolist()]
-        named = ", ".join(
-            f"sample {index} of {self._sources.sources[source].name}" for source, index in located[:_NAMED]
+    def _describe(self, row: PlannedRow) -> str:
+        samples = [self._sources.locate(number) for number in row.members.tolist()]
+        examples = ", ".join(
+            f"sample {index} of {self._sources.sources[source].name}" for source, index in samples[:_MAX_EXAMPLES]
         )
-        return named + (f" and {len(located) - _NAMED} more" if len(located) > _NAMED else "")
+        return examples + (f" and {len(samples) - _MAX_EXAMPLES} more" if len(samples) > _MAX_EXAMPLES else "")
 
     @property
     def source_names(self) -> list[str]:
-        """The files and folders that samples come from."""
+        """File or folder of each source."""
         return [source.name for source in self._sources.sources]
 
     @property
     def worker_pids(self) -> list[int]:
-        """Processes that build rows."""
+        """Process ids of the workers."""
         return [worker.pid for worker in getattr(self._batches, "_workers", [])]
 
     def summary(self) -> dict[str, Any]:
-        """Samples, usable, refused (by reason), skipped and cut (too long); rows and fill of this epoch."""
+        """Counts of the dataset, see `MixtureDataset.counts`, and rows, samples and packing efficiency of the epoch."""
         epoch = {"rows_per_epoch": self.plan.rows, "samples_per_epoch": len(self.plan.current.members)}
         return {**self._counts, **epoch, "pack_fill": self.plan.packing_efficiency}
 
     def close(self) -> None:
-        """End the workers. Nothing can be read afterwards."""
-        self._batches = None  # torch ends the workers with their iterator
+        """Stop the workers. No row can be read afterwards."""
+        self._batches = None  # torch stops the workers when their iterator is deleted
 
 
 def _start(loader: DataLoader[PackedBatch]) -> Iterator[Any]:
-    """Start the workers, without the handler by which torch raises wherever the main thread is when one dies.
+    """Start the workers, without torch's SIGCHLD handler, which raises in the main thread as soon as a worker dies.
 
-    A worker that died is found within seconds by the call that waits for its row, which can say what the row holds.
+    Without it, the call that waits for the row of a dead worker notices within seconds, and can say what the row holds.
     """
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)  # torch sets no handler here
@@ -186,7 +186,7 @@ def _start(loader: DataLoader[PackedBatch]) -> Iterator[Any]:
     return batches
 
 
-def _unchanged(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
@@ -201,37 +201,38 @@ def build_loader(
     tile_ranks: int = 1,
     plan_ahead: bool = False,
 ) -> RowLoader:
-    """Open the data of a recipe.
+    """Open the dataset of a recipe and start loading.
 
-    The rows of step s are those numbered `consumed_rows` + s * global_batch_size and following; the m-th of this rank
-    is m * dp_size + dp_rank further on. Which samples a row holds follows from the seed and its number alone.
+    Step s takes the global_batch_size rows from row_index `consumed_rows` + s * global_batch_size on. Micro-batch m of
+    this rank is row m * dp_size + dp_rank of them. The samples of a row depend on the seed and its row_index alone.
 
     Args:
         recipe: its data, model, training.seed and training.global_batch_size are used.
-        dp_rank: this rank among the data-parallel ones.
-        dp_size: their number; divides global_batch_size.
+        dp_rank: data-parallel rank.
+        dp_size: data-parallel size; must divide global_batch_size.
         consumed_rows: rows that all ranks together have consumed since the start of training.
-        need_tiles: False: no image is decoded and PackedBatch.tiles is None.
-        tile_rank: this rank among those that share the tiles of a row (see batch.tile_range).
-        tile_ranks: their number.
-        plan_ahead: a process beside this one makes the plan of each next epoch; one rank of a machine does for all.
+        need_tiles: False: decode no image and leave PackedBatch.tiles as None.
+        tile_rank: rank among those that share the tiles of a row, see batch.tile_range.
+        tile_ranks: number of those ranks.
+        plan_ahead: plan each next epoch in a helper process. One rank per machine should do so.
 
     Raises:
-        DataError: something of the data cannot be opened, nothing usable is in it, or a sample is longer than a row and
+        DataError: something cannot be opened, no sample is usable, or a sample is longer than a row and
             oversized_samples is `error`.
     """
     if recipe.training.global_batch_size % dp_size:
-        raise DataError(f"global_batch_size {recipe.training.global_batch_size} is no multiple of {dp_size} data ranks")
-    is_logging_rank = dp_rank == 0 and need_tiles and tile_rank == 0  # one process of the whole run
-    opened = open_dataset(recipe, is_logging_rank)
-    inputs = plan_inputs(recipe, opened)
-    store = open_plan_cache(recipe, opened, inputs)
+        batch_size = recipe.training.global_batch_size
+        raise DataError(f"global_batch_size {batch_size} is not a multiple of the data-parallel size {dp_size}")
+    is_logging_rank = dp_rank == 0 and need_tiles and tile_rank == 0  # one process of the run
+    dataset = open_dataset(recipe, is_logging_rank)
+    inputs = plan_inputs(recipe, dataset)
+    plans = open_plan_cache(recipe, dataset, inputs)
     if plan_ahead and recipe.data.num_workers:
-        store.plan_ahead()
-    plan = RowPlan(store)
+        plans.plan_ahead()
+    plan = RowPlan(plans)
     builder = RowBuilder(
-        opened.mixture.sources, opened.indexes, opened.tokenizer, opened.geometry, recipe.model.image_token_index,
-        recipe.data.seq_length, (tile_rank, tile_ranks) if need_tiles else None, opened.truncations,
+        dataset.mixture.sources, dataset.indexes, dataset.tokenizer, dataset.geometry, recipe.model.image_token_index,
+        recipe.data.seq_length, (tile_rank, tile_ranks) if need_tiles else None, dataset.truncations,
     )  # fmt: skip
     rows = plan.rows_of_rank(consumed_rows, dp_rank, dp_size)
-    return RowLoader(plan, builder, opened.counts, rows, recipe.data.num_workers, inputs)
+    return RowLoader(plan, builder, dataset.counts, rows, recipe.data.num_workers, inputs)

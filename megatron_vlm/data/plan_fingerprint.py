@@ -1,7 +1,7 @@
-"""What the order of rows follows from, by name: a run that goes on sees whether it is still the same, and what is not.
+"""What determines the order of rows. A resumed run compares it with the checkpoint's and reports every difference.
 
-Where data lies is not among it, nor what samples say: a set may be moved to another folder or store. Settings that only
-share rows out (ranks, workers, rows per step) are not either.
+The location of the data and the content of samples are not part of it, so a dataset may be moved to another folder or
+store. Settings that only distribute rows (ranks, workers, rows per step) are not part of it either.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from megatron_vlm.config import Recipe
     from megatron_vlm.data.dataset import MixtureDataset
 
-_DATA_SET = "data set"
+# Keys and values are stored in checkpoints: rewording one would reject every older checkpoint.
+_SOURCES, _ENTRIES = "data set", "use"
+_LABELS = {_SOURCES: "datasets", _ENTRIES: "mixture entries"}
 _DIGITS = 16
 
 
-def plan_inputs(recipe: Recipe, opened: MixtureDataset) -> dict[str, Any]:
-    """Of the rows of a run; plain values, fit for JSON."""
-    data, cost, mixture = recipe.data, row_cost(recipe), opened.mixture
+def plan_inputs(recipe: Recipe, dataset: MixtureDataset) -> dict[str, Any]:
+    """What determines the order of rows, by name; plain values that JSON can hold."""
+    data, cost, mixture = recipe.data, row_cost(recipe), dataset.mixture
     return {
         "version of the packing": PLAN_VERSION,
         "training.seed": recipe.training.seed,
@@ -35,45 +37,45 @@ def plan_inputs(recipe: Recipe, opened: MixtureDataset) -> dict[str, Any]:
         "data.cost_per_token_squared": cost.per_token_squared,
         "data.cost_per_token": cost.per_token,
         "data.cost_per_tile": cost.per_tile,
-        _DATA_SET: [_describe_source(opened, place) for place in range(len(mixture.sources.sources))],
-        "use": [f"data set {place}, {rule}" for place, rule in mixture.entries],
+        _SOURCES: [_describe_source(dataset, source) for source in range(len(mixture.sources.sources))],
+        _ENTRIES: [f"data set {source}, {rule}" for source, rule in mixture.entries],
     }
 
 
-def _describe_source(opened: MixtureDataset, place: int) -> str:
-    """How many samples, and a fingerprint of their lengths, of which can be used, and of their shards."""
-    sources = opened.mixture.sources
-    start, stop = sources.starts[place : place + 2].tolist()
+def _describe_source(dataset: MixtureDataset, source: int) -> str:
+    """Number of samples, number of usable ones, and a hash of their lengths, of `usable` and of the shard sizes."""
+    sources = dataset.mixture.sources
+    start, stop = sources.starts[source : source + 2].tolist()
     digest = hashlib.sha256()
-    for values in (opened.tokens, opened.tiles, opened.usable):
+    for values in (dataset.tokens, dataset.tiles, dataset.usable):
         digest.update(np.ascontiguousarray(values[start:stop]).data)
-    shard_starts = sources.sources[place].shard_starts
+    shard_starts = sources.sources[source].shard_starts
     if shard_starts is not None:
         digest.update(np.ascontiguousarray(shard_starts).data)
-    usable = int(opened.usable[start:stop].sum())
+    usable = int(dataset.usable[start:stop].sum())
     return f"{stop - start} samples, {usable} usable, of lengths {digest.hexdigest()[:_DIGITS]}"
 
 
-def describe_changes(ours: dict[str, Any], theirs: dict[str, Any], names: Sequence[str]) -> list[str]:
-    """What differs between two runs' inputs, an item for each; none where rows come in the same order.
+def describe_changes(current: dict[str, Any], saved: dict[str, Any], source_names: Sequence[str]) -> list[str]:
+    """The differences between two runs' inputs, one per item; empty if both see the rows in the same order.
 
     Args:
-        ours: of this run.
-        theirs: of the run that wrote the checkpoint.
-        names: of this run's data sets.
+        current: inputs of this run.
+        saved: inputs of the run that wrote the checkpoint.
+        source_names: file or folder of each of this run's sources.
     """
     changes = []
-    for name in ours:
-        here, there = ours[name], theirs.get(name)
-        if here == there:
+    for name, new in current.items():
+        old, label = saved.get(name), _LABELS.get(name, name)
+        if new == old:
             continue
-        if not isinstance(here, list) or not isinstance(there, list):
-            changes.append(f"{name} is {here} here and was {there}")
-        elif len(here) != len(there):
-            changes.append(f"{len(here)} of {name} here and {len(there)} there")
+        if not isinstance(new, list) or not isinstance(old, list):
+            changes.append(f"{label} is {new} (was {old})")
+        elif len(new) != len(old):
+            changes.append(f"the number of {label} is {len(new)} (was {len(old)})")
         else:
-            for place, (now, then) in enumerate(zip(here, there, strict=True)):
-                if now != then:
-                    label = names[place] if name == _DATA_SET else f"{name} {place}"
-                    changes.append(f"{label} is {now} here and was {then}")
+            for index, (new_item, old_item) in enumerate(zip(new, old, strict=True)):
+                if new_item != old_item:
+                    item = source_names[index] if name == _SOURCES else f"mixture entry {index}"
+                    changes.append(f"{item} is {new_item} (was {old_item})")
     return changes

@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a bar on a terminal, a line now and then in a log."""
+"""Progress of a long job: a bar on a terminal, a line every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_LOOKS = 0.3
-_SECONDS_BETWEEN_LINES = 10.0
-_SECONDS_WITHOUT = 2.0
-"""Work that takes less shows no bar."""
+_BAR_SECONDS = 0.3
+"""Between two updates of the bar."""
+_LOG_SECONDS = 10.0
+"""Between two lines in the log."""
+_BAR_DELAY = 2.0
+"""Seconds before the bar appears: shorter jobs show none."""
 
 
 class Progress:
-    """Shown while its context lasts, by a thread that asks how far it is."""
+    """A context manager that shows progress from a thread, which polls how much is done."""
 
     def __init__(self, label: str, total: int, done: Callable[[], int], before: int = 0) -> None:
         """
         Args:
-            label: what is being done.
-            total: samples in all.
-            done: how many are done by now, those not counted that were before.
-            before: samples done earlier.
+            label: what the job does.
+            total: number of samples, `before` included.
+            done: returns the number of samples done so far, `before` not included.
+            before: samples done by an earlier run of the job.
         """
         self.label, self.total, self.done, self.before = label, total, done, before
         self._stop = threading.Event()
@@ -49,23 +51,22 @@ class Progress:
 
     def _show_bar(self) -> None:
         bar = tqdm(
-            desc=self.label, total=self.total, initial=self.before, unit=" samples", unit_scale=True,
-            delay=_SECONDS_WITHOUT,
-        )  # fmt: skip
+            desc=self.label, total=self.total, initial=self.before, unit=" samples", unit_scale=True, delay=_BAR_DELAY
+        )
         with bar:
-            while not self._stop.wait(_SECONDS_BETWEEN_LOOKS):
+            while not self._stop.wait(_BAR_SECONDS):
                 bar.update(self.before + self.done() - bar.n)
             bar.update(self.before + self.done() - bar.n)
 
     def _log_lines(self) -> None:
         started = time.monotonic()
-        while not self._stop.wait(_SECONDS_BETWEEN_LINES):
+        while not self._stop.wait(_LOG_SECONDS):
             done = self.done()
-            speed = done / (time.monotonic() - started)
-            left = f", {_duration((self.total - self.before - done) / speed)} to go" if speed else ""
+            rate = done / (time.monotonic() - started)
+            remaining = f", {_duration((self.total - self.before - done) / rate)} remaining" if rate else ""
             logger.info(
                 "%s: %s of %s samples, %s/s%s", self.label, f"{self.before + done:,}", f"{self.total:,}",
-                f"{speed:,.0f}", left,
+                f"{rate:,.0f}", remaining,
             )  # fmt: skip
 
 

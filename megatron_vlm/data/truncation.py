@@ -1,7 +1,7 @@
-"""Conversations longer than a row, cut after the last answer that fits.
+"""Truncation of conversations that are longer than a row, after the last answer that fits.
 
-What is kept is a conversation: whole questions with whole answers, and the images of those questions. The rest is left
-out of training. Where each is cut is worked out once and kept beside the length index.
+What remains is a conversation: whole questions with whole answers, and the images of those questions. The later turns
+are not trained on. The truncations of a source are computed once and cached beside its length index.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ _CHUNK = 16
 
 @dataclass
 class Truncations:
-    """Of k samples of a source that are longer than a row."""
+    """How k samples of a source that are longer than a row are truncated."""
 
     samples: np.ndarray
     """[k] int64: their indices, ascending."""
     turns: np.ndarray
-    """[k] int64: turns that are kept, questions and answers; 0: not even the first answer fits."""
+    """[k] int64: number of turns kept, questions and answers; 0: not even the first answer fits."""
     tokens: np.ndarray
-    """[k] int64: of what is kept."""
+    """[k] int64: tokens after truncation."""
     tiles: np.ndarray
-    """[k] int64: of what is kept."""
+    """[k] int64: tiles after truncation."""
 
 
 @dataclass
-class _Cutter:
-    """Truncations samples of one source."""
+class _Truncator:
+    """Truncates samples of one source."""
 
     source: SampleSource
     index: LengthIndex
@@ -52,33 +52,33 @@ class _Cutter:
     seq_length: int
     max_tiles: int
 
-    def cut(self, number: int) -> tuple[int, int, int]:
-        """(turns kept, their tokens, their tiles) of the number-th oversized sample, by bisection over its answers."""
-        index = int(self.oversized[number])
+    def truncate(self, i: int) -> tuple[int, int, int]:
+        """(turns kept, their tokens, their tiles) of the i-th oversized sample, by bisection over its answers."""
+        index = int(self.oversized[i])
         try:
             turns = self.source.metadata(index).turns
-        except SampleError:  # it was good when it was measured: the row that needs it would tell
+        except SampleError:  # the sample was valid when it was measured: building its row will raise an error
             return 0, 0, 0
         sizes = self.index.image_sizes(index)
-        kept, beyond = (0, 0, 0), len(turns)
-        while beyond - kept[0] > 2:
-            middle = kept[0] + (beyond - kept[0]) // 4 * 2
+        fits, too_many = (0, 0, 0), len(turns)
+        while too_many - fits[0] > 2:
+            middle = fits[0] + (too_many - fits[0]) // 4 * 2
             tokens, tiles = self._measure(turns[:middle], sizes)
             if tokens <= self.seq_length and tiles <= self.max_tiles:
-                kept = (middle, tokens, tiles)
+                fits = (middle, tokens, tiles)
             else:
-                beyond = middle
-        return kept
+                too_many = middle
+        return fits
 
     def _measure(self, turns: list[Turn], sizes: list[Size]) -> tuple[int, int]:
-        shown = sizes[: count_images(turns)]
-        positions = [num_image_tokens(size, self.geometry) for size in shown]
-        encoded = encode_conversation(turns, self.tokenizer, positions, 0)
-        return len(encoded.ids), sum(num_image_tiles(size, self.geometry) for size in shown)
+        sizes = sizes[: count_images(turns)]
+        image_lengths = [num_image_tokens(size, self.geometry) for size in sizes]
+        encoded = encode_conversation(turns, self.tokenizer, image_lengths, 0)
+        return len(encoded.ids), sum(num_image_tiles(size, self.geometry) for size in sizes)
 
 
 def count_images(turns: list[Turn]) -> int:
-    """Images that the questions among these turns show."""
+    """Number of images in the questions among these turns."""
     return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
 
 
@@ -91,16 +91,16 @@ def load_truncations(
     max_tiles: int,
     processes: int | None = None,
 ) -> Truncations:
-    """Where to cut the samples of a source that exceed a row: read from beside the index, or worked out and put there.
+    """Read the truncations of a source's oversized samples from the cache, or compute and cache them.
 
     Args:
-        source: of the samples.
-        index: of this source, tokenizer and geometry.
-        tokenizer: gives the lengths of text.
-        geometry: gives the lengths of images.
-        seq_length: tokens of a row.
-        max_tiles: tiles of a row.
-        processes: that work; default: as many as this machine's cores.
+        source: the source of the samples.
+        index: its length index, for the same tokenizer and geometry.
+        tokenizer: determines the lengths of text.
+        geometry: determines the lengths of images.
+        seq_length: maximum number of tokens of a row.
+        max_tiles: maximum number of tiles of a row.
+        processes: number of processes that work; default: one per core.
     """
     path = index.file.with_suffix(f".cut-{seq_length}-{max_tiles}.arrays")
     try:
@@ -108,14 +108,14 @@ def load_truncations(
     except FileNotFoundError:
         pass
     except (OSError, ValueError, TypeError) as error:
-        logger.warning("%s is damaged (%s) and is made anew", path, error)
+        logger.warning("%s is damaged (%s) and is computed again", path, error)
     oversized = np.flatnonzero((index.tokens > seq_length) | (index.tiles > max_tiles))
-    cutter = _Cutter(source, index, oversized, tokenizer, geometry, seq_length, max_tiles)
-    found = parallel_map(cutter.cut, len(oversized), processes, f"cutting long samples of {source.name}", _CHUNK)
-    table = np.array(list(found), np.int64).reshape(-1, 3)
-    cuts = Truncations(oversized.astype(np.int64), *(np.ascontiguousarray(column) for column in table.T))
+    truncate = _Truncator(source, index, oversized, tokenizer, geometry, seq_length, max_tiles).truncate
+    rows = parallel_map(truncate, len(oversized), processes, f"truncating long samples of {source.name}", _CHUNK)
+    table = np.array(list(rows), np.int64).reshape(-1, 3)
+    result = Truncations(oversized.astype(np.int64), *(np.ascontiguousarray(column) for column in table.T))
     try:
-        write_arrays(path, samples=cuts.samples, turns=cuts.turns, tokens=cuts.tokens, tiles=cuts.tiles)
+        write_arrays(path, **vars(result))
     except OSError as error:
-        logger.warning("cuts cannot be kept in %s (%s): every process makes them", path.parent, error)
-    return cuts
+        logger.warning("truncations cannot be cached in %s (%s): every process computes its own", path.parent, error)
+    return result

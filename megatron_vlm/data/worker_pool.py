@@ -1,7 +1,7 @@
-"""The same done to many samples by several processes, with progress.
+"""A parallel map over samples in forked processes, with progress.
 
-The processes end with the one that started them, however that ends: work that goes on after its caller was killed would
-write into what the next caller is making.
+Worker processes end with their parent, even if it is killed. Otherwise a worker could write into the output of the next
+caller.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class _Work:
-    """What `parallel_map` does. Processes are forked with it: a function that holds a large annotation file is never
+    """What `parallel_map` computes. Workers are forked with it, so a function that holds a large annotation file is not
     pickled.
 
-    Each chunk has a place in `done` that only its process writes to, so that no lock is needed: one that is killed
-    could take it along.
+    Each chunk has an entry of `done`, which only the process of that chunk writes to. So no lock is needed, which a
+    process that is killed could keep.
     """
 
-    def __init__(self, function: Callable[[int], Any], chunks: list[range], counted: bool) -> None:
+    def __init__(self, function: Callable[[int], Any], chunks: list[range], count_calls: bool) -> None:
         self.function = function
         self.chunks = chunks
-        self.counted = counted
-        """A number is a sample; otherwise the function tells how many it has done."""
+        self.count_calls = count_calls
+        """Each call is one sample; otherwise the function calls `report_progress`."""
         self.done = RawArray(c_longlong, max(len(chunks), 1))
-        self.place = 0
+        self.chunk = 0
+        """Index of the chunk that this process works on."""
 
-    def run(self, place: int) -> list[Any]:
-        self.place = place
+    def run(self, chunk: int) -> list[Any]:
+        self.chunk = chunk
         results = []
-        for number in self.chunks[place]:
-            results.append(self.function(number))
-            self.done[place] += self.counted
+        for index in self.chunks[chunk]:
+            results.append(self.function(index))
+            self.done[chunk] += self.count_calls
         return results
 
 
@@ -56,9 +57,11 @@ _work: _Work | None = None
 
 
 def report_progress(samples: int) -> None:
-    """For a function of `parallel_map` whose numbers stand for several samples, given singly: how many are done."""
+    """Report how many samples the current call has done. For functions of `parallel_map` with `chunk` 1 that process
+    several samples per call.
+    """
     if _work is not None:
-        _work.done[_work.place] = samples
+        _work.done[_work.chunk] = samples
 
 
 def parallel_map(
@@ -73,17 +76,17 @@ def parallel_map(
     """function(0), function(1), … in order.
 
     Args:
-        function: what is done; small results, for they wait in memory.
-        total: how many numbers there are.
-        processes: default: as many as this machine's cores; never more than there is work for.
-        label: what is being done, for progress and errors.
-        chunk: numbers that a process is given at a time.
-        samples: for progress, how many the numbers stand for, which the function then tells with `report_progress`;
-            default: one each.
-        samples_before: that were done by an earlier call, for progress.
+        function: called in worker processes. Its results should be small: they are queued in memory.
+        total: number of calls.
+        processes: number of worker processes; default: one per core; never more than there are chunks.
+        label: what the job does, for progress and errors.
+        chunk: number of calls that are sent to a process at a time.
+        samples: total for progress, if a call processes several samples and reports them with `report_progress`;
+            default: one per call.
+        samples_before: samples done by an earlier run of the job, for progress.
 
     Raises:
-        DataError: a process died.
+        DataError: a worker process died.
     """
     global _work
     chunks = [range(start, min(start + chunk, total)) for start in range(0, total, chunk)]
@@ -94,8 +97,8 @@ def parallel_map(
     try:
         if processes <= 1:
             with progress:
-                for place in range(len(chunks)):
-                    yield from work.run(place)
+                for index in range(len(chunks)):
+                    yield from work.run(index)
         else:
             yield from _fork(len(chunks), processes, label, progress)
     finally:
@@ -108,13 +111,15 @@ def _fork(chunks: int, processes: int, label: str, progress: Progress) -> Iterat
         processes, mp_context=multiprocessing.get_context("fork"), initializer=_end_with, initargs=(os.getpid(),)
     )
     try:
-        results = pool.map(_run, range(chunks))  # forks; the thread that shows progress starts after it
+        results = pool.map(_run, range(chunks))  # forks before the progress thread starts
         with progress:
             for result in results:
                 yield from result
     except BrokenProcessPool as error:
-        raise DataError(f"{label}: a process died, perhaps for want of memory. Try again with more memory.") from error
-    except BaseException:  # stopped by a key, by an error, or no more results are wanted: nobody waits for the rest
+        raise DataError(
+            f"{label}: a worker process died, possibly out of memory. Start again with more memory or fewer processes."
+        ) from error
+    except BaseException:  # Ctrl-C, an error, or the caller stopped iterating: do not wait for the remaining chunks
         for child in set(multiprocessing.active_children()) - before:
             child.kill()
         raise
@@ -122,14 +127,14 @@ def _fork(chunks: int, processes: int, label: str, progress: Progress) -> Iterat
         pool.shutdown(cancel_futures=True)
 
 
-def _run(place: int) -> list[Any]:
+def _run(chunk: int) -> list[Any]:
     assert _work is not None
-    return _work.run(place)
+    return _work.run(chunk)
 
 
 def _end_with(parent: int) -> None:
-    """For a forked process: end when its parent does, and leave Ctrl-C to it."""
+    """Make a forked process end when its parent does, and leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before
+    if os.getppid() != parent:  # the parent ended before the call of prctl
         os._exit(1)

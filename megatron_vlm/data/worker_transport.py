@@ -1,9 +1,8 @@
-"""A batch on its way from the worker that built it to the trainer.
+"""Sends a batch from the worker that built it to the trainer.
 
-torch would put every tensor into a piece of shared memory of its own, fetched over a connection of its own, and the
-worker would fault on every page it writes there. Here the short tensors go through the queue as bytes, and the tiles
-into a file in memory, written in one go and mapped by the trainer. Nothing lies in /dev/shm, which containers keep
-small.
+torch would copy every tensor into a shared-memory segment of its own, open a connection for each, and take a page fault
+on every page that the worker writes. Here the small tensors go through the queue as bytes. The tiles are written to an
+in-memory file (memfd) in one call, which the trainer maps. Nothing is stored in /dev/shm, which is small in containers.
 """
 
 from __future__ import annotations
@@ -21,41 +20,41 @@ from megatron_vlm.data.batch import PackedBatch
 
 
 class SharedBatch:
-    """Put into the queue of a worker once; what comes out of it is the PackedBatch, writable, with the same values."""
+    """A batch that unpickles as a PackedBatch with the same values, in writable memory. It can be pickled once."""
 
     def __init__(self, batch: PackedBatch) -> None:
-        """Writes the tiles and offers their file. What fails can be caught here; in the queue's thread, which pickles,
-        it would leave the trainer waiting.
+        """Write the tiles to a file and serve its descriptor. An error raised here can be caught; one raised while
+        pickling, in the queue's thread, would leave the trainer waiting.
 
         Raises:
-            OSError: there is no memory for them, or multiprocessing's folder for sockets is gone.
+            OSError: out of memory, or multiprocessing's folder for sockets was removed.
         """
-        self._values = {part.name: getattr(batch, part.name) for part in fields(batch)}
+        self._values = {item.name: getattr(batch, item.name) for item in fields(batch)}
         tiles: torch.Tensor | None = self._values.pop("tiles")
         self._shape = None if tiles is None else tuple(tiles.shape)
-        self._offered = _offer(_write(tiles)) if tiles is not None and tiles.numel() else None
+        self._descriptor = _serve(_write(tiles)) if tiles is not None and tiles.numel() else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         arrays = {name: value.numpy() for name, value in self._values.items() if isinstance(value, torch.Tensor)}
         others = {name: value for name, value in self._values.items() if name not in arrays}
-        return _receive, (others, arrays, self._shape, self._offered)
+        return _receive, (others, arrays, self._shape, self._descriptor)
 
 
 def _write(tiles: torch.Tensor) -> int:
-    """A file that lives as long as somebody has it open or mapped."""
+    """Write tiles to an in-memory file, which exists as long as a process has it open or mapped."""
     file = os.memfd_create("tiles")
-    left = memoryview(tiles.numpy().data).cast("B")
+    remaining = memoryview(tiles.numpy().data).cast("B")
     try:
-        while len(left):
-            left = left[os.write(file, left) :]
+        while len(remaining):
+            remaining = remaining[os.write(file, remaining) :]
     except OSError:
         os.close(file)
         raise
     return file
 
 
-def _offer(file: int) -> Any:
-    """Closes the file here; another process can fetch it once from this one, with what is returned."""
+def _serve(file: int) -> Any:
+    """Close the file in this process. Another process can open it once, with `detach()` of the returned object."""
     try:
         return reduction.DupFd(file)
     finally:
@@ -63,15 +62,15 @@ def _offer(file: int) -> Any:
 
 
 def _receive(
-    others: dict[str, Any], arrays: dict[str, np.ndarray], shape: tuple[int, ...] | None, offered: Any
+    others: dict[str, Any], arrays: dict[str, np.ndarray], shape: tuple[int, ...] | None, descriptor: Any
 ) -> PackedBatch:
     tiles = None
-    if shape is not None and offered is None:
+    if shape is not None and descriptor is None:
         tiles = torch.empty(shape, dtype=torch.uint8)
     elif shape is not None:
-        file = offered.detach()
+        file = descriptor.detach()
         try:
-            pixels = np.frombuffer(mmap.mmap(file, 0), np.uint8)  # mapping and file live as long as the tensor
+            pixels = np.frombuffer(mmap.mmap(file, 0), np.uint8)  # mapping and file exist as long as the tensor
         finally:
             os.close(file)
         tiles = torch.from_numpy(pixels.reshape(shape))

@@ -25,8 +25,8 @@ def describe_run(recipe: Recipe, world_size: int) -> str:
             f"world      {world_size} ranks = data {parallel.data_parallel_size(world_size)} x tensor "
             f"{parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x context "
             f"{parallel.context_parallel_size}",
-            f"data       {summary['samples']} samples, {summary['usable']} usable, refused {summary['refused'] or 0}, "
-            f"too long {summary['skipped']}",
+            f"data       {summary['samples']} samples, {summary['usable']} usable, "
+            f"rejected {summary['rejected'] or 0}, too long {summary['skipped']}",
             f"rows       {rows} per epoch of {recipe.data.seq_length} tokens, "
             f"packing efficiency {100 * plan.packing_efficiency:.1f} %, {samples / rows:.1f} samples per row",
             f"step       {training.global_batch_size} rows = {per_step:.0f} samples",

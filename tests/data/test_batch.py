@@ -1,4 +1,4 @@
-"""A row laid out: labels, positions, bounds, features."""
+"""Assembled rows: labels, positions, cu_seqlens, image features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IMAGE = 500
 
 
 def document(name: str, *ids: int, answer: int) -> Document:
-    """Text alone; the last `answer` ids are supervised."""
+    """Text only; the last `answer` ids are supervised."""
     labels = [X] * (len(ids) - answer) + list(ids[len(ids) - answer :])
     return Document(name, EncodedConversation(np.array(ids), np.array(labels), []), [])
 
@@ -26,7 +26,7 @@ def test_labels_are_shifted_inside_each_document() -> None:
     documents = [document("a", 1, 2, 3, 4, answer=2), document("b", 5, 6, 7, answer=3)]
     batch = assemble_row(documents, 10, 99, GEOMETRY)
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 99, 99, 99]
-    # position 3 would be asked for 5, the first of the next document, were the row shifted as a whole
+    # if the whole row were shifted, the label of position 3 would be 5, the first token of the next document
     assert batch.labels.tolist() == [X, 3, 4, X, 6, 7, X, X, X, X]
     assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2]
     assert batch.cu_seqlens == [0, 4, 7, 10]
@@ -40,27 +40,27 @@ def test_a_full_row_has_no_tail() -> None:
     assert batch.cu_seqlens == [0, 2, 5] and batch.num_tokens == 5
 
 
-def test_a_tail_of_one() -> None:
+def test_a_tail_of_one_token() -> None:
     batch = assemble_row([document("a", 1, 2, answer=1)], 3, 99, GEOMETRY)
     assert batch.cu_seqlens == [0, 2, 3] and batch.tokens[2] == 99 and batch.labels[1:].tolist() == [X, X]
 
 
-def test_too_long() -> None:
+def test_too_many_tokens() -> None:
     with pytest.raises(ValueError, match="3 tokens in a row of 2"):
         assemble_row([document("a", 1, 2, 3, answer=1)], 2, 99, GEOMETRY)
 
 
 def test_features_of_several_images() -> None:
-    """Two images in one document and one in the next: tiles are numbered through the row."""
+    """Two images in one document and one in the next: tile indices run through the row."""
     sizes = [[(16, 8), (5, 5)], [(8, 16)]]
     tiles = [[3, 2], [3]]
     documents = []
     for name, images in zip("ab", sizes, strict=True):
-        ids, starts = [7], []
+        ids, image_starts = [7], []
         for size in images:
-            starts.append(len(ids))
+            image_starts.append(len(ids))
             ids += [IMAGE] * len(feature_order(size, GEOMETRY)) + [8]
-        encoded = EncodedConversation(np.array(ids), np.full(len(ids), X), starts)
+        encoded = EncodedConversation(np.array(ids), np.full(len(ids), X), image_starts)
         documents.append(Document(name, encoded, images))
     batch = assemble_row(documents, 80, 99, GEOMETRY)
     assert batch.num_tiles == 8
@@ -73,7 +73,7 @@ def test_features_of_several_images() -> None:
             np.testing.assert_array_equal(sources[at : at + len(order)], expected)
             at, tile = at + len(order), tile + count
     assert at == len(sources)
-    assert set(sources[sources >= 0]) == set(range(8 * 4))  # these sizes fill their grids: every feature has a place
+    assert set(sources[sources >= 0]) == set(range(8 * 4))  # these images fill their grids: every feature is used
 
 
 @pytest.mark.parametrize(("tiles", "size"), [(0, 3), (1, 4), (7, 2), (8, 4), (9, 4), (5, 1)])

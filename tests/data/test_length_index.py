@@ -1,4 +1,4 @@
-"""Lengths are those of the encoded samples, kept, and measured anew when something changes."""
+"""Lengths are those of the encoded samples, cached, and measured again when something changes."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def test_lengths_are_those_of_the_encoded_samples(tmp_path: Path, tokenizer: Tok
     for i in range(12):
         sample = source.sample(i)
         sizes = sample.measure_images()
-        positions = [num_image_tokens(size, GEOMETRY) for size in sizes]
+        image_lengths = [num_image_tokens(size, GEOMETRY) for size in sizes]
         assert index.image_sizes(i) == sizes
-        assert index.tokens[i] == len(encode_conversation(sample.turns, tokenizer, positions, 500).ids)
+        assert index.tokens[i] == len(encode_conversation(sample.turns, tokenizer, image_lengths, 500).ids)
         assert index.tiles[i] == sum(num_image_tiles(size, GEOMETRY) for size in sizes)
 
 
-def test_kept_and_measured_anew_on_change(
+def test_cached_and_measured_again_after_a_change(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = mixed_folder(tmp_path, 4)
     first = build(folder, tokenizer)
     measured = []
-    real = lengths.parallel_map
-    monkeypatch.setattr(lengths, "parallel_map", lambda *args: measured.append(1) or real(*args))
+    original = lengths.parallel_map
+    monkeypatch.setattr(lengths, "parallel_map", lambda *args: measured.append(1) or original(*args))
     assert same(build(folder, tokenizer), first) and not measured
     folder.entries[3]["conversations"][1]["value"] = "a longer answer"
     assert build(folder, tokenizer).tokens[3] > first.tokens[3] and len(measured) == 1
@@ -78,16 +78,16 @@ def test_several_processes_measure_the_same(tmp_path: Path, tokenizer: Tokenizer
     )
 
 
-def test_built_by_several_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_several_processes_build_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = mixed_folder(tmp_path, 8)
     source = AnnotationSource(folder.write(), folder.images)
     with ThreadPoolExecutor(4) as pool:
         built = list(pool.map(lambda _: load_length_index(source, tokenizer, GEOMETRY, tmp_path / "c", 1), range(4)))
     assert all(same(index, built[0]) for index in built)
-    assert len(list((tmp_path / "c").iterdir())) == 2  # the index and its listing; no partial file is left
+    assert len(list((tmp_path / "c").iterdir())) == 2  # the index and the list of rejected samples; no partial file
 
 
-def test_refusals_are_told_listed_and_looked_at_again(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_rejected_samples_are_logged_listed_and_measured_again(tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = Folder(tmp_path)
     folder.add("good", "hi", "yes")
     folder.add("gone", "<image>", "yes", image="gone.png")
@@ -95,9 +95,9 @@ def test_refusals_are_told_listed_and_looked_at_again(tmp_path: Path, tokenizer:
     folder.add("empty2", "hi", "")
     index = build(folder, tokenizer)
     assert [int(tokens) == REJECTED for tokens in index.tokens] == [False, True, True, True]
-    told = describe_rejections(AnnotationSource(folder.write(), folder.images), index)
-    assert "3 of 4 samples refused: empty answer 2, missing image 1" in told[0] and str(index.rejected_file) in told[0]
-    assert "'empty'" in told[1] and "'gone'" in told[2] and len(told) == 3
+    summary, *examples = describe_rejections(AnnotationSource(folder.write(), folder.images), index)
+    assert "3 of 4 samples rejected: empty answer 2, missing image 1" in summary and str(index.rejected_file) in summary
+    assert "'empty'" in examples[0] and "'gone'" in examples[1] and len(examples) == 2
     listed = [json.loads(line) for line in index.rejected_file.read_text().splitlines()]
     assert [item["sample_id"] for item in listed] == ["gone", "empty", "empty2"]
     (folder.images / "gone.png").write_bytes(image_bytes(9, 9))
@@ -106,7 +106,7 @@ def test_refusals_are_told_listed_and_looked_at_again(tmp_path: Path, tokenizer:
     assert same(build(folder, tokenizer), index)
 
 
-def test_a_damaged_index_is_built_anew(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_damaged_index_is_rebuilt(tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = mixed_folder(tmp_path, 3)
     index = build(folder, tokenizer)
     next((tmp_path / ".lengths").glob("*.arrays")).write_bytes(b"nonsense")

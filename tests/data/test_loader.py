@@ -1,4 +1,4 @@
-"""From files to batches: the same rows whatever the ranks and workers, and errors that name the sample."""
+"""From files to batches: the same rows for any number of ranks and workers, and errors that name the sample."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def test_an_epoch_has_every_sample_once(folder: Folder, tokenizer: Path) -> None
     assert rows.summary()["samples"] == rows.summary()["usable"] == 40
 
 
-def test_batches_hold_what_the_samples_say(folder: Folder, tokenizer: Path) -> None:
+def test_batches_hold_the_content_of_their_samples(folder: Folder, tokenizer: Path) -> None:
     recipe = recipe_for(folder, tokenizer)
-    words, geometry = load_tokenizer(tokenizer), ImageGeometry.of(recipe.model, "anyres")
+    text, geometry = load_tokenizer(tokenizer), ImageGeometry.of(recipe.model, "anyres")
     no_tiles = np.empty((0, 3, 8, 8), np.uint8)
     for batch in take(loader(recipe), 8):
         assert batch.tokens.shape == (192,) and batch.tiles is not None and len(batch.tiles) == batch.num_tiles
-        reserved = batch.tokens == recipe.model.image_token_index
-        assert torch.equal(batch.feature_positions, torch.nonzero(reserved)[:, 0])
+        image_tokens = batch.tokens == recipe.model.image_token_index
+        assert torch.equal(batch.feature_positions, torch.nonzero(image_tokens)[:, 0])
         supervised = batch.labels != IGNORE_INDEX
         assert torch.equal(batch.labels[supervised], batch.tokens.roll(-1)[supervised])
         assert not (batch.labels == recipe.model.image_token_index).any()
@@ -88,14 +88,14 @@ def test_batches_hold_what_the_samples_say(folder: Folder, tokenizer: Path) -> N
             entry = folder.entries[int(name[1:])]
             labels = batch.labels[start:stop]
             answers = [m["value"] for m in entry["conversations"] if m["from"] == "gpt"]
-            assert words.decode(labels[labels != IGNORE_INDEX].tolist()) == "\n".join([*answers, ""])
+            assert text.decode(labels[labels != IGNORE_INDEX].tolist()) == "\n".join([*answers, ""])
             paths = entry.get("image", [])
             for path in [paths] if isinstance(paths, str) else paths:
                 expected_tiles.append(extract_tiles(Image.open(folder.images / path), geometry))
         np.testing.assert_array_equal(batch.tiles, np.concatenate([no_tiles, *expected_tiles]))
 
 
-def test_the_order_is_that_of_one_process(folder: Folder, tokenizer: Path) -> None:
+def test_ranks_read_the_rows_of_one_process(folder: Folder, tokenizer: Path) -> None:
     recipe = recipe_for(folder, tokenizer)
     reference = take(loader(recipe), 48)
     for size in (2, 4):
@@ -103,10 +103,10 @@ def test_the_order_is_that_of_one_process(folder: Folder, tokenizer: Path) -> No
         for number, batch in enumerate(reference):
             assert_same(batch, shares[number % size][number // size])
     ids = [batch.sample_ids for batch in reference]
-    assert ids[:20] != ids[20:40]  # each epoch has an order of its own
+    assert ids[:20] != ids[20:40]  # the order differs between epochs
 
 
-def test_workers_change_nothing(folder: Folder, tokenizer: Path) -> None:
+def test_workers_build_the_same_rows(folder: Folder, tokenizer: Path) -> None:
     inline = take(loader(recipe_for(folder, tokenizer)), 30)
     for workers in (1, 2):
         rows = loader(recipe_for(folder, tokenizer, num_workers=workers))
@@ -116,7 +116,7 @@ def test_workers_change_nothing(folder: Folder, tokenizer: Path) -> None:
 
 
 @pytest.mark.parametrize("consumed", [4, 20, 44])
-def test_a_restart_goes_on_with_another_number_of_ranks(folder: Folder, tokenizer: Path, consumed: int) -> None:
+def test_resuming_with_another_number_of_ranks(folder: Folder, tokenizer: Path, consumed: int) -> None:
     recipe = recipe_for(folder, tokenizer)
     reference = take(loader(recipe), 60)[consumed:]
     for size in (1, 2, 4):
@@ -125,52 +125,52 @@ def test_a_restart_goes_on_with_another_number_of_ranks(folder: Folder, tokenize
             assert_same(reference[number], shares[number % size][number // size])
 
 
-def test_the_seed_decides(folder: Folder, tokenizer: Path) -> None:
+def test_the_seed_determines_the_order(folder: Folder, tokenizer: Path) -> None:
     ids = [[b.sample_ids for b in take(loader(recipe_for(folder, tokenizer, seed=seed)), 5)] for seed in (1, 1, 2)]
     assert ids[0] == ids[1] != ids[2]
 
 
-@pytest.mark.parametrize("members", [2, 3, 20])
-def test_tiles_are_dealt_to_the_encoding_ranks(folder: Folder, tokenizer: Path, members: int) -> None:
+@pytest.mark.parametrize("size", [2, 3, 20])
+def test_tiles_are_sharded_over_the_encoding_ranks(folder: Folder, tokenizer: Path, size: int) -> None:
     recipe = recipe_for(folder, tokenizer)
     whole = take(loader(recipe), 4)
-    for rank in range(members):
-        for batch, part in zip(whole, take(loader(recipe, tile_rank=rank, tile_ranks=members), 4), strict=True):
-            assert batch.tiles is not None and part.tiles is not None
-            start, stop = tile_range(batch.num_tiles, rank, members)
-            assert torch.equal(part.tiles, batch.tiles[start:stop]) and part.tiles.shape[1:] == (3, 8, 8)
-            assert torch.equal(part.feature_sources, batch.feature_sources)
+    for rank in range(size):
+        for batch, shard in zip(whole, take(loader(recipe, tile_rank=rank, tile_ranks=size), 4), strict=True):
+            assert batch.tiles is not None and shard.tiles is not None
+            start, stop = tile_range(batch.num_tiles, rank, size)
+            assert torch.equal(shard.tiles, batch.tiles[start:stop]) and shard.tiles.shape[1:] == (3, 8, 8)
+            assert torch.equal(shard.feature_sources, batch.feature_sources)
 
 
-def test_an_image_is_decoded_once_and_by_those_who_need_it(
+def test_an_image_is_decoded_once_by_each_rank_that_needs_it(
     folder: Folder, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where two ranks share an image's tiles both decode it, and nobody else does."""
+    """Two ranks that share the tiles of an image both decode it; other ranks do not."""
     decoded: list[int] = []
     monkeypatch.setattr(row_builder, "decode_image", lambda data: decoded.append(0) or images.decode_image(data))
     recipe = recipe_for(folder, tokenizer)
     whole = take(loader(recipe), 10)
-    tiles_of = [[i for i, n in enumerate(_tiles_of_images(batch, folder, recipe)) for _ in range(n)] for batch in whole]
-    assert len(decoded) == sum(len(set(owners)) for owners in tiles_of) > 10
-    for members in (2, 3):
-        for rank in range(members):
+    image_of_tile = [_image_of_tile(batch, folder, recipe) for batch in whole]
+    assert len(decoded) == sum(len(set(indices)) for indices in image_of_tile) > 10
+    for size in (2, 3):
+        for rank in range(size):
             decoded.clear()
-            take(loader(recipe, tile_rank=rank, tile_ranks=members), 10)
-            mine = [set(owners[slice(*tile_range(len(owners), rank, members))]) for owners in tiles_of]
-            assert len(decoded) == sum(map(len, mine))
+            take(loader(recipe, tile_rank=rank, tile_ranks=size), 10)
+            needed = [set(indices[slice(*tile_range(len(indices), rank, size))]) for indices in image_of_tile]
+            assert len(decoded) == sum(map(len, needed))
     decoded.clear()
     take(loader(recipe, need_tiles=False), 10)
     assert not decoded
 
 
-def _tiles_of_images(batch: PackedBatch, folder: Folder, recipe: Any) -> list[int]:
-    """Of each image of a row in their order, by the file's own size."""
+def _image_of_tile(batch: PackedBatch, folder: Folder, recipe: Any) -> list[int]:
+    """For each tile of a row, the index of its image in the row; from the sizes of the image files."""
     geometry, counts = ImageGeometry.of(recipe.model, "anyres"), []
     for name in batch.sample_ids:
         paths = folder.entries[int(name[1:])].get("image", [])
         for path in [paths] if isinstance(paths, str) else paths:
             counts.append(num_image_tiles(Image.open(folder.images / path).size, geometry))
-    return counts
+    return [image for image, count in enumerate(counts) for _ in range(count)]
 
 
 def test_a_rank_without_tiles_reads_no_image(tmp_path: Path, tokenizer: Path) -> None:
@@ -180,13 +180,13 @@ def test_a_rank_without_tiles_reads_no_image(tmp_path: Path, tokenizer: Path) ->
     whole = take(loader(recipe), 4)
     for image in folder.images.iterdir():
         image.unlink()
-    for batch, blind in zip(whole, take(loader(recipe, need_tiles=False), 4), strict=True):
-        assert blind.tiles is None
+    for batch, without in zip(whole, take(loader(recipe, need_tiles=False), 4), strict=True):
+        assert without.tiles is None
         batch.tiles = None
-        assert_same(batch, blind)
+        assert_same(batch, without)
 
 
-def test_shards_give_the_batches_of_their_annotations(folder: Folder, tokenizer: Path, tmp_path: Path) -> None:
+def test_shards_give_the_same_batches_as_their_annotations(folder: Folder, tokenizer: Path, tmp_path: Path) -> None:
     prepare_shards([folder.root / "train.json"], folder.images, tmp_path / "s", processes=1, size_limit=20000)
     plain = take(loader(recipe_for(folder, tokenizer)), 12)
     for workers in (0, 2):
@@ -195,7 +195,7 @@ def test_shards_give_the_batches_of_their_annotations(folder: Folder, tokenizer:
             assert_same(a, b)
 
 
-def test_a_mixture_and_another_tokenizer(folder: Folder, tmp_path: Path) -> None:
+def test_a_mixture_with_a_sentencepiece_tokenizer(folder: Folder, tmp_path: Path) -> None:
     mix = tmp_path / "mix.yaml"
     mix.write_text(f"datasets: [{{json_path: {folder.root / 'train.json'}, choose: 6}}]")
     model = tiny_sentencepiece(tmp_path / "t.model")
@@ -213,7 +213,7 @@ def test_text_only_rows(tmp_path: Path, tokenizer: Path) -> None:
         assert batch.tiles is not None and batch.tiles.shape == (0, 3, 8, 8) and batch.num_tiles == 0
 
 
-def test_bad_samples_are_counted_and_left_out(tmp_path: Path, tokenizer: Path) -> None:
+def test_invalid_samples_are_counted_and_not_used(tmp_path: Path, tokenizer: Path) -> None:
     folder = mixed_folder(tmp_path, 8)
     folder.add("empty", "hi", "")
     folder.add("robot", "hi", "yes")
@@ -226,7 +226,7 @@ def test_bad_samples_are_counted_and_left_out(tmp_path: Path, tokenizer: Path) -
     rows = loader(recipe_for(folder, tokenizer))
     summary = rows.summary()
     assert (summary["samples"], summary["usable"], summary["skipped"]) == (13, 8, 0)
-    assert summary["refused"] == {
+    assert summary["rejected"] == {
         "empty answer": 1, "unknown role": 1, "image count mismatch": 1, "missing image": 1, "unreadable image": 1,
     }  # fmt: skip
     read = {name for batch in take(rows, summary["rows_per_epoch"]) for name in batch.sample_ids}
@@ -245,7 +245,7 @@ def test_samples_longer_than_a_row(tmp_path: Path, tokenizer: Path) -> None:
         loader(recipe_for(folder, tokenizer, max_tiles_per_row=3, seq_length=4096))
 
 
-def test_nothing_usable(tmp_path: Path, tokenizer: Path) -> None:
+def test_no_usable_sample(tmp_path: Path, tokenizer: Path) -> None:
     folder = Folder(tmp_path)
     folder.add("empty", "hi", "")
     folder.write()
@@ -253,15 +253,15 @@ def test_nothing_usable(tmp_path: Path, tokenizer: Path) -> None:
         loader(recipe_for(folder, tokenizer))
 
 
-def test_a_tokenizer_that_gives_the_image_token(folder: Folder, tokenizer: Path) -> None:
+def test_a_tokenizer_that_uses_the_image_token_index(folder: Folder, tokenizer: Path) -> None:
     recipe = recipe_for(folder, tokenizer)
     recipe.model.image_token_index = 100
     with pytest.raises(DataError, match="image_token_index is 100"):
         loader(recipe)
 
 
-def test_rows_that_do_not_divide(folder: Folder, tokenizer: Path) -> None:
-    with pytest.raises(DataError, match="global_batch_size 4 is no multiple of 3"):
+def test_a_batch_size_that_the_ranks_do_not_divide(folder: Folder, tokenizer: Path) -> None:
+    with pytest.raises(DataError, match="global_batch_size 4 is not a multiple of the data-parallel size 3"):
         loader(recipe_for(folder, tokenizer), 0, 3)
 
 
@@ -269,14 +269,14 @@ def test_a_killed_worker_ends_the_run(folder: Folder, tokenizer: Path) -> None:
     rows = loader(recipe_for(folder, tokenizer, num_workers=2))
     next(rows)
     os.kill(rows.worker_pids[0], signal.SIGKILL)
-    with pytest.raises(RowError, match=r"row \d+ did not come: .* It holds sample \d+ of .*train\.json"):
+    with pytest.raises(RowError, match=r"no worker returned row \d+: .* The row holds sample \d+ of .*train\.json"):
         take(rows, 40)
 
 
-def test_tiles_that_cannot_be_handed_over_end_the_run(
+def test_a_batch_that_cannot_be_sent_ends_the_run(
     folder: Folder, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As when something cleans the folder of temporary files, where multiprocessing keeps its sockets."""
+    """For example when the temporary folder is cleaned, where multiprocessing keeps its sockets."""
     monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(tmp_path / "gone"))  # type: ignore[attr-defined]
     rows = loader(recipe_for(folder, tokenizer, num_workers=1))
     with pytest.raises(RowError, match=r"row \d+ cannot be built: FileNotFoundError"):
@@ -295,15 +295,15 @@ def test_an_error_in_a_worker_names_the_sample(tmp_path: Path, tokenizer: Path) 
         (folder.images / "5_0.png").write_bytes(image)
 
 
-def test_refusals_are_told_by_one_process(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_logs_rejected_samples(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = mixed_folder(tmp_path, 8)
     folder.add("empty", "hi", "")
     folder.write()
-    told: list[str] = []
-    monkeypatch.setattr(logging.getLogger("megatron_vlm.data.dataset"), "warning", lambda *args: told.append(args[1]))
+    lines: list[str] = []
+    monkeypatch.setattr(logging.getLogger("megatron_vlm.data.dataset"), "warning", lambda *args: lines.append(args[1]))
     recipe = recipe_for(folder, tokenizer)
     for rank, tile_rank, need_tiles in [(1, 0, True), (0, 1, True), (0, 0, False)]:
         loader(recipe, rank, 2, tile_rank=tile_rank, tile_ranks=2, need_tiles=need_tiles)
-        assert not told
+        assert not lines
     loader(recipe, 0, 2)
-    assert "1 of 9 samples refused: empty answer 1" in told[0]
+    assert "1 of 9 samples rejected: empty answer 1" in lines[0]

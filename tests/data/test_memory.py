@@ -1,4 +1,4 @@
-"""The loader's memory stays what it is, row after row, in the process that asks and in its workers."""
+"""The loader's memory does not grow, neither in the training process nor in its workers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.data.helpers import make_recipe, mixed_folder, tiny_tokenizer_folder
 
 FIRST, LAST = 2_000, 10_000
 GROWTH = 6e6
-"""Bytes of a process between the two: 750 for a row. An allocator's holes come and go by megabytes."""
+"""Bytes a process may grow between the two: 750 per row. The allocator's fragmentation varies by megabytes."""
 
 
 def _own_memory(loader: RowLoader) -> list[int]:
-    """Bytes that no other process shares, of this process and of each worker."""
+    """Unshared bytes of this process and of each worker."""
     gc.collect()
     processes = [psutil.Process(), *map(psutil.Process, loader.worker_pids)]
     return [process.memory_full_info().uss for process in processes]

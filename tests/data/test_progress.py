@@ -1,4 +1,4 @@
-"""Lines in a log, a bar on a terminal: both of what the processes have done so far."""
+"""Lines in a log and a bar on a terminal show what the processes have done so far."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_vlm.data.worker_pool import parallel_map, report_progress
 
 
 def work(number: int) -> int:
-    """Of 50 samples each."""
+    """50 samples per call."""
     for done in range(50):
         report_progress(done + 1)
         time.sleep(0.002)
@@ -22,12 +22,12 @@ def work(number: int) -> int:
 
 
 def test_lines_in_a_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.05)
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.05)
     with caplog.at_level(logging.INFO):
         assert list(parallel_map(work, 4, 2, "working", 1, samples=300, samples_before=100)) == [0, 1, 2, 3]
-    told = [int(message.split()[1]) for message in caplog.messages]
-    assert len(told) > 1 and told == sorted(told) and told[0] > 100 and told[-1] <= 300
-    assert all("of 300 samples" in message and "to go" in message for message in caplog.messages)
+    done = [int(message.split()[1]) for message in caplog.messages]
+    assert len(done) > 1 and done == sorted(done) and done[0] > 100 and done[-1] <= 300
+    assert all("of 300 samples" in message and "remaining" in message for message in caplog.messages)
 
 
 class Terminal(io.StringIO):
@@ -37,7 +37,7 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_bar_on_a_terminal(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_SECONDS_WITHOUT", 0.0)
+    monkeypatch.setattr(progress, "_BAR_DELAY", 0.0)
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     list(parallel_map(work, 4, processes, "working", 1, samples=200))

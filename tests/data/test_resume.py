@@ -1,4 +1,4 @@
-"""Whatever is mixed, wherever it stops, however it goes on: every sample as often as its share says, in one order."""
+"""Random mixtures, resumed at random rows by other numbers of ranks: the order and every sample count stay right."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from megatron_vlm.data.sources.mixture import Mixture
 from megatron_vlm.data.sources.mixture_file import SamplingRule
 from megatron_vlm.data.sources.sample_source import Sample, SampleSource, SourceList
 
-MIXES, A_FEW = 1000, 80
+MIXES, FEW_MIXES = 1000, 80
 WITH_WORKERS = 25
-"""Every so many mixes are read through loaders with worker processes too."""
+"""One in so many mixes is also read through loaders with worker processes."""
 
 
 class Numbers(SampleSource):
@@ -49,83 +49,85 @@ class Mix:
     """A random mixture with random lengths, budgets and window."""
 
     def __init__(self, number: int, folder: Path) -> None:
-        self.draw = draw = random.Random(number)
-        counts = [draw.randint(1, 80) for _ in range(draw.randint(1, 4))]
-        sources = [Numbers(count, draw.choice([None, min(count, 20)])) for count in counts]
-        self.entries = [(draw.randrange(len(counts)), self._rule()) for _ in range(draw.randint(1, 5))]
+        self.rng = rng = random.Random(number)
+        counts = [rng.randint(1, 80) for _ in range(rng.randint(1, 4))]
+        sources = [Numbers(count, rng.choice([None, min(count, 20)])) for count in counts]
+        self.entries = [(rng.randrange(len(counts)), self._rule()) for _ in range(rng.randint(1, 5))]
         self.mixture = Mixture(SourceList(sources), self.entries)
-        total, self.seed = sum(counts), draw.randrange(1 << 30)
-        rng = np.random.default_rng(number)
-        seq_length, max_tiles = draw.choice([64, 512, 4096]), draw.choice([1, 8, 64])
-        self.tokens = rng.integers(1, draw.choice([seq_length, max(seq_length // 8, 2)]) + 1, total).astype(np.int32)
-        self.tiles = rng.integers(0, max_tiles + 1, total).astype(np.int32)
-        self.usable = rng.random(total) < draw.choice([1.0, 0.8])
+        total, self.seed = sum(counts), rng.randrange(1 << 30)
+        lengths = np.random.default_rng(number)
+        seq_length, max_tiles = rng.choice([64, 512, 4096]), rng.choice([1, 8, 64])
+        self.tokens = lengths.integers(1, rng.choice([seq_length, max(seq_length // 8, 2)]) + 1, total).astype(np.int32)
+        self.tiles = lengths.integers(0, max_tiles + 1, total).astype(np.int32)
+        self.usable = lengths.random(total) < rng.choice([1.0, 0.8])
         self.usable[int(self.mixture.sources.starts[self.entries[0][0]])] = True
-        self.budget = Budget(seq_length, max_tiles, draw.choice([7, 40, 1000]))
+        self.budget = Budget(seq_length, max_tiles, rng.choice([7, 40, 1000]))
         self.folder = folder / str(number) if number % 10 == 0 else None
 
     def _rule(self) -> SamplingRule:
-        amount = self.draw.randint(1, 60)
+        amount = self.rng.randint(1, 60)
         return SamplingRule.parse(
-            self.draw.choice(
+            self.rng.choice(
                 ["all", f"repeat:{amount / 20}", f"choose:{amount}", f"random:{amount}%", f"first:{amount}", "repeat:2"]
             )
         )
 
     def plan(self) -> RowPlan:
-        """As a process that has just started makes it, some through files."""
+        """The plan of a process that has just started; some mixes use the plan cache."""
         return RowPlan(PlanCache(self.folder, "k", self.compute) if self.folder else self.compute)
 
     def compute(self, epoch: int) -> EpochPlan:
         samples = self.mixture.sample_epoch(self.usable, self.seed, epoch)
         return plan_epoch(samples, self.tokens, self.tiles, self.budget, self.seed, epoch)
 
-    def shares(self) -> Counter[int]:
-        """How often each sample is due, worked out from the rules alone; drawn ones are counted under -1 - source."""
-        due: Counter[int] = Counter()
+    def expected_counts(self) -> Counter[int]:
+        """How often an epoch must hold each sample, from the rules alone. What a rule picks at random is counted under
+        -1 - source.
+        """
+        expected: Counter[int] = Counter()
         for source, rule in self.entries:
             start, stop = self.mixture.sources.starts[source : source + 2].tolist()
             usable = [number for number in range(start, stop) if self.usable[number]]
             amount = rule.amount
             if rule.kind in ("all", "repeat"):
                 for number in usable:
-                    due[number] += int(amount)
-                due[-1 - source] += round((amount - int(amount)) * len(usable))
+                    expected[number] += int(amount)
+                expected[-1 - source] += round((amount - int(amount)) * len(usable))
             elif rule.kind == "first":
                 for number in usable:
-                    due[number] += int(number - start < amount)
+                    expected[number] += int(number - start < amount)
             elif rule.kind == "random":
-                wanted = -(-amount * (stop - start) // Fraction(100))
-                due[-1 - source] += int(min(wanted, len(usable)))
+                picked = -(-amount * (stop - start) // Fraction(100))
+                expected[-1 - source] += int(min(picked, len(usable)))
             else:
                 for number in usable:
-                    due[number] += int(amount) // len(usable)
-                due[-1 - source] += int(amount) % max(len(usable), 1) if usable else 0
-        return +due
+                    expected[number] += int(amount) // len(usable)
+                expected[-1 - source] += int(amount) % max(len(usable), 1) if usable else 0
+        return +expected
 
 
 def _rows(plan: RowPlan, start: int, count: int) -> list[list[int]]:
-    return [plan.row(counter).members.tolist() for counter in range(start, start + count)]
+    return [plan.row(row_index).members.tolist() for row_index in range(start, start + count)]
 
 
-def _check_shares(mix: Mix, plan: RowPlan, start: int) -> int:
-    """Of the epoch that begins with row `start`. Returns where the next one begins."""
+def _check_epoch(mix: Mix, plan: RowPlan, start: int) -> int:
+    """Check the counts of the epoch that begins with row `start`. Returns the first row of the next one."""
     epoch = plan.row(start).epoch
     end = start + plan.rows
     taken = Counter(number for row in _rows(plan, start, end - start) for number in row)
     assert plan.row(end - 1).epoch == epoch and plan.row(end).epoch == epoch + 1
-    due = mix.shares()
-    drawn: Counter[int] = Counter()
+    expected = mix.expected_counts()
+    at_random: Counter[int] = Counter()
     for number, times in taken.items():
-        assert mix.usable[number] and times >= due[number]
-        drawn[-1 - mix.mixture.sources.locate(number)[0]] += times - due[number]
-    assert +drawn == Counter({number: times for number, times in due.items() if number < 0})
-    assert all(taken[number] >= times for number, times in due.items() if number >= 0)
+        assert mix.usable[number] and times >= expected[number]
+        at_random[-1 - mix.mixture.sources.locate(number)[0]] += times - expected[number]
+    assert +at_random == Counter({number: times for number, times in expected.items() if number < 0})
+    assert all(taken[number] >= times for number, times in expected.items() if number >= 0)
     return end
 
 
 class _Echo:
-    """Builds rows that hold nothing but their numbers."""
+    """Builds rows without tokens, whose sample ids are their sample numbers."""
 
     tokenizer = None
     sources = None
@@ -136,58 +138,58 @@ class _Echo:
         return PackedBatch(nothing, nothing, nothing, [0], nothing, nothing, 0, sample_ids=ids, row_index=row.row_index)
 
 
-def _through_loaders(mix: Mix, counter: int, ranks: int, steps: int, rows: int) -> Iterator[list[int]]:
-    """The rows of some steps as `ranks` loaders with workers give them."""
+def _read_with_workers(mix: Mix, row_index: int, ranks: int, steps: int, rows: int) -> Iterator[list[int]]:
+    """The rows of some steps, read by `ranks` loaders with worker processes."""
     loaders = []
     for rank in range(ranks):
         plan = mix.plan()
-        share = plan.rows_of_rank(counter, rank, ranks)
-        loaders.append(RowLoader(plan, _Echo(), {}, share, mix.draw.randint(0, 4)))  # type: ignore[arg-type]
+        rows_of_rank = plan.rows_of_rank(row_index, rank, ranks)
+        loaders.append(RowLoader(plan, _Echo(), {}, rows_of_rank, mix.rng.randint(0, 4)))  # type: ignore[arg-type]
     for _, row in itertools.product(range(steps), range(rows)):
         batch = next(loaders[row % ranks])
-        assert batch.row_index == counter
-        counter += 1
+        assert batch.row_index == row_index
+        row_index += 1
         yield [int(name) for name in batch.sample_ids]
     for loader in loaders:
         loader.close()
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores, on purpose
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores on purpose
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "numbers", [range(A_FEW), pytest.param(range(A_FEW, MIXES), marks=pytest.mark.full)], ids=["a_few", "the_rest"]
+    "mixes", [range(FEW_MIXES), pytest.param(range(FEW_MIXES, MIXES), marks=pytest.mark.full)], ids=["few", "rest"]
 )
-def test_a_thousand_mixes(tmp_path: Path, numbers: range) -> None:
-    for number in numbers:
+def test_a_thousand_mixes(tmp_path: Path, mixes: range) -> None:
+    for number in mixes:
         mix = Mix(number, tmp_path)
         reference = RowPlan(mix.compute)
-        second = _check_shares(mix, reference, 0)
-        _check_shares(mix, reference, second)
-        wanted = min(int(2.5 * second) + 3, 60)
-        expected = _rows(reference, 0, wanted)
-        counter, seen = 0, []
-        while counter < wanted:  # one stop after the other, each time with other ranks and rows per step
-            ranks = mix.draw.randint(1, 8)
-            rows, steps = ranks * mix.draw.randint(1, 3), mix.draw.randint(1, 4)
-            if number % WITH_WORKERS == 0 and mix.draw.random() < 0.3:
-                seen += _through_loaders(mix, counter, ranks, steps, rows)
+        second = _check_epoch(mix, reference, 0)
+        _check_epoch(mix, reference, second)
+        total = min(int(2.5 * second) + 3, 60)
+        expected = _rows(reference, 0, total)
+        row_index, seen = 0, []
+        while row_index < total:  # resume again and again, each time with other ranks and rows per step
+            ranks = mix.rng.randint(1, 8)
+            rows, steps = ranks * mix.rng.randint(1, 3), mix.rng.randint(1, 4)
+            if number % WITH_WORKERS == 0 and mix.rng.random() < 0.3:
+                seen += _read_with_workers(mix, row_index, ranks, steps, rows)
             else:
                 plan = mix.plan()
-                shares = [plan.rows_of_rank(counter, rank, ranks) for rank in range(ranks)]
-                seen += [next(shares[row % ranks]).members.tolist() for row in range(steps * rows)]
-            counter += steps * rows
-        assert seen[:wanted] == expected, f"mix {number}"
+                iterators = [plan.rows_of_rank(row_index, rank, ranks) for rank in range(ranks)]
+                seen += [next(iterators[row % ranks]).members.tolist() for row in range(steps * rows)]
+            row_index += steps * rows
+        assert seen[:total] == expected, f"mix {number}"
 
 
-def test_going_to_a_counter_replays_nothing(tmp_path: Path) -> None:
+def test_seeking_a_row_plans_no_epoch_again(tmp_path: Path) -> None:
     mix = Mix(0, tmp_path)
-    far = mix.plan().row(500)
-    made = []
+    row = mix.plan().row(500)
+    planned = []
 
     def compute(epoch: int) -> EpochPlan:
-        made.append(epoch)
+        planned.append(epoch)
         raise AssertionError(f"epoch {epoch} is planned again")
 
     assert mix.folder is not None
-    found = RowPlan(PlanCache(mix.folder, "k", compute)).row(500)
-    assert found.members.tolist() == far.members.tolist() and found.epoch == far.epoch > 0 and not made
+    again = RowPlan(PlanCache(mix.folder, "k", compute)).row(500)
+    assert again.members.tolist() == row.members.tolist() and again.epoch == row.epoch > 0 and not planned

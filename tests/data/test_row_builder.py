@@ -1,4 +1,4 @@
-"""What changed since the lengths were measured is an error that names the sample."""
+"""Data that changed since its lengths were measured is an error that names the sample."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ def builder(folder: Folder) -> RowBuilder:
     return RowBuilder(SourceList([source]), [index], tokenizer, geometry, 500, 300, (0, 1))
 
 
-def test_members_in_their_order(builder: RowBuilder) -> None:
+def test_samples_keep_their_order(builder: RowBuilder) -> None:
     assert builder.build(ROW).sample_ids == ["s5", "s3"]
 
 
 @pytest.mark.parametrize("damage", ["gone", "broken", "truncated", "resized"])
 def test_a_damaged_image(folder: Folder, builder: RowBuilder, damage: str) -> None:
-    victim = folder.images / "5_0.png"
-    whole = victim.read_bytes()
-    contents = {"broken": b"nonsense", "truncated": whole[: len(whole) // 2], "resized": image_bytes(99, 98)}
-    victim.unlink()
+    path = folder.images / "5_0.png"
+    data = path.read_bytes()
+    contents = {"broken": b"nonsense", "truncated": data[: len(data) // 2], "resized": image_bytes(99, 98)}
+    path.unlink()
     if damage in contents:
-        victim.write_bytes(contents[damage])
+        path.write_bytes(contents[damage])
     with pytest.raises(RowError, match=r"row 17: sample 's5' of .*train\.json: image .*5_0\.png"):
         builder.build(ROW)
-    builder.tile_shard = None  # a rank that decodes nothing goes on; the one that does ends the run
+    builder.tile_shard = None  # a rank that decodes no image does not notice; one that does ends the run
     assert builder.build(ROW).tiles is None
 
 
-def test_an_image_of_another_size_says_how_to_measure_anew(folder: Folder, builder: RowBuilder) -> None:
+def test_the_error_of_a_resized_image_says_how_to_measure_again(folder: Folder, builder: RowBuilder) -> None:
     (folder.images / "5_0.png").write_bytes(image_bytes(29, 3))
     file = builder.indexes[0].file
-    with pytest.raises(RowError, match=f"is 29x3 pixels, was .* remove {file}"):
+    with pytest.raises(RowError, match=f"is 29x3 pixels, but was .* remove {file}"):
         builder.build(ROW)
     file.unlink()
     builder.indexes = [load_length_index(builder.sources.sources[0], builder.tokenizer, builder.geometry)]
@@ -64,9 +64,9 @@ def test_an_image_of_another_size_says_how_to_measure_anew(folder: Folder, build
 def test_a_changed_annotation(folder: Folder, builder: RowBuilder) -> None:
     folder.entries[5]["conversations"][1]["value"] = "A longer answer."
     builder.sources = SourceList([AnnotationSource(folder.write(), folder.images)])
-    with pytest.raises(RowError, match=r"row 17: sample 's5' .* tokens where \d+ were measured"):
+    with pytest.raises(RowError, match=r"row 17: sample 's5' .* tokens, but \d+ when it was measured"):
         builder.build(ROW)
     folder.entries[5]["conversations"][1]["value"] = ""
     builder.sources = SourceList([AnnotationSource(folder.write(), folder.images)])
-    with pytest.raises(RowError, match="row 17: sample 5 of .* cannot be read any more: .*empty answer"):
+    with pytest.raises(RowError, match="row 17: sample 5 of .* can no longer be read: .*empty answer"):
         builder.build(ROW)

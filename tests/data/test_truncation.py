@@ -1,4 +1,4 @@
-"""A conversation longer than a row is cut after an answer, with the images of the questions that stay."""
+"""A conversation longer than a row is truncated after an answer, with the images of the remaining questions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def read(folder: Folder, **settings: object) -> tuple[dict[str, str], dict[str, int], dict[str, object]]:
-    """Answers and tiles of each sample as the model is taught them, and the summary."""
+    """The supervised answers and the number of tiles of each sample, and the summary."""
     recipe = make_recipe(
         folder.root / "train.json", folder.images, folder.root / "tokenizer", oversized_samples="truncate", **settings
     )
@@ -52,15 +52,15 @@ def read(folder: Folder, **settings: object) -> tuple[dict[str, str], dict[str, 
     return answers, tiles, loader.summary()
 
 
-def test_no_answer_is_half_there(folder: Folder) -> None:
+def test_no_answer_is_truncated(folder: Folder) -> None:
     answers, tiles, summary = read(folder)
     assert set(answers) == {"short", "talk", "album"}
-    kept = answers["talk"].split("\n")[:-1]
-    assert kept == [f"It is {i}." for i in range(len(kept))] and 0 < len(kept) < 9
+    lines = answers["talk"].split("\n")[:-1]
+    assert lines == [f"It is {i}." for i in range(len(lines))] and 0 < len(lines) < 9
     assert answers["album"] == "".join(f"Shape {i}.\n" for i in range(3))
-    assert tiles["album"] == 15  # three images of five tiles: a row has 16
-    assert (summary["usable"], summary["cut"], summary["skipped"]) == (3, 2, 1)
-    assert isinstance(summary["tokens_cut_off"], int) and summary["tokens_cut_off"] > 0
+    assert tiles["album"] == 15  # three images of five tiles each: a row holds at most 16 tiles
+    assert (summary["usable"], summary["truncated"], summary["skipped"]) == (3, 2, 1)
+    assert isinstance(summary["tokens_dropped"], int) and summary["tokens_dropped"] > 0
 
 
 def test_one_more_answer_would_not_fit(folder: Folder) -> None:
@@ -69,15 +69,15 @@ def test_one_more_answer_would_not_fit(folder: Folder) -> None:
     index = load_length_index(source, tokenizer, geometry)
     whole = int(index.tokens[1])
     for seq_length in range(150, whole, 97):
-        cuts = load_truncations(source, index, tokenizer, geometry, seq_length, 1000)
-        turns, tokens = int(cuts.turns[cuts.samples == 1][0]), int(cuts.tokens[cuts.samples == 1][0])
+        found = load_truncations(source, index, tokenizer, geometry, seq_length, 1000)
+        [turns], [tokens] = found.turns[found.samples == 1].tolist(), found.tokens[found.samples == 1].tolist()
         assert tokens <= seq_length and turns % 2 == 0
         assert tokens + (whole - tokens) / (18 - turns) * 2 > seq_length - 20
 
 
-def test_kept_beside_the_length_index(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_beside_the_length_index(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     first = read(folder)
-    monkeypatch.setattr(truncation, "parallel_map", lambda *args: pytest.fail("cut again"))
+    monkeypatch.setattr(truncation, "parallel_map", lambda *args: pytest.fail("truncated again"))
     assert read(folder) == first
     damaged = next((folder.root / ".lengths").glob("*.cut-*"))
     damaged.write_bytes(b"nonsense")
@@ -85,7 +85,7 @@ def test_kept_beside_the_length_index(folder: Folder, monkeypatch: pytest.Monkey
     assert read(folder) == first
 
 
-def test_nothing_to_cut(folder: Folder) -> None:
+def test_nothing_to_truncate(folder: Folder) -> None:
     summary = read(folder, seq_length=8192, max_tiles_per_row=100)[2]
-    assert (summary["usable"], summary["cut"], summary["skipped"], summary["tokens_cut_off"]) == (4, 0, 0, 0)
+    assert (summary["usable"], summary["truncated"], summary["skipped"], summary["tokens_dropped"]) == (4, 0, 0, 0)
     assert np.isclose(float(str(summary["tokens_per_sample"])), 1000, rtol=1)

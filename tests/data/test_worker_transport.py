@@ -1,4 +1,4 @@
-"""A batch comes out of a worker's queue as it went in."""
+"""A batch that a worker sends through its queue arrives unchanged."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def batch(tiles: torch.Tensor | None) -> PackedBatch:
 
 TILES = {
     "several": torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8),
-    "a part of others": torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)[1:3],
-    "no tile here": torch.empty(0, 3, 8, 8, dtype=torch.uint8),
-    "not encoded here": None,
+    "a slice of a tensor": torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)[1:3],
+    "no tile on this rank": torch.empty(0, 3, 8, 8, dtype=torch.uint8),
+    "not encoded by this rank": None,
 }
 
 
 def _send(queue: Any, done: Any) -> None:
     for tiles in TILES.values():
         queue.put(SharedBatch(batch(tiles)))
-    done.wait()  # as torch's workers do: the files are fetched from this process
+    done.wait()  # as torch's workers do: the receiver opens the files through this process
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,12 @@ def received() -> Iterator[dict[str, PackedBatch]]:
 def test_all_fields_arrive(received: dict[str, PackedBatch], name: str) -> None:
     arrived, expected = received[name], batch(TILES[name])
     assert isinstance(arrived, PackedBatch)
-    for part in fields(PackedBatch):
-        ours, theirs = getattr(arrived, part.name), getattr(expected, part.name)
-        if isinstance(theirs, torch.Tensor):
-            assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype, part.name
+    for item in fields(PackedBatch):
+        value, wanted = getattr(arrived, item.name), getattr(expected, item.name)
+        if isinstance(wanted, torch.Tensor):
+            assert torch.equal(value, wanted) and value.dtype == wanted.dtype, item.name
         else:
-            assert ours == theirs, part.name
+            assert value == wanted, item.name
 
 
 def test_tensors_can_be_written_and_outlive_the_worker(received: dict[str, PackedBatch]) -> None:
@@ -81,5 +81,5 @@ def _tile_files() -> list[str]:
         try:
             links.append(os.readlink(f"/proc/self/fd/{number}"))
         except OSError:
-            continue  # the listing's own
+            continue  # the descriptor that listdir itself used
     return [link for link in links if "memfd:tiles" in link]

@@ -28,7 +28,7 @@ def test_what_is_bad_is_counted_and_left_out(tmp_path: Path) -> None:
     trained = [name for _, names in read_samples(tmp_path / "run") for name in names]
     assert set(trained) == set(GOOD)
     assert all(trained.count(name) >= 2 for name in GOOD)  # from the file and from the shards
-    (told,) = [line for line in done.stdout.splitlines() if "samples refused" in line]
-    assert f"{len(REASONS)} of {len(kinds.entries)} samples refused" in told and "kinds.jsonl" in told
+    (line,) = [line for line in done.stdout.splitlines() if "samples rejected" in line]
+    assert f"{len(REASONS)} of {len(kinds.entries)} samples rejected" in line and "kinds.jsonl" in line
     for reason in REASONS.values():
-        assert f"{reason} {list(REASONS.values()).count(reason)}" in told
+        assert f"{reason} {list(REASONS.values()).count(reason)}" in line

@@ -24,8 +24,8 @@ def test_a_mixture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe.parallel = ParallelConfig()
     with caplog.at_level(logging.INFO):
         told = describe_run(recipe, world_size=2)
-    assert "41 samples, 40 usable, refused {'missing image': 1}, too long 0" in told and "2 ranks = data 2" in told
-    (table,) = [message for message in caplog.messages if message.startswith("the first epoch takes:")]
+    assert "41 samples, 40 usable, rejected {'missing image': 1}, too long 0" in told and "2 ranks = data 2" in told
+    (table,) = [message for message in caplog.messages if message.startswith("samples of the first epoch:")]
     assert [line.split()[1:4] for line in table.splitlines()[2:4]] == [
         ["repeat:2", "20", "40"],
         ["choose:5", "21", "5"],

@@ -183,5 +183,5 @@ def test_through_training(folder: Folder, tmp_path: Path) -> None:
     batches = [next(loader) for _ in range(loader.plan.rows)]
     assert sorted(name for batch in batches for name in batch.sample_ids) == sorted(GOOD)
     assert all(batch.tiles is not None and len(batch.tiles) == batch.num_tiles for batch in batches)
-    refused = loader.summary()["refused"]
-    assert refused == {reason: list(REASONS.values()).count(reason) for reason in REASONS.values()}
+    rejected = loader.summary()["rejected"]
+    assert rejected == {reason: list(REASONS.values()).count(reason) for reason in REASONS.values()}

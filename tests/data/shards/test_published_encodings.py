@@ -105,4 +105,4 @@ def test_the_loader_reads_published_shards(tmp_path: Path) -> None:
     loader = build_loader(recipe, dp_rank=0, dp_size=1, consumed_rows=0, need_tiles=True)
     seen = [name for _ in range(loader.plan.rows) for name in next(loader).sample_ids]
     assert sorted(seen) == sorted(f"p{n}" for n in range(12))
-    assert loader.summary()["refused"] == {}
+    assert loader.summary()["rejected"] == {}
