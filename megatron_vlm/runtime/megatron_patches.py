@@ -124,8 +124,6 @@ _NOISE: list[tuple[type[Warning], str]] = [
     (UserWarning, "(Transformer Engine and )?Apex (is|are) not installed"),
     # About the default value of megatron-core's own setting cuda_graph_scope.
     (UserWarning, "full scope is deprecated"),
-    # A rank whose parameters are all frozen, such as a pipeline stage without the projector in a warmup.
-    (UserWarning, "WARNING: there is no optimizer on RANK"),
     # torch's new names of collectives and of checkpoint functions, which megatron-core does not use yet.
     (FutureWarning, r"`torch\.distributed\.\w+` is deprecated"),
     (FutureWarning, "Please use DTensor instead and we are deprecating ShardedTensor"),
