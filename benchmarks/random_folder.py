@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint_convert.huggingface.llava_next import write_companions
-from checkpoint_convert.huggingface.safetensors import Planned, write_weights
-from checkpoint_convert.mapping.param_map import name_map
+from checkpoint_convert.huggingface.llava_next import write_configs
+from checkpoint_convert.huggingface.safetensors import TensorSpec, write_weights
+from checkpoint_convert.mapping.param_map import hf_shapes, param_map
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 
@@ -21,16 +21,15 @@ def write_random_folder(folder: Path, tokenizer: Path, model: ModelConfig, dtype
     vision layers included.
     """
     folder.mkdir(parents=True)
-    write_companions(folder, model, load_tokenizer(tokenizer), dtype)
-    shapes = {n: shape for entry in name_map(model) for n, shape in zip(entry.hf, entry.hf_shapes, strict=True)}
-    plan = [Planned(name, shape, dtype) for name, shape in shapes.items()]
+    write_configs(folder, model, load_tokenizer(tokenizer), dtype)
+    plan = [TensorSpec(name, shape, dtype) for name, shape in hf_shapes(param_map(model)).items()]
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         generator = torch.Generator().manual_seed(0)
-        for name, shape in shapes.items():
-            noise = torch.randn(shape, generator=generator)
-            is_norm_weight = "norm" in name and name.endswith("weight")
-            yield name, 1 + 0.2 * noise if is_norm_weight else 0.05 * noise
+        for tensor in plan:
+            noise = torch.randn(tensor.shape, generator=generator)
+            is_norm_weight = "norm" in tensor.name and tensor.name.endswith("weight")
+            yield tensor.name, 1 + 0.2 * noise if is_norm_weight else 0.05 * noise
 
     write_weights(tensors(), folder, plan=plan)
-    return sum(planned.nbytes for planned in plan) // dtype.itemsize
+    return sum(tensor.nbytes for tensor in plan) // dtype.itemsize

@@ -25,7 +25,7 @@ from benchmarks import transformers_loop
 from benchmarks.report import RESULTS, machine, save, table
 from benchmarks.samples import SampleGenerator, Workload, build_workload
 from checkpoint_convert.mapping.hf_names import canonical_name
-from checkpoint_convert.mapping.param_map import name_map, to_megatron
+from checkpoint_convert.mapping.param_map import param_map, to_megatron
 from checkpoint_convert.megatron.files import tensors_of
 from megatron_vlm.config import (
     DataConfig,
@@ -76,11 +76,11 @@ class PackedLoop:
         self.recipe = recipe
         (model,) = chunks = build_model(recipe)
         state = weights.state_dict().items()
-        tensors = {ours: tensor for name, tensor in state if (ours := canonical_name(name, "whole"))}
+        tensors = {ours: tensor for name, tensor in state if (ours := canonical_name(name, "llava"))}
         tensors.pop("language_model.lm_head.weight")  # tied
         parameters = tensors_of(model)
         with torch.no_grad():
-            for name, tensor in to_megatron(name_map(recipe.model), tensors, "transformers"):
+            for name, tensor in to_megatron(param_map(recipe.model), tensors, "transformers"):
                 parameters[name].copy_(tensor)
         self.chunks = wrap_for_data_parallel(chunks, recipe)
         self.optimizer = build_optimizer(self.chunks, recipe)

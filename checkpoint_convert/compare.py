@@ -1,4 +1,4 @@
-"""Two sets of stored tensors, compared name by name with one pair in memory at a time."""
+"""Compares two sets of stored tensors name by name, with one pair in memory at a time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
+from checkpoint_convert.mapping.hf_names import model_part
 from checkpoint_convert.mapping.lazy_tensors import StoredTensors
-from checkpoint_convert.model_source import PARTS
+from megatron_vlm.config import PARTS
 
 OTHER = "other"
+"""Report of the tensors that belong to no part of the model."""
 _CHUNK = 2**22
-"""Numbers that are compared at once: what this needs beside the two tensors."""
+"""Numbers that are compared at once: this bounds the memory needed beside the two tensors."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -23,16 +25,16 @@ class Difference:
     """How two tensors of one shape differ."""
 
     equal: bool
-    """Every value agrees in every bit, after widening where the dtypes differ."""
+    """Whether all values are equal bit for bit, after conversion to the wider dtype."""
     largest: float
-    """Of the values' differences; infinite where one is nan and the other not."""
+    """Largest absolute difference of two values; infinite if only one of them is nan."""
     rounded: bool
-    """The narrower tensor is the wider one rounded to its dtype."""
+    """Whether the tensor of the narrower dtype is the other one, rounded."""
 
 
 @dataclass
 class PartReport:
-    """What was found in one part of the model."""
+    """Counts of one part of the model."""
 
     tensors: int = 0
     equal: int = 0
@@ -46,18 +48,18 @@ class PartReport:
 
 @dataclass
 class Comparison:
-    """What was found."""
+    """Result of compare_tensors."""
 
     parts: dict[str, PartReport] = field(default_factory=lambda: {part: PartReport() for part in (*PARTS, OTHER)})
     differing: dict[str, float] = field(default_factory=dict)
-    """Name -> largest difference, of those beyond the tolerance."""
+    """Name -> largest difference, for tensors beyond the tolerance."""
     only_first: list[str] = field(default_factory=list)
     only_second: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
-    """Names with both shapes, where they differ."""
+    """Names with both shapes, for tensors whose shapes differ."""
     dtypes: Counter[tuple[torch.dtype, torch.dtype]] = field(default_factory=Counter)
     rounded: int = 0
-    """Of the tensors that are not equal, those that rounding to the narrower dtype explains."""
+    """Number of unequal tensors of which one is the other, rounded to the narrower dtype."""
 
     @property
     def same_names_and_shapes(self) -> bool:
@@ -71,46 +73,41 @@ class Comparison:
 def compare_tensors(
     first: StoredTensors, second: StoredTensors, names: Iterable[str], tolerance: float = 0.0
 ) -> Comparison:
-    """Compare the tensors that either side has among `names`.
+    """Compare the tensors of these names.
 
     Args:
-        first: tensors under the Hugging Face names of the name map, as `second`.
-        second: the others.
-        names: in the order in which they are best read.
-        tolerance: of a difference between two numbers; 0: bit for bit.
+        first: tensors under the parameter map's Hugging Face names.
+        second: tensors to compare them with.
+        names: names in the order of reading.
+        tolerance: largest accepted difference of two values; 0 compares bit for bit.
     """
-    found = Comparison()
+    result = Comparison()
     for name in tqdm(list(names), unit="tensor", desc="comparing", disable=None):
         if name not in first or name not in second:
-            (found.only_second if name in second else found.only_first).append(name)
+            (result.only_second if name in second else result.only_first).append(name)
         elif first.shape(name) != second.shape(name):
-            found.shapes.append(f"{name}: {first.shape(name)} and {second.shape(name)}")
+            result.shapes.append(f"{name}: {first.shape(name)} and {second.shape(name)}")
         else:
-            _note(found, name, first[name], second[name], tolerance)
-    return found
+            _add_pair(result, name, first[name], second[name], tolerance)
+    return result
 
 
-def _note(found: Comparison, name: str, first: torch.Tensor, second: torch.Tensor, tolerance: float) -> None:
+def _add_pair(result: Comparison, name: str, first: torch.Tensor, second: torch.Tensor, tolerance: float) -> None:
     difference = compare_pair(first, second)
-    part = found.parts[part_of(name)]
+    part = result.parts[model_part(name) or OTHER]
     part.tensors += 1
-    found.dtypes[first.dtype, second.dtype] += 1
+    result.dtypes[first.dtype, second.dtype] += 1
     if difference.equal:
         part.equal += 1
         return
-    found.rounded += difference.rounded
+    result.rounded += difference.rounded
     if not part.worst or difference.largest > part.largest:
         part.largest, part.worst = difference.largest, name
     if tolerance > 0 and difference.largest <= tolerance:
         part.close += 1
     else:
         part.differ += 1
-        found.differing[name] = difference.largest
-
-
-def part_of(name: str) -> str:
-    """The part of the model that a tensor belongs to; OTHER where it has no place in one."""
-    return next((part for part, beginnings in PARTS.items() if name.startswith(beginnings)), OTHER)
+        result.differing[name] = difference.largest
 
 
 def compare_pair(first: torch.Tensor, second: torch.Tensor) -> Difference:
@@ -123,9 +120,9 @@ def compare_pair(first: torch.Tensor, second: torch.Tensor) -> Difference:
         if _same_bits(a, b):
             continue
         equal = False
-        apart = (a - b).abs_().nan_to_num_(float("inf"))
-        apart[a.isnan() & b.isnan()] = 0.0
-        largest = max(largest, float(apart.max()))
+        differences = (a - b).abs_().nan_to_num_(float("inf"))
+        differences[a.isnan() & b.isnan()] = 0.0
+        largest = max(largest, float(differences.max()))
         rounded = rounded and _same_bits(one.to(narrow), other.to(narrow))
     return Difference(equal, largest, rounded and not equal)
 

@@ -1,4 +1,4 @@
-"""What a conversion refuses, said once and clearly."""
+"""The error of a conversion, and how a command ends with it: one message and an exit code."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _SHOWN = 8
 
 
 class ConversionError(Exception):
-    """A checkpoint, config or tokenizer that cannot be converted; the message says what, where and what to do."""
+    """A checkpoint, config or tokenizer cannot be converted; the message says what is wrong, where, and what to do."""
 
 
 def some_of(names: list[str]) -> str:
-    """The first few names of a long list, one to a line, and how many more there are."""
+    """The first few names of a list, one per line, and the number of the others."""
     lines = [f"  {name}" for name in names[:_SHOWN]]
     if len(names) > _SHOWN:
         lines.append(f"  ... and {len(names) - _SHOWN} more")
@@ -24,9 +24,10 @@ def some_of(names: list[str]) -> str:
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run a command's body; a rejection, or a disk that is full or cannot be read, becomes one message and exit code 1.
+    """Run the body of a command; returns the exit code.
 
-    An end by Ctrl-C or SIGTERM goes through the body's own cleaning up and is exit code 130 or 143.
+    A ConversionError, or an OSError such as a full disk, is printed as one message and returns 1. Ctrl-C returns 130
+    and SIGTERM exits with 143, both after the body's cleanup.
     """
     try:
         with _sigterm_unwinds():
@@ -38,23 +39,23 @@ def run_command(command: Callable[[], None]) -> int:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was made", file=sys.stderr)
+        print("error: interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
 
 
 @contextmanager
 def _sigterm_unwinds() -> Iterator[None]:
-    """For the time of the block, SIGTERM ends the process by way of its `finally`s; in the main thread alone."""
+    """Inside the block, SIGTERM raises SystemExit so that `finally` blocks run; only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _end)
+    before = signal.signal(signal.SIGTERM, _exit)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def _end(number: int, _: object) -> None:
+def _exit(number: int, _: object) -> None:
     sys.exit(128 + number)

@@ -1,9 +1,9 @@
-"""Parts of different checkpoints as one model.
+"""Joins parts of different checkpoints to one model.
 
 python -m checkpoint_convert.merge --vision A --projector B --language C --save DIR
 
-A, B and C are each a Megatron checkpoint or a Hugging Face folder of a whole VLM, of which one part is taken; A may be
-a tower alone, C a decoder alone, B a projector alone, as `megatron_to_hf --format projector` writes it.
+A, B and C are each a Megatron checkpoint or a Hugging Face folder of a whole VLM, of which one part is used; A may be a
+vision tower alone, C a language model alone, B a projector alone, as `megatron_to_hf --format projector` writes it.
 """
 
 from __future__ import annotations
@@ -17,89 +17,95 @@ from checkpoint_convert.errors import ConversionError, run_command
 from checkpoint_convert.folder import new_folder
 from checkpoint_convert.huggingface.config import model_from_parts
 from checkpoint_convert.huggingface.tokenizer import check_image_token, import_tokenizer
-from checkpoint_convert.mapping.lazy_tensors import ChosenTensors, JoinedTensors
-from checkpoint_convert.mapping.param_map import name_map
+from checkpoint_convert.mapping.hf_names import PART_PREFIXES
+from checkpoint_convert.mapping.lazy_tensors import JoinedTensors, SelectedTensors
+from checkpoint_convert.mapping.param_map import PROJECTOR, param_map
 from checkpoint_convert.megatron.files import write_model
-from checkpoint_convert.model_source import PARTS, Source, open_source
-from megatron_vlm.config import DataConfig, LanguageConfig, ModelConfig, VisionConfig
+from checkpoint_convert.model_source import Source, open_source
+from megatron_vlm.config import PARTS, DataConfig, LanguageConfig, ModelConfig, VisionConfig
 
-DESCRIPTION = "The tower, the projector and the decoder of different checkpoints as one Megatron checkpoint."
+DESCRIPTION = "The vision tower, projector and language model of different checkpoints as one Megatron checkpoint."
 NEWLINE = "image_newline"
 
 
 def merge(vision: Path, language: Path, projector: Path | None, save: Path, tokenizer: Path | None = None) -> list[str]:
-    """One checkpoint of a tower, a projector and a decoder.
+    """Write one checkpoint of a vision tower, a projector and a language model.
 
-    How images are cut and which of the tower's layers is the feature is taken from the projector's own model, else from
-    the decoder's, else from the tower's; parts that have no model around them leave it at the defaults.
+    How images are tiled and which layer of the tower gives the features come from the projector's model, else from the
+    language model's, else from the tower's. They have their defaults if all three are parts alone.
 
     Args:
-        vision: where the tower comes from.
-        language: where the decoder comes from.
-        projector: where the projector and the newline come from; None: they are drawn at random.
-        save: the checkpoint folder to make.
-        tokenizer: Hugging Face folder or sentencepiece file; by default the decoder's own.
+        vision: source of the vision tower.
+        language: source of the language model.
+        projector: source of the projector and the newline; None: they are randomly initialised.
+        save: checkpoint folder to create.
+        tokenizer: Hugging Face folder or sentencepiece file; by default the language model's.
 
     Returns:
-        Names of the tensors that were drawn.
+        Names of the tensors that were randomly initialised.
 
     Raises:
-        ConversionError: a source that lacks its part or cannot be read, or parts that do not fit.
+        ConversionError: a source lacks its part or cannot be read, or the parts do not fit together.
     """
-    tower, decoder = open_source(vision), open_source(language)
-    between = open_source(projector) if projector else None
-    if tower.vision is None:
-        raise ConversionError(f"{vision} ({tower.kind}) has no vision tower")
-    if decoder.language is None:
-        raise ConversionError(f"{language} ({decoder.kind}) has no language model")
-    chosen = {"vision": tower, "language": decoder} | ({"projector": between} if between else {})
-    if between and "projector" not in between.parts:
-        raise ConversionError(f"{projector} ({between.kind}) has no projector")
-    parts = {part: ChosenTensors(source.tensors, PARTS[part]) for part, source in chosen.items()}
-    if between:
-        _check_projector(parts["projector"], between, tower.vision, decoder.language)
-    with new_folder(save) as making:
-        words = import_tokenizer(tokenizer or decoder.tokenizer, making / "tokenizer")
-        model, aspect_ratio = _model(tower.vision, _decoder(decoder), (between, decoder, tower), len(words))
-        check_image_token(words, model, str(language))
-        source = " with ".join(str(source.path) for source in chosen.values())
-        tensors = JoinedTensors(*parts.values())
-        optional = (NEWLINE,) if between else PARTS["projector"]  # LLaVA's first stage has no newline
-        entries = [e for e in name_map(model) if e.hf[0] in tensors or not e.hf[0].startswith(optional)]
-        return write_model(making, save, model, entries, tensors, source, words.fingerprint, aspect_ratio)
+    vision_source, language_source = open_source(vision), open_source(language)
+    projector_source = open_source(projector) if projector else None
+    if vision_source.vision is None:
+        raise ConversionError(f"{vision} ({vision_source.format}) has no vision tower")
+    if language_source.language is None:
+        raise ConversionError(f"{language} ({language_source.format}) has no language model")
+    sources = {"vision": vision_source, "language": language_source}
+    if projector_source:
+        if "projector" not in projector_source.parts:
+            raise ConversionError(f"{projector} ({projector_source.format}) has no projector")
+        sources["projector"] = projector_source
+    tensors = {part: SelectedTensors(source.tensors, PART_PREFIXES[part]) for part, source in sources.items()}
+    if projector_source:
+        _check_projector(tensors["projector"], projector_source, vision_source.vision, language_source.language)
+    with new_folder(save) as staging_dir:
+        imported = import_tokenizer(tokenizer or language_source.tokenizer, staging_dir / "tokenizer")
+        model, aspect_ratio = _merged_model(
+            vision_source.vision,
+            _with_context(language_source, language_source.language),
+            (projector_source, language_source, vision_source),
+            len(imported),
+        )
+        check_image_token(imported, model, str(language))
+        joined = JoinedTensors(*tensors.values())
+        # LLaVA's first stage trains no newline
+        optional = (NEWLINE,) if projector_source else PART_PREFIXES["projector"]
+        entries = [e for e in param_map(model) if e.hf[0] in joined or not e.hf[0].startswith(optional)]
+        names = " with ".join(str(source.path) for source in sources.values())
+        return write_model(staging_dir, save, model, entries, joined, names, imported.fingerprint, aspect_ratio)
 
 
-def _decoder(source: Source) -> LanguageConfig:
-    """A decoder alone is to be trained on rows, and knows as long a context as they have then."""
-    assert source.language is not None
-    if source.model:
-        return source.language
-    return replace(source.language, max_position_embeddings=DataConfig().seq_length)
+def _with_context(source: Source, language: LanguageConfig) -> LanguageConfig:
+    """A language model alone gets the context that it will be trained with: the default length of a row."""
+    return language if source.model else replace(language, max_position_embeddings=DataConfig().seq_length)
 
 
-def _model(
+def _merged_model(
     vision: VisionConfig, language: LanguageConfig, sources: tuple[Source | None, ...], image_token_index: int
 ) -> tuple[ModelConfig, str]:
+    """The model, and its image_aspect_ratio; what belongs to no part comes from the first source of a whole VLM."""
     for source in sources:
         if source and source.model:
-            layer = source.model.vision.vision_feature_layer
-            tower = replace(vision, vision_feature_layer=layer)
+            tower = replace(vision, vision_feature_layer=source.model.vision.vision_feature_layer)
             model = replace(source.model, vision=tower, language=language, image_token_index=image_token_index)
             return model, source.aspect_ratio
     return model_from_parts(vision, language, image_token_index), "anyres"
 
 
-def _check_projector(tensors: ChosenTensors, source: Source, vision: VisionConfig, language: LanguageConfig) -> None:
-    """Say what does not fit in the reader's terms; the name map would only tell of shapes."""
-    name = PARTS["projector"][0] + "linear_1.weight"
+def _check_projector(tensors: SelectedTensors, source: Source, vision: VisionConfig, language: LanguageConfig) -> None:
+    """Raise ConversionError if the projector does not fit; the parameter map would only report shapes."""
+    name = PROJECTOR + "linear_1.weight"
     if name not in tensors:
-        raise ConversionError(f"{source.path} holds no projector: {name} (or mm_projector.0.weight) is not there")
-    wanted, found = (language.hidden_size, vision.hidden_size), tensors.shape(name)
-    if found != wanted:
+        raise ConversionError(f"{source.path} holds no projector: it has neither {name} nor mm_projector.0.weight")
+    expected, found = (language.hidden_size, vision.hidden_size), tensors.shape(name)
+    if found != expected:
         raise ConversionError(
-            f"the projector of {source.path} does not fit: its first weight is {found}, but the tower gives "
-            f"{wanted[1]} numbers a patch and the decoder takes {wanted[0]}, so that it must be {wanted}. It was "
-            "trained between other parts"
+            f"the projector of {source.path} does not fit: its first weight is {found} and must be {expected}, "
+            f"because the tower's hidden size is {expected[1]} and the language model's {expected[0]}. It was trained "
+            "with other parts"
         )
 
 
@@ -107,22 +113,22 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m checkpoint_convert.merge", description=DESCRIPTION)
     for part in PARTS:
-        parser.add_argument(f"--{part}", type=Path, required=True, help=f"where the {part} part comes from")
+        parser.add_argument(f"--{part}", type=Path, required=True, help=f"source of the {part} part")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder or .model file; default: the language part's")
-    parser.add_argument("--save", type=Path, required=True, help="checkpoint folder to make")
+    parser.add_argument("--save", type=Path, required=True, help="checkpoint folder to create")
     args = parser.parse_args(argv)
 
     def command() -> None:
-        drawn = merge(args.vision, args.language, args.projector, args.save, args.tokenizer)
-        tell_made(drawn, args.save)
+        initialised = merge(args.vision, args.language, args.projector, args.save, args.tokenizer)
+        report_saved(initialised, args.save)
 
     return run_command(command)
 
 
-def tell_made(drawn: list[str], save: Path) -> None:
-    """What a conversion says when it is done."""
-    if drawn:
-        print(f"drawn at random, to be trained: {', '.join(drawn)}")
+def report_saved(initialised: list[str], save: Path) -> None:
+    """Print what a conversion wrote and which tensors have no trained weights yet."""
+    if initialised:
+        print(f"randomly initialised, to be trained: {', '.join(initialised)}")
     print(f"wrote {save}")
 
 

@@ -1,7 +1,7 @@
-"""What a model answers to a few built-in prompts: logits of the prompt, and the tokens it goes on with.
+"""Outputs of a model for a few built-in prompts: logits of the prompt, and greedily generated tokens.
 
-A Hugging Face folder is asked through transformers' own classes, a Megatron checkpoint through megatron_vlm's engine;
-both get the same ids and the same tiles, and compute in fp32.
+A Hugging Face folder runs in transformers' own classes, a Megatron checkpoint in megatron_vlm's engine. Both get the
+same ids and tiles and compute in fp32.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from megatron_vlm.runtime.launch import distributed
 
 NEW_TOKENS = 16
 _QUESTION = "Describe the image, then count to three: 1,"
-_SHAPES = {"square": (0.8, 0.8), "tall": (0.9, 2.9), "wide": (3.1, 1.1)}
+_IMAGE_SIZES = {"square": (0.8, 0.8), "tall": (0.9, 2.9), "wide": (3.1, 1.1)}
 """(width, height) of the images, in tiles."""
-_IMAGE_POSITIONS = 8
-"""Of the positions that an image fills, those whose logits are kept: all would be hundreds of megabytes."""
+_IMAGE_TOKENS = 8
+"""Number of image tokens whose logits are kept per prompt: all of them would be hundreds of megabytes."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Of one prompt."""
+class ProbeOutput:
+    """Output for one prompt."""
 
     logits: torch.Tensor
-    """[n, V] fp32, at every text position and some of the image's."""
+    """[n, V] fp32, at all text tokens and some image tokens."""
     tokens: list[int]
-    """Greedy, until the end-of-sequence id, which is the last one then."""
+    """Greedily generated, up to and with the end-of-sequence id."""
 
 
 def built_in_prompts(model: ModelConfig) -> dict[str, Prompt]:
-    """One of text alone, and one for each shape of image."""
+    """One prompt of text alone, and one for each shape of image."""
     prompts = {"text": Prompt([Turn("human", _QUESTION)])}
-    for name, (width, height) in _SHAPES.items():
+    for name, (width, height) in _IMAGE_SIZES.items():
         side = model.vision.image_size
         image = _picture(int(width * side), int(height * side))
         prompts[name] = Prompt([Turn("human", f"<image>\n{_QUESTION}")], [image])
@@ -58,29 +58,31 @@ def built_in_prompts(model: ModelConfig) -> dict[str, Prompt]:
 
 
 def _picture(width: int, height: int) -> Image.Image:
-    """Two slopes and noise: every place looks different, and no two images are alike."""
+    """Two gradients and noise, so that all regions differ, and images of different sizes too."""
     across, down = np.linspace(0, 255, width), np.linspace(255, 0, height)
     noise = np.random.default_rng(width * 10007 + height).integers(0, 256, (height, width))
     planes = np.broadcast_arrays(across[None, :], down[:, None], noise)
     return Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8))
 
 
-def answers(source: Source, tokenizer: Tokenizer, prompts: dict[str, Prompt]) -> dict[str, Answer]:
-    """What the model of a whole VLM answers; it is in memory until this returns. Raises ConversionError where
-    transformers does not load the folder as it is."""
-    asked = _ask_megatron if source.kind == MEGATRON else _ask_transformers
-    return asked(source, tokenizer, prompts)
+def probe_outputs(source: Source, tokenizer: Tokenizer, prompts: dict[str, Prompt]) -> dict[str, ProbeOutput]:
+    """Prompt name -> output of a whole VLM, which is loaded only inside this call.
+
+    Raises ConversionError if transformers reports missing or unexpected tensors.
+    """
+    run = _run_megatron if source.format == MEGATRON else _run_transformers
+    return run(source, tokenizer, prompts)
 
 
-def _chosen_positions(batch: PackedBatch, image_token_index: int) -> torch.Tensor:
+def _probed_positions(batch: PackedBatch, image_token_index: int) -> torch.Tensor:
     is_image = batch.tokens == image_token_index
     image = is_image.nonzero().flatten()
-    some = image[:: max(1, len(image) // _IMAGE_POSITIONS)]
+    some = image[:: max(1, len(image) // _IMAGE_TOKENS)]
     return torch.cat([(~is_image).nonzero().flatten(), some]).sort().values
 
 
 @torch.no_grad()
-def _ask_megatron(source: Source, tokenizer: Tokenizer, prompts: dict[str, Prompt]) -> dict[str, Answer]:
+def _run_megatron(source: Source, tokenizer: Tokenizer, prompts: dict[str, Prompt]) -> dict[str, ProbeOutput]:
     recipe = checkpoint_recipe(source.path)
     recipe.training.bf16 = False
     stored = checkpoint_tensors(source.path)
@@ -89,18 +91,18 @@ def _ask_megatron(source: Source, tokenizer: Tokenizer, prompts: dict[str, Promp
         for name, tensor in tensors_of(model).items():
             tensor.copy_(stored[name])
         engine = GenerationEngine(model, tokenizer)
-        found = {}
-        for name, prompt in tqdm(prompts.items(), desc="asking megatron_vlm", disable=None):
+        outputs = {}
+        for name, prompt in tqdm(prompts.items(), desc="running megatron_vlm", disable=None):
             batch = read_prompts([prompt], recipe.model, source.aspect_ratio, tokenizer)
             hidden = model.language_model.decode(model.embed(batch), model.packed_sequence(batch))
-            logits = model.language_model.logits(hidden, _chosen_positions(batch, recipe.model.image_token_index))
+            logits = model.language_model.logits(hidden, _probed_positions(batch, recipe.model.image_token_index))
             (tokens,) = engine.generate([prompt], NEW_TOKENS)
-            found[name] = Answer(logits.float().cpu(), tokens)
-        return found
+            outputs[name] = ProbeOutput(logits.float().cpu(), tokens)
+        return outputs
 
 
 @torch.no_grad()
-def _ask_transformers(source: Source, tokenizer: Tokenizer, prompts: dict[str, Prompt]) -> dict[str, Answer]:
+def _run_transformers(source: Source, tokenizer: Tokenizer, prompts: dict[str, Prompt]) -> dict[str, ProbeOutput]:
     from transformers import GenerationConfig
 
     assert source.model is not None
@@ -108,26 +110,26 @@ def _ask_transformers(source: Source, tokenizer: Tokenizer, prompts: dict[str, P
     greedy = GenerationConfig(
         max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id
     )
-    found = {}
-    for name, prompt in tqdm(prompts.items(), desc="asking transformers", disable=None):
+    outputs = {}
+    for name, prompt in tqdm(prompts.items(), desc="running transformers", disable=None):
         batch = read_prompts([prompt], source.model, source.aspect_ratio, tokenizer)
         tiles = [torch.from_numpy(image_to_tiles(image, source.model, source.aspect_ratio)) for image in prompt.images]
         inputs = inputs_of(batch, prompt, tiles)
-        where = _chosen_positions(batch, source.model.image_token_index)
-        logits = model(**inputs, logits_to_keep=where).logits[0]
-        made = model.generate(**inputs, generation_config=greedy)[0].tolist()
-        if source.kind != "instellavl":  # whose class returns new tokens alone
-            made = made[inputs["input_ids"].shape[1] :]
-        found[name] = Answer(logits.float(), made)
-    return found
+        positions = _probed_positions(batch, source.model.image_token_index)
+        logits = model(**inputs, logits_to_keep=positions).logits[0]
+        tokens = model.generate(**inputs, generation_config=greedy)[0].tolist()
+        if source.format != "instellavl":  # its class returns the new tokens only
+            tokens = tokens[inputs["input_ids"].shape[1] :]
+        outputs[name] = ProbeOutput(logits.float(), tokens)
+    return outputs
 
 
 Inputs = Callable[[PackedBatch, Prompt, list[torch.Tensor]], dict[str, Any]]
-"""From a row, its prompt and each image's tiles, normalised."""
+"""(row, its prompt, normalised tiles of each image) -> arguments of the model."""
 
 
 def _load_in_transformers(source: Source) -> tuple[Any, Inputs]:
-    """The model in fp32, and what makes its inputs. The code inside an `instellavl` folder is not run: ours is."""
+    """The model in fp32, and the function for its inputs. Code in an `instellavl` folder is not run; ours is."""
     import transformers
     from transformers.utils import logging
 
@@ -140,12 +142,12 @@ def _load_in_transformers(source: Source) -> tuple[Any, Inputs]:
         "llava_onevision": transformers.LlavaOnevisionForConditionalGeneration,
         "instellavl": InstellaVLForCausalLM,
     }
-    model, report = classes[source.kind].from_pretrained(source.path, dtype=torch.float32, output_loading_info=True)
-    amiss = [f"{kind}: {name}" for kind, names in report.items() for name in names]
-    if amiss:
-        raise ConversionError(f"transformers does not load {source.path} as it is\n{some_of(amiss)}")
+    model, report = classes[source.format].from_pretrained(source.path, dtype=torch.float32, output_loading_info=True)
+    mismatches = [f"{kind}: {name}" for kind, names in report.items() for name in names]
+    if mismatches:
+        raise ConversionError(f"transformers does not load all tensors of {source.path}\n{some_of(mismatches)}")
     assert source.model is not None
-    if source.kind == "instellavl":
+    if source.format == "instellavl":
         return model.eval(), _inputs_of_instellavl(source.model.image_token_index)
     return model.eval(), _inputs_of_llava
 

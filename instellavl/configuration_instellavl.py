@@ -1,4 +1,4 @@
-"""The config of an Instella-VL model: OLMo's own fields, the vision tower's, and how images are cut."""
+"""The config of an Instella-VL model: OLMo's fields, the vision tower's config, and how images are tiled."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ VIT_L_14_336 = {
     "layer_norm_eps": 1e-5,
     "hidden_act": "quick_gelu",
 }
-"""The tower of a config that only names it (openai/clip-vit-large-patch14-336)."""
+"""The tower of a config without vision_config (openai/clip-vit-large-patch14-336)."""
 PINPOINTS = [
     [336, 336], [336, 672], [336, 1008], [336, 1344], [336, 1680],
     [672, 336], [672, 672], [1008, 336], [1344, 336], [1680, 336],
 ]  # fmt: skip
 MERGE_TYPES = {"anyres": "spatial_unpad", "square": "flat", "pad": "flat"}
-"""How tiles become positions, for each way of cutting an image."""
+"""image_aspect_ratio -> mm_patch_merge_type, which orders the features of the tiles."""
 
 
 class InstellaVLConfig(OlmoConfig):
-    """OlmoConfig with the fields below; others that an export carries for the record are kept as they are.
+    """OlmoConfig with the fields below; the other fields of an export only record the published training and are kept.
 
     Args:
         vision_config: a CLIPVisionConfig or its fields; by default ViT-L/14-336.
-        mm_vision_select_layer: which hidden state of the tower is the feature; -2 is the last layer but one.
+        mm_vision_select_layer: index of the tower's hidden state that gives the features; -2: the last layer but one.
         image_aspect_ratio: anyres (base view and tiles), square or pad (one tile).
         mm_patch_merge_type: spatial_unpad with anyres, flat with the others.
-        image_grid_pinpoints: resolutions that images are tiled at, (width, height).
-        image_mean, image_std: of the colours, red, green, blue.
-        tokenizer_model_max_length: the trained context, tokens.
+        image_grid_pinpoints: resolutions for tiling, (width, height).
+        image_mean, image_std: of red, green and blue, between 0 and 1.
+        tokenizer_model_max_length: tokens of the trained context.
 
     Raises:
-        ValueError: images are cut or merged in a way that this code does not know.
+        ValueError: image_aspect_ratio and mm_patch_merge_type are not a supported pair.
     """
 
     model_type = "instellavl"

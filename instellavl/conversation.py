@@ -1,4 +1,4 @@
-"""Conversations as text, in the template the model was trained with.
+"""Conversations as text, in the template of the training.
 
 |||IP_ADDRESS|||<|user|>
 {question}
@@ -17,18 +17,18 @@ from .constants import END_OF_TURN
 
 
 class SeparatorStyle(Enum):
-    """How turns are put together."""
+    """How turns are joined."""
 
     INSTELLA = auto()
 
 
 @dataclasses.dataclass
 class Conversation:
-    """Messages of two roles that take turns, the user first."""
+    """Alternating messages of two roles, the user first."""
 
     roles: tuple[str, str] = ("<|user|>\n", "<|assistant|>\n")
     messages: list[list[str | None]] = dataclasses.field(default_factory=list)
-    """[role, text]; an answer of None is the one to be generated."""
+    """[role, text]; None is the answer to generate."""
     sep: str = "\n"
     """After a question."""
     sep2: str = END_OF_TURN + "\n"
@@ -38,14 +38,14 @@ class Conversation:
     system: str = ""
 
     def append_message(self, role: str, message: str | None) -> None:
-        """Add a turn; None is the answer that is asked for."""
+        """Add a turn; None is the answer to generate."""
         self.messages.append([role, message])
 
     def get_prompt(self) -> str:
-        """The conversation as text, `<image>` where an image comes.
+        """The conversation as text, with `<image>` for each image.
 
         Raises:
-            ValueError: a role that the template does not have, or a question that is None.
+            ValueError: an unknown role, or a question that is None.
         """
         text = END_OF_TURN
         for role, message in self.messages:
@@ -54,13 +54,13 @@ class Conversation:
             elif role == self.roles[1]:
                 text += role if message is None else f"{role}{message.strip()}{self.sep2}"
             elif role == self.roles[0]:
-                raise ValueError("a question is missing: only an answer may be None, the one to be generated")
+                raise ValueError("a question is missing: only the answer to generate may be None")
             else:
                 raise ValueError(f"unknown role {role!r}: roles are {self.roles[0]!r} and {self.roles[1]!r}")
         return text
 
     def copy(self) -> Conversation:
-        """A conversation of the same template and messages, whose messages are its own."""
+        """A copy with its own list of messages."""
         return dataclasses.replace(self, messages=[list(message) for message in self.messages])
 
 

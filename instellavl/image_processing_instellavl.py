@@ -1,8 +1,8 @@
-"""Images to tiles, and the order in which the tiles' features fill a prompt: as in training.
+"""Splits images into tiles, and orders the features of the tiles for the prompt, as in training.
 
-LLaVA-NeXT's anyres: the base view is the whole image resized to one tile, ignoring its aspect ratio; besides, the image
-is resized, keeping its aspect ratio, into the best of some resolutions, centred on black, and cut row by row.
-Sizes are (width, height) throughout.
+LLaVA-NeXT's anyres: the base view is the whole image resized to one tile, ignoring its aspect ratio. In addition the
+image is resized with its aspect ratio to fit the best of some resolutions, centred on black, and split into tiles row
+by row. All sizes are (width, height).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Size = tuple[int, int]
 
 
 def select_grid(size: Size, pinpoints: Sequence[Sequence[int]]) -> Size:
-    """The resolution that keeps most of the image's pixels; among equals the least waste; among those the first."""
+    """The resolution that keeps most of the image's pixels; among equals the one with least padding, then the first."""
     width, height = size
     best, best_key = (0, 0), (-1, 0)
     for w, h in pinpoints:
@@ -35,13 +35,13 @@ def select_grid(size: Size, pinpoints: Sequence[Sequence[int]]) -> Size:
 
 
 def feature_order(size: Size, config: InstellaVLConfig) -> np.ndarray:
-    """Which feature fills each position of an image: tile * patches per tile + patch, or -1 for the newline.
+    """The feature of each image token: tile * patches per tile + patch, or -1 for the newline.
 
-    Base view first; then all tiles as one grid of patches, without rows or columns that hold only black, and a newline
-    after each row (LLaVA-NeXT's spatial_unpad; rounding as in transformers' LlavaNext). One tile alone has no newline.
+    First the base view, then the tiles as one grid of patches, without the rows or columns of padding, with a newline
+    after each row (LLaVA-NeXT's spatial_unpad; rounding as in transformers' LlavaNext). A single tile has no newline.
 
     Returns:
-        [positions] int64
+        [image tokens] int64
     """
     side = config.vision_config.image_size
     grid = side // config.vision_config.patch_size
@@ -65,7 +65,7 @@ def feature_order(size: Size, config: InstellaVLConfig) -> np.ndarray:
 
 
 def _fit(image: Image.Image, target: Size) -> Image.Image:
-    """Resize into `target` keeping the aspect ratio, centre on black."""
+    """Resize to fit `target` with the aspect ratio kept, and centre on black."""
     across, down = target[0] / image.width, target[1] / image.height
     if across < down:
         size = (target[0], min(ceil(image.height * across), target[1]))
@@ -78,7 +78,7 @@ def _fit(image: Image.Image, target: Size) -> Image.Image:
 
 
 def _centre(image: Image.Image, side: int) -> Image.Image:
-    """Resize the shortest edge to `side`, crop the centre."""
+    """Resize the shortest edge to `side`, and crop the centre."""
     if image.width <= image.height:
         size = (side, int(side * image.height / image.width))
     else:
@@ -88,7 +88,7 @@ def _centre(image: Image.Image, side: int) -> Image.Image:
 
 
 def _pad(image: Image.Image, side: int, colour: tuple[int, ...]) -> Image.Image:
-    """Surround to a square, then resize."""
+    """Pad to a square, then resize."""
     longest = max(image.size)
     canvas = Image.new("RGB", (longest, longest), colour)
     canvas.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
@@ -96,7 +96,7 @@ def _pad(image: Image.Image, side: int, colour: tuple[int, ...]) -> Image.Image:
 
 
 class InstellaVLImageProcessor(ImageProcessingMixin):
-    """Truncations images into normalised tiles, as the config of the model says."""
+    """Splits images into normalised tiles, as the model's config says."""
 
     model_input_names = ["pixel_values"]
 
@@ -118,7 +118,7 @@ class InstellaVLImageProcessor(ImageProcessingMixin):
 
     @classmethod
     def of(cls, config: InstellaVLConfig) -> InstellaVLImageProcessor:
-        """The processor of a model."""
+        """The processor of a model with this config."""
         return cls(
             config.vision_config.image_size,
             config.image_aspect_ratio,
@@ -128,7 +128,7 @@ class InstellaVLImageProcessor(ImageProcessingMixin):
         )
 
     def tiles(self, image: Image.Image) -> torch.Tensor:
-        """[t, 3, P, P] float32 of one image, base view first."""
+        """Tiles [t, 3, P, P] float32 of one image, the base view first."""
         side, image = self.image_size, image.convert("RGB")
         if self.image_aspect_ratio == "square":
             views = [_centre(image, side)]
@@ -151,24 +151,24 @@ class InstellaVLImageProcessor(ImageProcessingMixin):
         """Tiles of one image or of several.
 
         Returns:
-            pixel_values: [n, t, 3, P, P] float32; t is the largest number of tiles, images of fewer end in zeros.
-            image_sizes: n times (width, height): the model goes by them to tell tiles from zeros.
+            pixel_values: [n, t, 3, P, P] float32; t is the largest number of tiles, others are padded with zeros.
+            image_sizes: n times (width, height), from which the model knows the number of tiles.
 
         Raises:
-            TypeError: something that is no PIL image.
+            TypeError: an image is not a PIL image.
         """
         images = [images] if isinstance(images, Image.Image) else list(images)
         strange = [type(image).__name__ for image in images if not isinstance(image, Image.Image)]
         if strange:
-            raise TypeError(f"images are PIL images, not {', '.join(strange)}: open files with PIL.Image.open")
+            raise TypeError(f"images must be PIL images, not {', '.join(strange)}: open files with PIL.Image.open")
         sizes = [image.size for image in images]
-        empty = [torch.zeros(0, 1, 3, self.image_size, self.image_size)]  # of no image at all
-        pixels = stack_tiles([self.tiles(image) for image in images]) if images else empty[0]
+        no_tiles = torch.zeros(0, 1, 3, self.image_size, self.image_size)
+        pixels = stack_tiles([self.tiles(image) for image in images]) if images else no_tiles
         return BatchFeature({"pixel_values": pixels, "image_sizes": sizes})
 
     __call__ = preprocess
 
 
 def stack_tiles(images: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Tiles of several images, each [t, 3, P, P], as one tensor; images of fewer tiles end in zeros."""
+    """Tiles of several images, each [t, 3, P, P], as one tensor, padded with zeros."""
     return torch.nn.utils.rnn.pad_sequence(list(images), batch_first=True)

@@ -1,4 +1,4 @@
-"""Prompts to ids, images to tensors, and when an answer ends."""
+"""Helpers of the published scripts: prompts to ids, images to tensors, and when generation stops."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 def process_images(
     images: Sequence[Image.Image], image_processor: Any, model_cfg: Any
 ) -> torch.Tensor | list[torch.Tensor]:
-    """Tiles of each image, as in training: a tensor [n, t, 3, P, P] where all have t, otherwise a list of n tensors.
+    """Tiles of each image, as in training: a tensor [n, t, 3, P, P] if all images have t, else a list of n tensors.
 
-    `model_cfg` is not needed: the image processor of a model cuts as its config says.
+    `model_cfg` is not used: the image processor has the settings of its model.
     """
     tiles = [image_processor.tiles(image) for image in images]
     return torch.stack(tiles) if len({len(tile) for tile in tiles}) == 1 else tiles
@@ -30,17 +30,16 @@ def tokenizer_image_token(
     image_token_index: int = IMAGE_TOKEN_INDEX,
     return_tensors: str | None = None,
 ) -> list[int] | torch.Tensor:
-    """Ids of a prompt, `image_token_index` where it says `<image>`; the spans between are tokenized by themselves.
+    """Ids of a prompt, with `image_token_index` for `<image>`; the spans between are tokenized separately.
 
-    Nothing is added to a span and nothing taken off, whatever the tokenizer's own opening token is. Special strings in
-    the prompt are read as such, because it opens with one: a prompt made of a stranger's words is safer with
-    `InstellaVLProcessor.encode`.
+    No special tokens are added to a span. Special tokens in the prompt are recognised, because it starts with one; for
+    untrusted text use `InstellaVLProcessor.encode`, which does not.
 
     Returns:
         A list, or [L] int64 with return_tensors="pt".
 
     Raises:
-        ValueError: another kind of tensors is asked for.
+        ValueError: return_tensors has another value.
     """
     ids: list[int] = []
     for number, span in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
@@ -55,7 +54,7 @@ def tokenizer_image_token(
 
 
 def get_model_name_from_path(model_path: str) -> str:
-    """The last part of a path; of a `checkpoint-*` folder inside a run, the run's name before it."""
+    """The last component of a path; for a `checkpoint-*` folder, the name of the run comes before it."""
     parts = PurePath(model_path).parts
     if len(parts) > 1 and parts[-1].startswith("checkpoint-"):
         return f"{parts[-2]}_{parts[-1]}"
@@ -63,10 +62,10 @@ def get_model_name_from_path(model_path: str) -> str:
 
 
 class KeywordsStoppingCriteria(StoppingCriteria):  # type: ignore[misc]
-    """Stops an answer once one of some keywords is in it.
+    """Stops generation when the answer contains one of some keywords.
 
-    A keyword of white space alone is no keyword: `conv.sep` is a newline, and an answer may have several lines. Whether
-    the ids that generation shows include the prompt or not is seen from the ids themselves.
+    Keywords of white space are ignored: `conv.sep` is a newline, and an answer may have several lines. The ids may
+    include the prompt or not; both cases are recognised.
     """
 
     def __init__(self, keywords: Sequence[str], tokenizer: Any, input_ids: torch.Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Instella-VL in transformers: CLIP's tower, an MLP and OLMo, each as transformers has it.
+"""Instella-VL in transformers: its CLIP tower and OLMo decoder, with an MLP projector between them.
 
-ids with -200 where an image comes, tiles of the images
+ids with -200 for each image, tiles of the images
   └─ tiles ─ tower (hidden state of the last layer but one, class token dropped) ─ projector ─ unpad, newlines ─┐
      ids ─ embedding ───────────────────────────────────────── features in the place of -200 ────────────────┴─ OLMo
 """
@@ -22,7 +22,7 @@ Images = torch.Tensor | Sequence[torch.Tensor] | None
 
 
 class InstellaVLVisionTower(nn.Module):
-    """CLIP's tower, built from the config alone: nothing is fetched."""
+    """CLIP's tower, built from the config alone: nothing is downloaded."""
 
     def __init__(self, config: InstellaVLConfig) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class InstellaVLVisionTower(nn.Module):
         self.image_processor = InstellaVLImageProcessor.of(config)
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
-        """[t, 3, P, P] of any dtype, on any device -> [t, patches, C] in the tower's."""
+        """[t, 3, P, P] of any dtype, on any device -> [t, patches, C] with the tower's dtype and device."""
         weight = self.vision_tower.get_input_embeddings().weight
         outputs = self.vision_tower(tiles.to(weight), output_hidden_states=True)
         return outputs.hidden_states[self.select_layer][:, 1:]
@@ -59,7 +59,7 @@ class InstellaVLModel(OlmoModel):
             nn.init.normal_(self.image_newline, std=self.config.hidden_size**-0.5)
 
     def image_features(self, images: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-        """What fills each image's positions: for n images, n tensors [positions, H].
+        """The embeddings of each image's tokens: for n images, n tensors [image tokens, H].
 
         Args:
             images: [t, 3, P, P] each.
@@ -81,21 +81,21 @@ class InstellaVLForCausalLM(OlmoForCausalLM):
     config_class = InstellaVLConfig
 
     returns_prompt = False
-    """Whether `generate` gives the prompt back in front of the answer; `instellavl.model.builder` sets it."""
+    """Whether `generate` returns the prompt before the answer; `instellavl.model.builder` sets it."""
 
     def __init__(self, config: InstellaVLConfig) -> None:
-        OlmoPreTrainedModel.__init__(self, config)  # OlmoForCausalLM's own would build a decoder only to drop it
+        OlmoPreTrainedModel.__init__(self, config)  # OlmoForCausalLM's would build an unused decoder
         self.model = InstellaVLModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_vision_tower(self) -> InstellaVLVisionTower:
-        """The tower; its `image_processor` cuts images as in training."""
+        """The tower; its `image_processor` tiles images as in training."""
         return self.model.vision_tower
 
     def to(self, *args: Any, **kwargs: Any) -> InstellaVLForCausalLM:
-        """As nn.Module's; a model quantized in 8 bits cannot be moved, and asking for where it is does nothing."""
+        """As nn.Module's. A model quantized in 8 bits cannot be moved; moving it to its own device does nothing."""
         here = args and not kwargs and isinstance(args[0], str | torch.device | int)
         if getattr(self, "is_loaded_in_8bit", False) and here and torch.device(args[0]).type == self.device.type:
             return self
@@ -109,14 +109,14 @@ class InstellaVLForCausalLM(OlmoForCausalLM):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As OlmoForCausalLM; with images, logits have a position for every feature, shorter prompts start later.
+        """As OlmoForCausalLM; with images, logits have a position for each image token, and prompts are left-padded.
 
         Raises:
-            ValueError: labels together with images (training is not done here), or what `embed_prompts` refuses.
+            ValueError: labels together with images (this class does not train), or as in `embed_prompts`.
         """
         if input_ids is not None and (images is not None or bool((input_ids == IMAGE_TOKEN_INDEX).any())):
             if kwargs.get("labels") is not None:
-                raise ValueError("labels with images: this class answers and scores, megatron-vlm trains")
+                raise ValueError("labels with images: this class only generates and scores; train with megatron-vlm")
             kwargs["inputs_embeds"], attention_mask = self.embed_prompts(input_ids, images, image_sizes, attention_mask)
             if kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -133,27 +133,27 @@ class InstellaVLForCausalLM(OlmoForCausalLM):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Answers to one prompt or a batch of them; every prompt gets the answer it would get alone.
+        """Generate answers to one prompt or a batch; each answer is the same as without the other prompts.
 
         Args:
             inputs: [B, L] ids, -200 for each image; shorter prompts are padded on either side. Also as `input_ids`.
-            images: tiles of all images, in the order of the prompts: [n, t, 3, P, P] or n tensors [t, 3, P, P];
-                of a single image also [t, 3, P, P] alone. Any dtype, any device.
-            image_sizes: (width, height) of each image before it was cut.
-            modalities: accepted as long as it says image or text.
-            attention_mask: [B, L]; by default all but the padding ids at the ends of each prompt.
+            images: tiles of all images, in the order of the prompts: [n, t, 3, P, P] or n tensors [t, 3, P, P]; for a
+                single image also [t, 3, P, P]. Any dtype, any device.
+            image_sizes: (width, height) of each image before tiling.
+            modalities: accepted, but only image and text.
+            attention_mask: [B, L]; by default masks the padding ids at the ends of each prompt.
             **kwargs: transformers' own.
 
         Returns:
-            New ids [B, N], shorter answers padded; where `returns_prompt` is set, `inputs` in front of them. With
+            New ids [B, N], shorter answers padded; if `returns_prompt` is set, after `inputs`. With
             return_dict_in_generate, transformers' output with these as its `sequences`.
 
         Raises:
-            ValueError: images that do not belong to the prompts, or to their sizes; video; inputs_embeds.
+            ValueError: images do not match the prompts or their sizes; video; inputs_embeds.
         """
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         if inputs is None or kwargs.get("inputs_embeds") is not None:
-            raise ValueError("generate wants a prompt as ids (inputs), not as inputs_embeds")
+            raise ValueError("generate needs a prompt as ids (inputs), not as inputs_embeds")
         unknown = sorted(set(modalities or ()) - {"image", "text"})
         if unknown:
             raise ValueError(f"modalities {', '.join(unknown)}: this model reads images and text only")
@@ -176,32 +176,32 @@ class InstellaVLForCausalLM(OlmoForCausalLM):
         image_sizes: Sequence[tuple[int, int]] | None,
         attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts with features in the place of -200, all ending together.
+        """Embeddings of prompts with an image's features for each -200, left-padded.
 
         Returns:
             Embeddings [B, S, H] and their attention mask [B, S].
 
         Raises:
-            ValueError: as many images as places, and tiles as the sizes say, is what it takes.
+            ValueError: the number of images is not that of -200 in the prompts, or tiles do not match image_sizes.
         """
         device = self.model.embed_tokens.weight.device
         input_ids = input_ids.to(device)
         mask = attention_mask
         kept = _not_padding(input_ids, self._padding_id()) if mask is None else mask.to(device).bool()
         prompts = [row[keep] for row, keep in zip(input_ids, kept, strict=True)]
-        places = [int((prompt == IMAGE_TOKEN_INDEX).sum()) for prompt in prompts]
+        counts = [int((prompt == IMAGE_TOKEN_INDEX).sum()) for prompt in prompts]
         tiles, sizes = self._tiles_of(images, image_sizes)
-        if sum(places) != len(tiles):
+        if sum(counts) != len(tiles):
             raise ValueError(
-                f"{sum(places)} places for images in the prompts ({', '.join(map(str, places))}) and {len(tiles)} "
-                "images: every image needs one <image> in a prompt, and every <image> an image"
+                f"{sum(counts)} placeholders for images in the prompts ({', '.join(map(str, counts))}) and "
+                f"{len(tiles)} images: every image needs one <image> in a prompt, and every <image> an image"
             )
         features = iter(self.model.image_features(tiles, sizes))
         rows = []
         for prompt in prompts:
             embedded = self.model.embed_tokens(prompt.clamp(min=0))
-            cuts = (prompt == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
-            starts, ends = [0, *(cut + 1 for cut in cuts)], [*cuts, len(prompt)]
+            placeholders = (prompt == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+            starts, ends = [0, *(index + 1 for index in placeholders)], [*placeholders, len(prompt)]
             parts = [embedded[starts[0] : ends[0]]]
             for start, end in zip(starts[1:], ends[1:], strict=True):
                 parts += [next(features).to(embedded), embedded[start:end]]
@@ -218,11 +218,11 @@ class InstellaVLForCausalLM(OlmoForCausalLM):
     def _tiles_of(
         self, images: Images, image_sizes: Sequence[tuple[int, int]] | None
     ) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
-        """Each image's own tiles [t, 3, P, P], without zeros behind them, and its size."""
+        """The tiles [t, 3, P, P] of each image, without padding, and its size."""
         if images is None or len(images) == 0:
             return [], []
         if image_sizes is None:
-            raise ValueError("image_sizes is missing: (width, height) of each image says where its tiles belong")
+            raise ValueError("image_sizes is missing: (width, height) of each image gives the order of its tiles")
         sizes = [(int(width), int(height)) for width, height in image_sizes]
         config = self.config
         side, anyres = config.vision_config.image_size, config.image_aspect_ratio == "anyres"
@@ -234,12 +234,12 @@ class InstellaVLForCausalLM(OlmoForCausalLM):
         for number, (image, size) in enumerate(zip(images, sizes, strict=True)):
             width, height = select_grid(size, config.image_grid_pinpoints)
             wanted = 1 + (width // side) * (height // side) if anyres else 1
-            behind = image[wanted:]
-            if image.dim() != 4 or image.shape[1:] != (3, side, side) or len(image) < wanted or bool(behind.any()):
+            padding = image[wanted:]
+            if image.dim() != 4 or image.shape[1:] != (3, side, side) or len(image) < wanted or bool(padding.any()):
                 raise ValueError(
                     f"image {number} of {size[0]} x {size[1]} pixels comes as a tensor {list(image.shape)}; "
-                    f"{[wanted, 3, side, side]} is what the model's image processor makes of it. Was the size taken "
-                    "before the image was turned or scaled?"
+                    f"the model's image processor gives {[wanted, 3, side, side]}. Was the size taken before the image "
+                    "was rotated or scaled?"
                 )
             tiles.append(image[:wanted])
         devices = {tile.device for tile in tiles}
@@ -247,7 +247,7 @@ class InstellaVLForCausalLM(OlmoForCausalLM):
 
 
 def _not_padding(input_ids: torch.Tensor, pad: int | None) -> torch.Tensor:
-    """[B, L] bool: all but the runs of padding at both ends of each row; padding in between is text."""
+    """[B, L] bool: False for the padding at both ends of each row; a padding id between other tokens is text."""
     if pad is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
     text = (input_ids != pad).int()

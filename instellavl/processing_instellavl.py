@@ -1,4 +1,4 @@
-"""Questions about images to what `generate` takes, and answers to text."""
+"""Encodes questions about images for `generate`, and decodes answers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Pictures = Image.Image | Sequence[Image.Image] | None
 
 
 class InstellaVLProcessor(ProcessorMixin):
-    """Encodes one question at a time, as training did, and decodes answers."""
+    """Encodes questions as in training, and decodes answers."""
 
-    if transformers.__version__.startswith("4."):  # 5 goes by the names of the constructor's arguments
+    if transformers.__version__.startswith("4."):  # 5 reads the constructor's arguments
         attributes = ["image_processor", "tokenizer"]
         image_processor_class = "AutoImageProcessor"
         tokenizer_class = "AutoTokenizer"
@@ -36,22 +36,22 @@ class InstellaVLProcessor(ProcessorMixin):
         tokenizer: Any = None,
         config: Any = None,
     ) -> dict[str, Any]:
-        """A question, and the image or images it is about, as the arguments of `generate`.
+        """Encode one question and its images as arguments of `generate`.
 
         Args:
-            query: `<image>` in it says where an image belongs; without any, the images come first. Other special
-                strings are plain text here, as in training: nobody's words end a turn.
-            image: photos are turned upright by their EXIF orientation.
+            query: the question; `<image>` marks the position of an image, without any the images come first. Other
+                special tokens are plain text here, as in training, so that no question can end a turn.
+            image: one image, several, or None; rotated upright by the EXIF orientation.
             image_processor: by default the processor's own.
-            tokenizer: by default the processor's own; `decode` uses the one that was last given.
-            config: not needed; the image processor has what matters of it.
+            tokenizer: by default the processor's own; `decode` uses the last one given.
+            config: not used; the image processor has the settings of its model.
 
         Returns:
             input_ids [1, L] with -200 for each image; image_tensor [n, t, 3, P, P]; image_sizes, n times (width,
             height); stopping_criteria and eos_token_id.
 
         Raises:
-            ValueError: `<image>` as often as there are images, or never, is what it takes.
+            ValueError: the query has `<image>`, but not once per image.
         """
         self.tokenizer = tokenizer or self.tokenizer
         image_processor = image_processor or self.image_processor
@@ -62,7 +62,7 @@ class InstellaVLProcessor(ProcessorMixin):
             "input_ids": torch.tensor([self._prompt_ids(_place_images(query, len(images)))], dtype=torch.long),
             "image_tensor": pictures["pixel_values"],
             "image_sizes": pictures["image_sizes"],
-            "stopping_criteria": StoppingCriteriaList(),  # the end-of-sequence id alone ends an answer
+            "stopping_criteria": StoppingCriteriaList(),  # only the end-of-sequence id ends an answer
             "eos_token_id": self.tokenizer.eos_token_id,
         }
 
@@ -77,7 +77,7 @@ class InstellaVLProcessor(ProcessorMixin):
         """`encode` of each question with its image.
 
         Raises:
-            ValueError: there are not as many images as questions (None stands for no image).
+            ValueError: the numbers of questions and images differ (None stands for no image).
         """
         if len(queries) != len(images):
             raise ValueError(f"{len(queries)} questions and {len(images)} images: give None where there is no image")
@@ -104,7 +104,7 @@ class InstellaVLProcessor(ProcessorMixin):
         """The text of one answer: new ids as a list, [N] or [1, N].
 
         Raises:
-            ValueError: several answers, which are `batch_decode`'s.
+            ValueError: several answers; use `batch_decode`.
         """
         if isinstance(output_ids, torch.Tensor) and output_ids.dim() == 2:
             if len(output_ids) != 1:
@@ -118,7 +118,7 @@ class InstellaVLProcessor(ProcessorMixin):
         return [self.decode(row, **kwargs) for row in output_ids]
 
     def _prompt_ids(self, question: str) -> list[int]:
-        """The template around one question, special ids put in by number."""
+        """Ids of the template with one question; ids of special tokens are inserted, not tokenized."""
         template = conv_templates["instella"]
         user, assistant = template.roles
         ids = [self.tokenizer.eos_token_id]
@@ -130,15 +130,15 @@ class InstellaVLProcessor(ProcessorMixin):
 
 
 def _place_images(question: str, images: int) -> str:
-    """The question with a placeholder for every image: those it has, or new ones in front.
+    """The question with a placeholder for every image: its own ones, or new ones at the start.
 
-    A single one that is not at the start is moved there, as in training.
+    A single one is moved to the start, as in training.
     """
-    places = question.count(DEFAULT_IMAGE_TOKEN)
-    if places == 0:
+    placeholders = question.count(DEFAULT_IMAGE_TOKEN)
+    if placeholders == 0:
         return f"{DEFAULT_IMAGE_TOKEN}\n" * images + question
-    if places != images:
-        raise ValueError(f"{places} times {DEFAULT_IMAGE_TOKEN} in the question and {images} images")
-    if places == 1 and not question.startswith(DEFAULT_IMAGE_TOKEN):
+    if placeholders != images:
+        raise ValueError(f"{placeholders} times {DEFAULT_IMAGE_TOKEN} in the question and {images} images")
+    if placeholders == 1 and not question.startswith(DEFAULT_IMAGE_TOKEN):
         return f"{DEFAULT_IMAGE_TOKEN}\n{question.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
     return question

@@ -1,17 +1,19 @@
-"""Model configs: transformers' config.json <-> ours. What a config asks for and the model cannot do is refused."""
+"""Model configs: transformers' config.json <-> ours. A setting that is not supported is an error."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from checkpoint_convert.errors import ConversionError
 from checkpoint_convert.mapping.families import TOWERS, Problems, language_from_hf, to_hf_config, vision_from_hf
 from megatron_vlm.config import LanguageConfig, ModelConfig, VisionConfig
+from megatron_vlm.config.model import IMAGE_MEAN_STD
 
 MAX_GRID = 5
-"""Tiles along the longer side of the default resolutions of a model that is put together of two parts."""
+"""Most tiles along one side, in the default resolutions of a model that is joined from two parts."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -20,7 +22,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConversionError(f"{file} is not there: {folder} is no Hugging Face model folder") from None
+        raise ConversionError(f"{file} does not exist: {folder} is not a Hugging Face model folder") from None
     except json.JSONDecodeError as error:
         raise ConversionError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
@@ -29,7 +31,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def model_from_parts(vision: VisionConfig, language: LanguageConfig, image_token_index: int) -> ModelConfig:
-    """A tower and a language model as one VLM, tiled at strips of up to five tiles and at 2 x 2."""
+    """A vision tower and a language model as one VLM with resolutions of 1 x n and n x 1 tiles, n <= 5, and 2 x 2."""
     side = vision.image_size
     strips = [[side, side * count] for count in range(1, MAX_GRID + 1)]
     pinpoints = [*strips, [2 * side, side], [2 * side, 2 * side], *([height, width] for width, height in strips[2:])]
@@ -37,8 +39,10 @@ def model_from_parts(vision: VisionConfig, language: LanguageConfig, image_token
 
 
 def model_from_llava_next(config: dict[str, Any], source: str) -> ModelConfig:
-    """A LlavaNextConfig as ours. Its resolutions are (height, width), ours (width, height), in the same order: the
-    first of equals is taken."""
+    """A LlavaNextConfig as ours; raises ConversionError for settings that are not supported.
+
+    Its resolutions are (height, width), ours (width, height). The order is kept: the first of equals is chosen.
+    """
     problems = Problems(source)
     problems.require(config, "model_type", None, "llava_next")
     problems.require(config, "projector_hidden_act", "gelu", "gelu")
@@ -48,13 +52,13 @@ def model_from_llava_next(config: dict[str, Any], source: str) -> ModelConfig:
         problems.found.append(f"vision_feature_layer is {feature_layer}; supported: one layer")
     if not config.get("image_grid_pinpoints"):
         problems.found.append("image_grid_pinpoints is missing")
-    problems.refuse()
+    problems.raise_if_any()
     vision = vision_from_hf(config.get("vision_config") or {}, f"{source}: vision_config", feature_layer)
     strategy = TOWERS[vision.model_type].select_strategy
     problems.require(config, "vision_feature_select_strategy", "default", strategy)
-    problems.refuse()
+    problems.raise_if_any()
     text = config.get("text_config") or {}
-    # transformers 5 goes by the outer flag, 4 by the inner; files of either version set the inner one.
+    # transformers 5 reads the outer flag, 4 the inner one; files of both versions have the inner one.
     text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
     return ModelConfig(
         vision=vision,
@@ -65,7 +69,7 @@ def model_from_llava_next(config: dict[str, Any], source: str) -> ModelConfig:
 
 
 def llava_next_config(model: ModelConfig, eos_id: int, pad_id: int, dtype: str) -> dict[str, Any]:
-    """config.json of a LlavaNextForConditionalGeneration, in the spelling that transformers 4 and 5 both read."""
+    """config.json of a LlavaNextForConditionalGeneration, in the form that transformers 4 and 5 both read."""
     vision, language = model.vision, model.language
     return {
         "architectures": ["LlavaNextForConditionalGeneration"],
@@ -82,3 +86,26 @@ def llava_next_config(model: ModelConfig, eos_id: int, pad_id: int, dtype: str) 
         "vision_config": to_hf_config(vision),
         "text_config": to_hf_config(language) | {"bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": pad_id},
     }
+
+
+def with_image_normalization(vision: VisionConfig, folder: Path) -> VisionConfig:
+    """The vision config with the image mean and std of the folder's image processor, if it has one.
+
+    Raises ConversionError if they are not one of the supported pairs.
+    """
+    for name, section in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        if not (folder / name).is_file():
+            continue
+        config = json.loads((folder / name).read_text(encoding="utf-8"))
+        config = config.get(section) or {} if section else config
+        if "image_mean" not in config:
+            continue
+        image_mean, image_std = tuple(config["image_mean"]), tuple(config.get("image_std", ()))
+        for known, values in IMAGE_MEAN_STD.items():
+            if (image_mean, image_std) == values:
+                return replace(vision, image_normalization=known)
+        raise ConversionError(
+            f"{folder / name} normalises pixels by image_mean {image_mean} and image_std {image_std}; supported: "
+            + " and ".join(f"{mean}, {std}" for mean, std in IMAGE_MEAN_STD.values())
+        )
+    return vision

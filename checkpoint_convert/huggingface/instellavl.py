@@ -1,7 +1,7 @@
-"""The published layout, `instellavl`: its config, and the files beside the weights (their names are in names.py).
+"""The `instellavl` format: its config, and the files beside the weights. Its tensor names are in mapping/hf_names.py.
 
-A folder brings its own code (the package `instellavl` of this repository, copied), so that transformers loads it with
-trust_remote_code and fetches nothing.
+A folder holds a copy of the package `instellavl`, so that transformers loads it with trust_remote_code and downloads
+nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 
 import instellavl
 from checkpoint_convert.errors import ConversionError
-from checkpoint_convert.huggingface.config import language_from_hf, llava_next_config, vision_from_hf
+from checkpoint_convert.huggingface.config import llava_next_config
 from checkpoint_convert.huggingface.tokenizer import export_tokenizer
+from checkpoint_convert.mapping.families import Problems, language_from_hf, vision_from_hf
 from instellavl.constants import CLIP_MEAN, CLIP_STD, END_OF_TURN
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.data.processing.tokenizer import Tokenizer
@@ -40,29 +41,29 @@ _MERGE_TYPES = {"anyres": "spatial_unpad", "square": "flat", "pad": "flat"}
 _CLIP_L = "openai/clip-vit-large-patch14-336"
 
 
-def write_companions(
+def write_configs(
     folder: Path, model: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype, aspect_ratio: str
 ) -> None:
     """Write everything but the weights into `folder`: configs, tokenizer, and the code itself.
 
     Args:
-        folder: the export that is being made.
-        model: a CLIP tower and an OLMo decoder.
-        tokenizer: of the checkpoint.
-        dtype: of the weights.
-        aspect_ratio: anyres, square or pad: how images were cut in training.
+        folder: the folder of the export.
+        model: a CLIP tower and an OLMo language model.
+        tokenizer: the checkpoint's.
+        dtype: dtype of the weights.
+        aspect_ratio: anyres, square or pad: how images were tiled in training.
 
     Raises:
-        ConversionError: another tower or decoder, or a tokenizer without the template's end-of-turn string.
+        ConversionError: another tower or language model, or a tokenizer without the template's end-of-turn string.
     """
     config = _config(model, tokenizer, str(dtype).removeprefix("torch."), aspect_ratio)
     export_tokenizer(tokenizer, model, folder, processor_class="InstellaVLProcessor", image_token=False)
-    names = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    special = {name: names[name] for name in ("eos_token", "pad_token")}
+    written = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    special = {name: written[name] for name in ("eos_token", "pad_token")}
     if special["eos_token"] != END_OF_TURN:
         raise ConversionError(
             f"the end-of-sequence token of {tokenizer.path} is {special['eos_token']!r}; the published template opens "
-            f"and closes turns with {END_OF_TURN!r}. Export with --format llava_next, whose template goes by the id"
+            f"and closes turns with {END_OF_TURN!r}. Export with --format llava_next, whose template uses the token id"
         )
     processor = {"processor_class": "InstellaVLProcessor", "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
     image_processor = {
@@ -85,17 +86,17 @@ def write_companions(
 
 
 def _config(model: ModelConfig, tokenizer: Tokenizer, dtype: str, aspect_ratio: str) -> dict[str, Any]:
-    """config.json: OLMo's fields, what the code goes by, and what the published training wrote for the record."""
+    """config.json: OLMo's fields, those that the code reads, and those that only record the published training."""
     stock = llava_next_config(model, tokenizer.eos_id, tokenizer.pad_id, dtype)
     tower, decoder = stock["vision_config"], stock["text_config"]
     if (tower["model_type"], decoder["model_type"]) != ("clip_vision_model", "olmo"):
         raise ConversionError(
-            f"the published layout is a CLIP tower and an OLMo decoder, not {tower['model_type']} and "
+            f"the instellavl format needs a CLIP tower and an OLMo language model, not {tower['model_type']} and "
             f"{decoder['model_type']}: export with --format llava_next"
         )
     if aspect_ratio not in _MERGE_TYPES:
         raise ConversionError(
-            f"the published layout has no image_aspect_ratio = {aspect_ratio}, only {', '.join(_MERGE_TYPES)}"
+            f"the instellavl format has no image_aspect_ratio = {aspect_ratio}, only {', '.join(_MERGE_TYPES)}"
         )
     return {
         **decoder,
@@ -136,19 +137,20 @@ def _config(model: ModelConfig, tokenizer: Tokenizer, dtype: str, aspect_ratio: 
 
 
 def model_from_instellavl(config: dict[str, Any], source: str, image_token_index: int) -> tuple[ModelConfig, str]:
-    """An InstellaVLConfig as ours, and how it cuts images.
+    """An InstellaVLConfig as ours, and its image_aspect_ratio.
 
     Args:
-        config: config.json; without a vision_config the tower is ViT-L/14-336, as it says by name only.
-        source: names the file in errors.
-        image_token_index: for a config that does not say it, as the published one: the tokenizer's length.
+        config: config.json; without a vision_config the tower is ViT-L/14-336, which mm_vision_tower must name then.
+        source: name of the file in errors.
+        image_token_index: used if the config has none, as the published one; the tokenizer's length.
 
     Raises:
-        ConversionError: what this model does not compute.
+        ConversionError: settings that are not supported.
     """
     aspect_ratio = config.get("image_aspect_ratio", "anyres")
     merge_type = config.get("mm_patch_merge_type", "spatial_unpad")
-    required = {
+    problems = Problems(source)
+    supported = {
         "mm_projector_type": ("mlp2x_gelu",),
         "mm_vision_select_feature": ("patch",),
         "mm_use_im_start_end": (False,),
@@ -159,23 +161,19 @@ def model_from_instellavl(config: dict[str, Any], source: str, image_token_index
         "image_aspect_ratio": tuple(_MERGE_TYPES),
         "mm_patch_merge_type": (_MERGE_TYPES.get(aspect_ratio, merge_type),),
     }
-    problems = [
-        f"{name} is {config[name]!r}; supported: {', '.join(map(repr, allowed))}"
-        for name, allowed in required.items()
-        if name in config and config[name] not in allowed
-    ]
+    for name, allowed in supported.items():
+        problems.require(config, name, allowed[0], *allowed)
     tower = config.get("vision_config")
     if tower is None and not str(config.get("mm_vision_tower", "")).endswith(_CLIP_L.split("/")[1]):
-        problems.append(f"vision_config is missing, and mm_vision_tower is {config.get('mm_vision_tower')!r}")
+        problems.found.append(f"vision_config is missing, and mm_vision_tower is {config.get('mm_vision_tower')!r}")
     if not isinstance(config.get("image_grid_pinpoints"), list):
-        problems.append("image_grid_pinpoints is no list of [width, height]")
-    if problems:
-        raise ConversionError(f"{source} asks for what this model cannot do\n" + "\n".join(f"  {p}" for p in problems))
-    stock = llava_next_config(ModelConfig(), 0, 0, "float32")["vision_config"]  # our defaults are this tower
+        problems.found.append("image_grid_pinpoints is not a list of [width, height]")
+    problems.raise_if_any()
+    default_tower = llava_next_config(ModelConfig(), 0, 0, "float32")["vision_config"]  # ModelConfig's is ViT-L/14-336
     language = language_from_hf({**config, "model_type": "olmo"}, source)
     language.max_position_embeddings = config.get("tokenizer_model_max_length", language.max_position_embeddings)
     vision = vision_from_hf(
-        {"model_type": "clip_vision_model", **(tower or stock)},
+        {"model_type": "clip_vision_model", **(tower or default_tower)},
         f"{source}: vision_config",
         config.get("mm_vision_select_layer", -2),
     )

@@ -1,4 +1,4 @@
-"""The files beside the weights that a `llava_next` folder needs to load with stock transformers, vLLM and SGLang."""
+"""The files beside the weights that stock transformers, vLLM and SGLang need to load a `llava_next` folder."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from megatron_vlm.data.processing.tokenizer import Tokenizer
 
 PIL_BICUBIC = 3
 
-# The `instella` conversation template (megatron_vlm/data/conversation.py) in Jinja. A message's content is text in
-# which <image> stands for an image, or a list of parts; the images of a list come first, as they do in training.
+# The `instella` template of megatron_vlm/data/processing/conversation.py in Jinja. A message's content is text with
+# <image> for each image, or a list of parts, of which the images come first, as in training.
 CHAT_TEMPLATE = (
     "{{ eos_token }}"
     "{% for message in messages %}"
@@ -37,8 +37,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_companions(folder: Path, model: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-    """Write config, generation config, image processor, processor, chat template and tokenizer into `folder`."""
+def write_configs(folder: Path, model: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    """Write everything but the weights into `folder`: configs, processors, chat template and tokenizer."""
     export_tokenizer(tokenizer, model, folder)
     name = str(dtype).removeprefix("torch.")
     _write(folder, "config.json", llava_next_config(model, tokenizer.eos_id, tokenizer.pad_id, name))
@@ -75,7 +75,7 @@ def _processor(model: ModelConfig) -> dict[str, Any]:
         "patch_size": model.vision.patch_size,
         "vision_feature_select_strategy": TOWERS[model.vision.model_type].select_strategy,
         "image_token": IMAGE_TOKEN,
-        # a tower's class token, which the strategy above takes off again
+        # the class token, which the strategy above drops
         "num_additional_image_tokens": int(model.vision.class_token),
     }
 

@@ -1,7 +1,7 @@
-"""The `llava_onevision` layout: a `llava_next` model with other defaults, whose large grids are reduced (anyres_max_N).
+"""The `llava_onevision` format: a `llava_next` model with other defaults, which reduces large grids (anyres_max_N).
 
-Its single images are what is computed here. Of a sample with several images transformers takes one padded tile each,
-where we tile each as if it were alone; videos are not supported.
+A single image gives the same features here as in transformers. For a sample with several images, transformers pads each
+image to one tile, while we tile each one. Videos are not supported.
 """
 
 from __future__ import annotations
@@ -9,22 +9,21 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from checkpoint_convert.errors import ConversionError
 from checkpoint_convert.huggingface.config import model_from_llava_next
+from checkpoint_convert.mapping.families import Problems
 from megatron_vlm.config import ModelConfig
 
 _SIDE, _MOST_TILES = 384, 6
-"""Of the resolutions a config.json need not say: all of up to 6 x 6 tiles."""
+"""The default resolutions are all of up to 6 x 6 tiles of this side, in pixels."""
 
 
 def model_from_llava_onevision(config: dict[str, Any], source: str) -> tuple[ModelConfig, str]:
-    """A LlavaOnevisionConfig as ours, and its image_aspect_ratio; ConversionError: what this model does not compute."""
+    """A LlavaOnevisionConfig as ours, and its image_aspect_ratio; errors as in model_from_llava_next."""
     aspect_ratio = str(config.get("vision_aspect_ratio", "anyres_max_9"))
     if not re.fullmatch(r"anyres_max_[1-9]\d*", aspect_ratio):
-        raise ConversionError(
-            f"{source} asks for what this model cannot do\n"
-            f"  vision_aspect_ratio is {aspect_ratio!r}; supported: 'anyres_max_N'"
-        )
+        problems = Problems(source)
+        problems.found.append(f"vision_aspect_ratio is {aspect_ratio!r}; supported: 'anyres_max_N'")
+        problems.raise_if_any()
     sides = [_SIDE * count for count in range(1, _MOST_TILES + 1)]
     defaults = {
         "vision_feature_layer": -1,
@@ -37,5 +36,5 @@ def model_from_llava_onevision(config: dict[str, Any], source: str) -> tuple[Mod
         "text_config": {"model_type": "qwen2", **(config.get("text_config") or {})},
     }
     given = {name: value for name, value in config.items() if value is not None}
-    spelled = {**defaults, **given, **parts, "model_type": "llava_next"}
-    return model_from_llava_next(spelled, source), aspect_ratio
+    llava_next = {**defaults, **given, **parts, "model_type": "llava_next"}
+    return model_from_llava_next(llava_next, source), aspect_ratio

@@ -1,6 +1,6 @@
-"""README.md of an export: what the model is, what is known of its training, how it is loaded.
+"""README.md of an export: the model's sizes, its training, and how to load it.
 
-It says what stands in the checkpoint and its log and nothing else. The licence is the user's to state.
+Everything is read from the checkpoint and its log; what is not known is left out. The user states the licence.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import math
 from pathlib import Path
 
-from checkpoint_convert.huggingface.safetensors import Planned
+from checkpoint_convert.huggingface.safetensors import TensorSpec
 from checkpoint_convert.mapping.families import LANGUAGES, TOWERS
 from megatron_vlm.config import Recipe
 from megatron_vlm.config.training import PARTS
@@ -17,7 +17,7 @@ from megatron_vlm.training.checkpoint import Progress
 from megatron_vlm.training.metrics import METRICS_FILE
 
 LOSS_ITERATIONS = 10
-"""The loss is told as the mean over the last few iterations."""
+"""The loss in the card is the mean over this many last iterations."""
 
 _USAGE = {
     "llava_next": """\
@@ -42,16 +42,16 @@ model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 
 
 def write_model_card(
-    folder: Path, name: str, load: Path, recipe: Recipe, progress: Progress, format: str, plan: list[Planned]
+    folder: Path, name: str, load: Path, recipe: Recipe, progress: Progress, format: str, plan: list[TensorSpec]
 ) -> None:
     """Write README.md.
 
     Args:
-        folder: the export that is being made.
-        name: what it will be called.
-        load: the checkpoint folder, with the log of its run where there is one.
-        recipe: of the checkpoint, with its layout.
-        progress: of the checkpoint.
+        folder: the folder of the export.
+        name: the export's name.
+        load: the checkpoint folder, which may hold the log of its run.
+        recipe: the checkpoint's recipe, with the parallel layout of the training.
+        progress: the checkpoint's progress.
         format: llava_next or instellavl.
         plan: the tensors of the export.
     """
@@ -65,7 +65,7 @@ def write_model_card(
         "",
         f"# {name}",
         "",
-        "A vision-language model, made with megatron-vlm.",
+        "A vision-language model, trained with megatron-vlm.",
         "",
         *_table(_model(recipe, plan)),
         "",
@@ -81,7 +81,7 @@ def write_model_card(
         "",
         "## Licence",
         "",
-        "To be stated by who publishes the model; it depends on the tower, the language model and the data.",
+        "To be stated by the publisher of the model. It depends on the tower, the language model and the data.",
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -90,7 +90,7 @@ def _table(rows: dict[str, str]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
-def _model(recipe: Recipe, plan: list[Planned]) -> dict[str, str]:
+def _model(recipe: Recipe, plan: list[TensorSpec]) -> dict[str, str]:
     vision, language = recipe.model.vision, recipe.model.language
     parameters = sum(math.prod(tensor.shape) for tensor in plan)
     return {
@@ -98,9 +98,9 @@ def _model(recipe: Recipe, plan: list[Planned]) -> dict[str, str]:
         "vision tower": f"{TOWERS[vision.model_type].architecture}: {vision.num_hidden_layers} layers of width "
         f"{vision.hidden_size:,}, tiles of {vision.image_size} x {vision.image_size} pixels",
         "language model": f"{LANGUAGES[language.model_type].architecture}: {language.num_hidden_layers} layers of "
-        f"width {language.hidden_size:,}, {language.vocab_size:,} words",
+        f"width {language.hidden_size:,}, vocabulary of {language.vocab_size:,}",
         "images": f"{recipe.data.image_aspect_ratio}, {len(recipe.model.image_grid_pinpoints)} resolutions",
-        "context": f"{recipe.data.seq_length:,} tokens, image positions included",
+        "context": f"{recipe.data.seq_length:,} tokens, image tokens included",
     }
 
 
@@ -110,13 +110,13 @@ def _training(load: Path, recipe: Recipe, progress: Progress) -> list[str]:
     rows = {
         "iterations": f"{progress.iteration:,} of {training.train_iters:,}",
         "rows": f"{progress.consumed_rows:,} of {recipe.data.seq_length:,} tokens, "
-        f"{training.global_batch_size:,} an iteration",
+        f"{training.global_batch_size:,} per iteration",
         **_logged(load / METRICS_FILE, progress.iteration),
         "trained parts": ", ".join(training.trainable) + (f" (frozen: {', '.join(frozen)})" if frozen else ""),
         "optimizer": f"{training.optimizer}, peak learning rate {training.lr:g}, {training.lr_decay_style} to "
         f"{training.min_lr:g}, weight decay {training.weight_decay:g}, gradients clipped to {training.clip_grad:g}",
         "precision": "bfloat16 with float32 master weights" if training.bf16 else "float32",
-        "layout": f"tensor {parallel.tensor_model_parallel_size} x pipeline "
+        "parallelism": f"tensor {parallel.tensor_model_parallel_size} x pipeline "
         f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size}",
         "data": ", ".join(Path(path).name for path in recipe.data.data_path) or "not recorded",
     }
@@ -126,19 +126,19 @@ def _training(load: Path, recipe: Recipe, progress: Progress) -> list[str]:
 
 
 def _logged(log: Path, iteration: int) -> dict[str, str]:
-    """Totals over the run's log; a log that lacks an iteration gives none."""
+    """Totals over the run's log; nothing if an iteration is missing from it."""
     found = {}
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
         try:
             values = json.loads(line)
             found[values["iteration"]] = (values["tokens"], values["loss_tokens"], values["lm_loss"])
         except (ValueError, KeyError, TypeError):
-            continue  # cut short when the run was killed
+            continue  # an incomplete line: the run was killed
     if any(number not in found for number in range(1, iteration + 1)):
         return {}
     tokens, loss_tokens, losses = zip(*(found[number] for number in range(1, iteration + 1)), strict=True)
     last = losses[-LOSS_ITERATIONS:]
     return {
-        "tokens": f"{sum(tokens):,}, {sum(loss_tokens):,} of them learned from",
+        "tokens": f"{sum(tokens):,}, {sum(loss_tokens):,} of them supervised",
         "loss": f"{sum(last) / len(last):.4f}, mean of the last {len(last)} iterations",
     }

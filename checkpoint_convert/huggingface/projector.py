@@ -1,4 +1,4 @@
-"""A projector alone, as LLaVA's tools save and load it between stages (`--pretrain_mm_mlp_adapter`)."""
+"""A projector alone, in the file that LLaVA saves and loads between stages (`--pretrain_mm_mlp_adapter`)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint_convert.mapping.hf_names import instellavl_name
-from checkpoint_convert.model_source import PARTS
+from checkpoint_convert.mapping.hf_names import instellavl_name, model_part
 
 FILE = "mm_projector.bin"
 
@@ -16,11 +15,11 @@ FILE = "mm_projector.bin"
 def write_projector(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Write mm_projector.bin into `folder`: `model.mm_projector.{0,2}.*` and `model.image_newline`.
 
-    `tensors` has the Hugging Face names of the name map; those of other parts are not read.
+    `tensors` has the parameter map's Hugging Face names; tensors of other parts are not read.
     """
     state = {
-        instellavl_name(name): tensors[name].to(dtype).clone()  # a view would drag the whole tensor into the file
+        instellavl_name(name): tensors[name].to(dtype).clone()  # torch.save writes the whole storage of a view
         for name in tensors
-        if name.startswith(PARTS["projector"])
+        if model_part(name) == "projector"
     }
     torch.save(state, folder / FILE)

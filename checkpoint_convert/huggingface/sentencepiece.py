@@ -1,4 +1,4 @@
-"""A sentencepiece model as a tokenizer.json, which stock transformers reads without sentencepiece."""
+"""Converts a sentencepiece model to a tokenizer.json, which stock transformers reads without sentencepiece."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _PROBES = (
 
 
 def tokenizer_json_of(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The definition of a tokenizer that gives the ids of `tokenizer`, a sentencepiece one.
+    """The content of a tokenizer.json that gives the same ids as `tokenizer`, a sentencepiece one.
 
-    Raises ConversionError where it would not, shown on a few probes.
+    Raises ConversionError if the ids differ on one of a few probe texts, or the model is neither unigram nor BPE.
     """
     file = _model_file(tokenizer.path)
     proto = _read_proto(file)
@@ -47,13 +47,13 @@ def tokenizer_json_of(tokenizer: Tokenizer) -> dict[str, Any]:
             )
         )
     else:
-        raise ConversionError(f"{file} is a word or character model; only unigram and BPE can be exported")
+        raise ConversionError(f"{file} is a word or character model; only unigram and BPE models can be exported")
     spec = proto.normalizer_spec
     steps: list[Any] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        # spaces alone: a newline at the end is text
+        # spaces only: a newline at the end is part of the text
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if steps:
         fast.normalizer = normalizers.Sequence(steps)
@@ -72,7 +72,7 @@ def tokenizer_json_of(tokenizer: Tokenizer) -> dict[str, Any]:
     for probe in _PROBES:
         if fast.encode(probe).ids != tokenizer.encode(probe):
             raise ConversionError(
-                f"{file} cannot be exported: no tokenizer.json was found that gives its ids, for example of {probe!r}"
+                f"{file} cannot be exported: the converted tokenizer.json gives other ids, for example for {probe!r}"
             )
     definition: dict[str, Any] = json.loads(fast.to_str())
     return definition
@@ -86,14 +86,14 @@ def _read_proto(file: Path) -> Any:
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
-        raise ConversionError(f"{file} is read with the package protobuf: pip install protobuf") from error
+        raise ConversionError(f"reading {file} needs the package protobuf: pip install protobuf") from error
     proto: Any = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(file.read_bytes())
     return proto
 
 
 def _merges(pieces: list[tuple[str, float]], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """sentencepiece merges by the score of the result; a merge list says the same by its order."""
+    """The merge list: sentencepiece merges the pair whose result has the best score first."""
     merges = []
     for piece, score in pieces:
         splits = [(piece[:at], piece[at:]) for at in range(1, len(piece))]

@@ -1,7 +1,7 @@
-"""Tokenizers between the two sides: an export has `<image>` as a token of its own, a Megatron checkpoint has not.
+"""Tokenizers: an exported one has a token `<image>`, that of a Megatron checkpoint has not.
 
-In training, image positions are put in by number and no text yields that number. Stock processors know an image by a
-token, so that an export's tokenizer has one more: `<image>`, with the model's image_token_index as its id.
+In training the loader inserts image_token_index itself, and no text encodes to that id. Stock processors need a token
+for images, so the exported tokenizer has one more: `<image>`, with image_token_index as its id.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from megatron_vlm.data.processing.tokenizer import HuggingFaceTokenizer, Tokeniz
 
 IMAGE_TOKEN = "<image>"
 _PLACEHOLDERS = (IMAGE_TOKEN, "<video>")
-"""Words that stock processors put in the place of features, the last ones of an exported tokenizer."""
+"""Tokens that stock processors replace by features; they are the last ones of an exported tokenizer."""
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def import_tokenizer(source: Path, folder: Path) -> Tokenizer:
     """Copy the tokenizer at `source` (a Hugging Face folder, or a sentencepiece file) into the new `folder`.
 
-    An `<image>` token that an export has added as the last one is taken off again, and a `<video>` token after it.
+    An `<image>` token that an export added as the last one is removed, and a `<video>` token after it.
+
+    Raises:
+        ConversionError: no tokenizer, or one that cannot be used.
     """
     folder.mkdir()
     if source.is_file():
@@ -42,7 +45,7 @@ def import_tokenizer(source: Path, folder: Path) -> Tokenizer:
         shutil.copy(models[0], folder)
     else:
         raise ConversionError(
-            f"{source} holds no tokenizer (neither tokenizer.json nor one sentencepiece .model): name one, --tokenizer"
+            f"{source} holds no tokenizer (tokenizer.json or one sentencepiece .model): give one with --tokenizer"
         )
     try:
         return load_tokenizer(folder)
@@ -51,18 +54,18 @@ def import_tokenizer(source: Path, folder: Path) -> Tokenizer:
 
 
 def check_image_token(tokenizer: Tokenizer, model: ModelConfig, source: str) -> None:
-    """The id after the tokenizer's last must be the image token's, and the embedding must have a row for it."""
-    index, words, rows = model.image_token_index, len(tokenizer), model.language.vocab_size
-    if words >= rows:
+    """Raise ConversionError unless image_token_index is the tokenizer's next id and the embedding has a row for it."""
+    index, length, rows = model.image_token_index, len(tokenizer), model.language.vocab_size
+    if length >= rows:
         raise ConversionError(
-            f"the tokenizer has {words} words and the embedding of {source} {rows} rows: none is left for the image "
+            f"the tokenizer has {length} tokens and the embedding of {source} {rows} rows: none is left for the image "
             "token. Is it this model's tokenizer? If so, pad the embedding to a multiple of 128 above that "
             "(transformers' resize_token_embeddings)"
         )
-    if index != words:
+    if index != length:
         raise ConversionError(
-            f"image_token_index of {source} is {index}, but its tokenizer has {words} words, so that {IMAGE_TOKEN} "
-            f"becomes {words}. Train with model.image_token_index = {words}, or name the tokenizer it was trained with"
+            f"image_token_index of {source} is {index}, but its tokenizer has {length} tokens, so {IMAGE_TOKEN} would "
+            f"get id {length}. Train with model.image_token_index = {length}, or give the tokenizer of the training"
         )
 
 
@@ -93,7 +96,7 @@ def export_tokenizer(
         )
     fast = FastTokenizer.from_str(json.dumps(definition))
     if fast.encode("").ids:
-        definition["post_processor"] = None  # it would add its own tokens to a finished prompt
+        definition["post_processor"] = None  # it would add tokens to a complete prompt
     _write(folder / "tokenizer.json", definition)
     eos, pad = (fast.id_to_token(number) for number in (tokenizer.eos_id, tokenizer.pad_id))
     config = {
@@ -102,9 +105,9 @@ def export_tokenizer(
         "eos_token": eos,
         "pad_token": pad,
         "model_max_length": model.language.max_position_embeddings,
-        "padding_side": "left",  # prompts of a batch end together, where generation goes on
+        "padding_side": "left",  # for generation, the prompts of a batch must end together
         "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token types, which no OLMo takes
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token types, which OLMo rejects
     }
     _write(folder / "tokenizer_config.json", config)
 
@@ -112,15 +115,15 @@ def export_tokenizer(
 def _remove_placeholders(file: Path) -> None:
     definition = json.loads(file.read_text(encoding="utf-8"))
     added = definition.get("added_tokens") or []
-    last = sorted(added, key=lambda token: token.get("id", -1))
-    taken = []
-    while last and last[-1].get("content") in _PLACEHOLDERS:
-        taken.append(last.pop())
-    if IMAGE_TOKEN in (token["content"] for token in taken):
-        definition["added_tokens"] = [token for token in added if token not in taken]
+    by_id = sorted(added, key=lambda token: token.get("id", -1))
+    removed = []
+    while by_id and by_id[-1].get("content") in _PLACEHOLDERS:
+        removed.append(by_id.pop())
+    if IMAGE_TOKEN in (token["content"] for token in removed):
+        definition["added_tokens"] = [token for token in added if token not in removed]
         _write(file, definition)
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    # The way the tokenizers library writes: adding a token and taking it off again gives the same bytes.
+    # As the tokenizers library writes it: adding a token and removing it again gives the same bytes.
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")

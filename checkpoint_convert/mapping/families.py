@@ -1,7 +1,7 @@
-"""The families of towers and decoders that are read and written: a row of facts each, and one reader and one writer.
+"""The supported families of vision towers and language models, and how their configs translate to ours and back.
 
-All decoders here have the Llama shape (pre-norm, SwiGLU, rotary embedding by halves) and all towers CLIP's; what is
-left to tell of a family is what it fixes, how its config.json spells the rest, and transformers' defaults.
+All language models here have Llama's architecture (pre-norm, SwiGLU, rotary embedding in halves) and all towers CLIP's.
+A family states what it fixes, which names its config.json uses, and transformers' defaults.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ class Family:
     architecture: str
     """transformers' class."""
     fixed: Mapping[str, Any]
-    """Our settings that are the family's own and stand in no config.json."""
+    """Our settings that are the same for the whole family and absent from config.json."""
     defaults: Mapping[str, Any]
-    """transformers' settings and defaults: a config.json need not say them."""
+    """transformers' settings and their defaults, for those that config.json leaves out."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Our name -> transformers' name, where they differ."""
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """What else changes the computation: (transformers' default, what we compute); any other value is refused."""
+    """Other settings that change the computation: (transformers' default, supported values); others are an error."""
     select_strategy: str = "default"
-    """Towers: LLaVA's word for dropping the class token ("default") or keeping every token ("full")."""
+    """Of a tower, vision_feature_select_strategy: "default" drops the class token, "full" keeps every token."""
 
 
 _RMS = {"layer_norm_eps": "rms_norm_eps"}
@@ -94,13 +94,13 @@ _NORMALIZATIONS: dict[str, ImageNormalization] = {
     "clip_vision_model": "openai_clip",
     "siglip_vision_model": "imagenet_standard",
 }
-"""What pixels are normalised by."""
-TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+"""The image_normalization that each family was trained with."""
+TEXT_AND_VISION = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 _ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 
 
 class Problems:
-    """What a config asks for and the model cannot do, collected and told at once."""
+    """Settings of a config that this model does not support, collected and reported together."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -112,31 +112,30 @@ class Problems:
             self.found.append(f"{name} is {value!r}; supported: {', '.join(map(repr, allowed))}")
         return value
 
-    def refuse(self) -> None:
+    def raise_if_any(self) -> None:
         if self.found:
-            raise ConversionError(f"{self.source} asks for what this model cannot do\n{some_of(self.found)}")
+            raise ConversionError(f"{self.source} has settings that are not supported\n{some_of(self.found)}")
 
 
 def _read(
     config: dict[str, Any], families: Mapping[str, Family], problems: Problems
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(our settings that the family fixes or spells, all of transformers' with defaults)."""
+    """(our settings that the family fixes or names, all of transformers' settings with defaults)."""
     model_type = problems.require(config, "model_type", None, *families)
-    problems.refuse()
+    problems.raise_if_any()
     family = families[model_type]
     given = {name: value for name, value in config.items() if value is not None}
     values = dict(family.defaults) | given
     for name, (default, *allowed) in family.required.items():
         problems.require(config, name, default, *allowed)
     ours = {"model_type": model_type, **family.fixed}
-    spelled = dict(family.names)
-    ours |= {name: values[theirs] for name, theirs in spelled.items()}
-    ours |= {name: values[name] for name in family.defaults if name not in spelled.values() and name not in ours}
+    ours |= {name: values[theirs] for name, theirs in family.names.items()}
+    ours |= {name: values[name] for name in family.defaults if name not in family.names.values() and name not in ours}
     return ours, values
 
 
 def language_from_hf(config: dict[str, Any], source: str) -> LanguageConfig:
-    """A decoder's config.json as ours. Defaults are transformers' own; what we do not compute is a ConversionError."""
+    """A language model's config.json as ours. Raises ConversionError for settings that are not supported."""
     problems = Problems(source)
     settings, values = _read(config, LANGUAGES, problems)
     problems.require(config, "rope_scaling", None, None)
@@ -145,17 +144,17 @@ def language_from_hf(config: dict[str, Any], source: str) -> LanguageConfig:
         problems.found.append(f"rope_parameters.rope_type is {rope['rope_type']!r}; supported: 'default'")
     settings["rope_theta"] = float(rope.get("rope_theta", values.get("rope_theta", 10000.0)))
     settings["num_key_value_heads"] = values.get("num_key_value_heads", values["num_attention_heads"])
-    problems.refuse()
+    problems.raise_if_any()
     if settings["head_dim"] == settings["hidden_size"] // settings["num_attention_heads"]:
-        settings["head_dim"] = None  # transformers 5 writes it even where it follows from the sizes
+        settings["head_dim"] = None  # transformers 5 writes it even if it is the default
     return LanguageConfig(**settings)
 
 
 def vision_from_hf(config: dict[str, Any], source: str, feature_layer: int = -2) -> VisionConfig:
-    """A tower's config.json, or that of the two-tower model around it, as ours; errors as in language_from_hf."""
-    around = TWO_TOWERS.get(config.get("model_type", ""))
-    if around:
-        config = {"model_type": around} | (config.get("vision_config") or {})
+    """The config.json of a vision tower, or of CLIP or SigLIP around it, as ours; errors as in language_from_hf."""
+    tower = TEXT_AND_VISION.get(config.get("model_type", ""))
+    if tower:
+        config = {"model_type": tower} | (config.get("vision_config") or {})
     problems = Problems(source)
     settings, values = _read({"model_type": "clip_vision_model"} | config, TOWERS, problems)
     problems.require(values, "hidden_act", None, *_ACTIVATIONS)
@@ -165,14 +164,14 @@ def vision_from_hf(config: dict[str, Any], source: str, feature_layer: int = -2)
     vision = VisionConfig(vision_feature_layer=feature_layer, image_normalization=normalization, **settings)
     if not 1 <= vision.num_layers_used <= layers:
         problems.found.append(f"vision_feature_layer is {feature_layer}; the tower has {layers} layers")
-    problems.refuse()
+    problems.raise_if_any()
     return vision
 
 
 def to_hf_config(part: LanguageConfig | VisionConfig) -> dict[str, Any]:
-    """The config.json of a decoder or tower, in the spelling that transformers 4 and 5 both read.
+    """The config.json of a language model or vision tower, in the form that transformers 4 and 5 both read.
 
-    Raises ConversionError where a setting is not the family's: the exported model would compute something else.
+    Raises ConversionError if a setting differs from what the family fixes: transformers would compute something else.
     """
     families, section = (LANGUAGES, "language") if isinstance(part, LanguageConfig) else (TOWERS, "vision")
     family = families[part.model_type]

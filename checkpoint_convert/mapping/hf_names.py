@@ -1,60 +1,73 @@
-"""Spellings of the same tensor: every Hugging Face dialect is brought to the names of name_map.py."""
+"""Tensor names of Hugging Face files, translated to the one naming that param_map.py uses."""
 
 from __future__ import annotations
 
 import re
+from typing import Literal
 
-# A whole VLM: transformers 5 drops `vision_model.` from the tower, and both versions call things otherwise in memory
-# (`model.` in front, the head outside the language model) than on disk.
-_WHOLE = (
+PART_PREFIXES = {
+    "vision": ("vision_tower.",),
+    "projector": ("multi_modal_projector.", "image_newline"),
+    "language": ("language_model.",),
+}
+"""Each of megatron_vlm.config.PARTS -> prefixes of its tensor names in param_map.py."""
+
+NameFormat = Literal["llava", "instellavl", "vision", "language", "projector"]
+"""How a file names its tensors: a whole VLM as transformers' Llava classes or as `instellavl`, or a single part."""
+
+# transformers 5 drops `vision_model.` from the tower, and both versions use other names in memory (`model.` in front,
+# the head outside the language model) than on disk.
+_LLAVA = (
     (r"^model\.language_model\.", "language_model.model."),
     (r"^model\.(vision_tower|multi_modal_projector|image_newline)", r"\1"),
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
-# A tower alone: CLIPVisionModel of transformers 4, CLIPModel (the tower of a two-tower file), or transformers 5;
-# SigLIP alike.
-_TOWER = (
+# CLIPVisionModel of transformers 4, CLIPModel (text and vision tower in one file), or transformers 5; SigLIP alike.
+_VISION = (
     (r"^vision_model\.", "vision_tower.vision_model."),
     (r"^(?=embeddings\.|pre_layrnorm\.|encoder\.|post_layernorm\.|head\.)", "vision_tower.vision_model."),
 )
 _LANGUAGE = ((r"^(?=model\.|lm_head\.)", "language_model."),)
-# A whole VLM in the published layout: name in name_map.py, published name; both are prefixes.
+# Prefix in param_map.py, prefix in an `instellavl` file.
 _INSTELLAVL = (
     ("vision_tower.", "model.vision_tower.vision_tower."),
     ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
     ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
     ("image_newline", "model.image_newline"),
 )
-
-# A projector alone, as LLaVA saves it, from a plain model or one inside wrappers; or as transformers names it.
+# As LLaVA saves it, from a plain model or one inside wrappers; or as transformers names it.
 _PROJECTOR = (
     (r"^.*\bmm_projector\.0\.", "multi_modal_projector.linear_1."),
     (r"^.*\bmm_projector\.2\.", "multi_modal_projector.linear_2."),
     (r"^.*\b(multi_modal_projector\.|image_newline$)", r"\1"),
 )
-
-DIALECTS = {
-    "whole": _WHOLE,
-    "vision": _TOWER,
+_PATTERNS: dict[NameFormat, tuple[tuple[str, str], ...]] = {
+    "llava": _LLAVA,
+    "instellavl": (*((f"^{re.escape(theirs)}", ours) for ours, theirs in _INSTELLAVL), *_LANGUAGE),
+    "vision": _VISION,
     "language": _LANGUAGE,
     "projector": _PROJECTOR,
-    "instellavl": (*((f"^{re.escape(theirs)}", ours) for ours, theirs in _INSTELLAVL), *_LANGUAGE),
 }
 
-# In files of the kind and of no use to us: the text half of a two-tower model, and counters that older versions saved.
+# Present in such files but not used: the text tower of CLIP and SigLIP, and counters that older versions saved.
 _IGNORED = re.compile(
     r"^(text_model\.|text_projection\.|visual_projection\.|logit_(scale|bias)$)|\.position_ids$|\.rotary_emb\.inv_freq$"
 )
 
 
-def canonical_name(name: str, dialect: str) -> str | None:
-    """The name in name_map.py of tensor `name` in a file of a kind in DIALECTS; None: not needed."""
+def canonical_name(name: str, format: NameFormat) -> str | None:
+    """The name in param_map.py of tensor `name` in a file of this format; None: the tensor is not used."""
     if _IGNORED.search(name):
         return None
-    for pattern, replacement in DIALECTS[dialect]:
+    for pattern, replacement in _PATTERNS[format]:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def model_part(name: str) -> str | None:
+    """The part of the model, one of PARTS, that a tensor of this name in param_map.py belongs to; None: no part."""
+    return next((part for part, prefixes in PART_PREFIXES.items() if name.startswith(prefixes)), None)
 
 
 def unused_name(buffer: str) -> str:
@@ -63,7 +76,7 @@ def unused_name(buffer: str) -> str:
 
 
 def instellavl_name(name: str) -> str:
-    """The name in the published layout of the tensor that name_map.py calls `name`."""
+    """The name in an `instellavl` file of the tensor that param_map.py calls `name`."""
     for ours, theirs in _INSTELLAVL:
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)

@@ -1,4 +1,4 @@
-"""Tensors that lie in files: their shapes are known without reading them, and each is read when it is asked for."""
+"""Named tensors that are read or computed one at a time, when they are asked for; shapes are known without reading."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 
 
 class NamedTensors(Mapping[str, torch.Tensor]):
-    """Tensors of which one at a time is in memory, each made when it is asked for.
+    """Tensors of which only one at a time is in memory.
 
-    A class fills `_places`: what each name stands for. Whether a name is there is asked of that alone; `in`, as a
-    Mapping comes with it, would make the tensor.
+    A subclass fills `_entries`: name -> what it needs to produce the tensor. `in` looks there, because Mapping's own
+    `__contains__` would produce the tensor.
     """
 
-    _places: dict[str, Any]
+    _entries: dict[str, Any]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._entries)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._entries
 
 
 class StoredTensors(NamedTensors):
@@ -43,26 +43,26 @@ class StoredTensors(NamedTensors):
 class JoinedTensors(StoredTensors):
     """The tensors of several sources, whose names differ."""
 
-    _places: dict[str, StoredTensors]
+    _entries: dict[str, StoredTensors]
 
     def __init__(self, *sources: StoredTensors) -> None:
-        self._places = {name: source for source in sources for name in source}
+        self._entries = {name: source for source in sources for name in source}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._places[name][name]
+        return self._entries[name][name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._places[name].shape(name)
+        return self._entries[name].shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._places[name].dtype(name)
+        return self._entries[name].dtype(name)
 
 
-class ChosenTensors(JoinedTensors):
-    """The tensors of one source whose names begin with one of some words."""
+class SelectedTensors(JoinedTensors):
+    """The tensors of one source whose names start with one of some prefixes."""
 
-    def __init__(self, source: StoredTensors, beginnings: tuple[str, ...]) -> None:
-        self._places = {name: source for name in source if name.startswith(beginnings)}
+    def __init__(self, source: StoredTensors, prefixes: tuple[str, ...]) -> None:
+        self._entries = {name: source for name in source if name.startswith(prefixes)}
 
 
 def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:

@@ -1,20 +1,21 @@
-"""The name map: which Hugging Face tensors make up which Megatron tensor. One table serves both directions.
+"""The parameter map: which Hugging Face tensors make up which Megatron tensor. One table serves both directions.
 
 Hugging Face names are those of a `llava_next` file as transformers 4 writes it, which transformers 5, vLLM and SGLang
-read too; names.py brings every other spelling to this one. Megatron tensors are whole: not sharded, one per layer.
+also read; hf_names.py translates the names of other formats to these. Megatron tensors are unsharded, one per layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from checkpoint_convert.errors import ConversionError, some_of
 from checkpoint_convert.mapping.hf_names import unused_name
 from checkpoint_convert.mapping.lazy_tensors import NamedTensors, StoredTensors, dtype_of, shape_of
-from checkpoint_convert.mapping.transforms import Copy, InterleaveQKV, Rule, StackGateUp
+from checkpoint_convert.mapping.transforms import Copy, InterleaveQKV, StackGateUp, Transform
 from megatron_vlm.config import LanguageConfig, ModelConfig
 from megatron_vlm.model.unused_layers import unused_shapes
 
@@ -27,96 +28,96 @@ _HF_VISION_LAYER = VISION + "encoder.layers.{layer}."
 _LANGUAGE_LAYER = "language_model.decoder.layers.{layer}."
 _HF_LANGUAGE_LAYER = LANGUAGE + "layers.{layer}."
 
-# Megatron name | Hugging Face name(s) | rule | shape(s) on the Hugging Face side, in the letters of _sizes.
-# "copy" is the same tensor on both sides; "qkv" and "gate_up" are explained in rules.py.
-_Row = tuple[str, tuple[str, ...], str, tuple[str, ...]]
+
+class _Row(NamedTuple):
+    """One Megatron tensor in a table below: names without the prefix of a layer, shapes in the letters of _sizes."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    transform: str
+    hf_shapes: tuple[str, ...]
+
+
+def _direct(megatron: str, hf: str, shape: str) -> _Row:
+    """The same tensor on both sides."""
+    return _Row(megatron, (hf,), "copy", (shape,))
+
+
+def _qkv(kind: str, *, q: str, k: str, v: str) -> _Row:
+    """The attention's input projection, "weight" or "bias"; q, k and v are shapes."""
+    names = (f"self_attn.q_proj.{kind}", f"self_attn.k_proj.{kind}", f"self_attn.v_proj.{kind}")
+    return _Row(f"self_attention.linear_qkv.{kind}", names, "qkv", (q, k, v))
+
+
+def _gated_mlp(megatron: str, *, gate: str, up: str, shape: str) -> _Row:
+    """The first linear of SwiGLU."""
+    return _Row(megatron, (gate, up), "gate_up", (shape, shape))
+
 
 _VISION_TABLE: tuple[_Row, ...] = (
-    ("vision_model.patch_embedding.weight", (VISION + "embeddings.patch_embedding.weight",), "copy", ("C 3 p p",)),
-    ("vision_model.position_embedding.weight", (VISION + "embeddings.position_embedding.weight",), "copy", ("N C",)),
+    _direct("vision_model.patch_embedding.weight", VISION + "embeddings.patch_embedding.weight", "C 3 p p"),
+    _direct("vision_model.position_embedding.weight", VISION + "embeddings.position_embedding.weight", "N C"),
 )
 _CLASS_TOKEN_TABLE: tuple[_Row, ...] = (
-    ("vision_model.class_embedding", (VISION + "embeddings.class_embedding",), "copy", ("C",)),
+    _direct("vision_model.class_embedding", VISION + "embeddings.class_embedding", "C"),
 )
 _PATCH_BIAS_TABLE: tuple[_Row, ...] = (
-    ("vision_model.patch_embedding.bias", (VISION + "embeddings.patch_embedding.bias",), "copy", ("C",)),
+    _direct("vision_model.patch_embedding.bias", VISION + "embeddings.patch_embedding.bias", "C"),
 )
 _PRE_NORM_TABLE: tuple[_Row, ...] = (
-    ("vision_model.pre_norm.weight", (VISION + "pre_layrnorm.weight",), "copy", ("C",)),
-    ("vision_model.pre_norm.bias", (VISION + "pre_layrnorm.bias",), "copy", ("C",)),
+    _direct("vision_model.pre_norm.weight", VISION + "pre_layrnorm.weight", "C"),
+    _direct("vision_model.pre_norm.bias", VISION + "pre_layrnorm.bias", "C"),
 )
 _VISION_LAYER_TABLE: tuple[_Row, ...] = (
-    ("input_layernorm.weight", ("layer_norm1.weight",), "copy", ("C",)),
-    ("input_layernorm.bias", ("layer_norm1.bias",), "copy", ("C",)),
-    (
-        "self_attention.linear_qkv.weight",
-        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-        "qkv",
-        ("C C", "C C", "C C"),
-    ),
-    (
-        "self_attention.linear_qkv.bias",
-        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-        "qkv",
-        ("C", "C", "C"),
-    ),
-    ("self_attention.linear_proj.weight", ("self_attn.out_proj.weight",), "copy", ("C C",)),
-    ("self_attention.linear_proj.bias", ("self_attn.out_proj.bias",), "copy", ("C",)),
-    ("pre_mlp_layernorm.weight", ("layer_norm2.weight",), "copy", ("C",)),
-    ("pre_mlp_layernorm.bias", ("layer_norm2.bias",), "copy", ("C",)),
-    ("mlp.linear_fc1.weight", ("mlp.fc1.weight",), "copy", ("F C",)),
-    ("mlp.linear_fc1.bias", ("mlp.fc1.bias",), "copy", ("F",)),
-    ("mlp.linear_fc2.weight", ("mlp.fc2.weight",), "copy", ("C F",)),
-    ("mlp.linear_fc2.bias", ("mlp.fc2.bias",), "copy", ("C",)),
+    _direct("input_layernorm.weight", "layer_norm1.weight", "C"),
+    _direct("input_layernorm.bias", "layer_norm1.bias", "C"),
+    _qkv("weight", q="C C", k="C C", v="C C"),
+    _qkv("bias", q="C", k="C", v="C"),
+    _direct("self_attention.linear_proj.weight", "self_attn.out_proj.weight", "C C"),
+    _direct("self_attention.linear_proj.bias", "self_attn.out_proj.bias", "C"),
+    _direct("pre_mlp_layernorm.weight", "layer_norm2.weight", "C"),
+    _direct("pre_mlp_layernorm.bias", "layer_norm2.bias", "C"),
+    _direct("mlp.linear_fc1.weight", "mlp.fc1.weight", "F C"),
+    _direct("mlp.linear_fc1.bias", "mlp.fc1.bias", "F"),
+    _direct("mlp.linear_fc2.weight", "mlp.fc2.weight", "C F"),
+    _direct("mlp.linear_fc2.bias", "mlp.fc2.bias", "C"),
 )
 _PROJECTOR_TABLE: tuple[_Row, ...] = (
-    ("projector.linear_1.weight", (PROJECTOR + "linear_1.weight",), "copy", ("H C",)),
-    ("projector.linear_1.bias", (PROJECTOR + "linear_1.bias",), "copy", ("H",)),
-    ("projector.linear_2.weight", (PROJECTOR + "linear_2.weight",), "copy", ("H H",)),
-    ("projector.linear_2.bias", (PROJECTOR + "linear_2.bias",), "copy", ("H",)),
-    ("image_newline", ("image_newline",), "copy", ("H",)),
+    _direct("projector.linear_1.weight", PROJECTOR + "linear_1.weight", "H C"),
+    _direct("projector.linear_1.bias", PROJECTOR + "linear_1.bias", "H"),
+    _direct("projector.linear_2.weight", PROJECTOR + "linear_2.weight", "H H"),
+    _direct("projector.linear_2.bias", PROJECTOR + "linear_2.bias", "H"),
+    _direct("image_newline", "image_newline", "H"),
 )
 _LANGUAGE_TABLE: tuple[_Row, ...] = (
-    ("language_model.embedding.word_embeddings.weight", (LANGUAGE + "embed_tokens.weight",), "copy", ("V H",)),
+    _direct("language_model.embedding.word_embeddings.weight", LANGUAGE + "embed_tokens.weight", "V H"),
 )
 _LANGUAGE_LAYER_TABLE: tuple[_Row, ...] = (
-    (
-        "self_attention.linear_qkv.weight",
-        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-        "qkv",
-        ("Q H", "K H", "K H"),
-    ),
-    ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), "copy", ("H Q",)),
-    ("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up", ("I H", "I H")),
-    ("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "copy", ("H I",)),
+    _qkv("weight", q="Q H", k="K H", v="K H"),
+    _direct("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H Q"),
+    _gated_mlp("mlp.linear_fc1.weight", gate="mlp.gate_proj.weight", up="mlp.up_proj.weight", shape="I H"),
+    _direct("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H I"),
 )
-_QKV_BIAS_LAYER_TABLE: tuple[_Row, ...] = (
-    (
-        "self_attention.linear_qkv.bias",
-        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-        "qkv",
-        ("Q", "K", "K"),
-    ),
-)
+_QKV_BIAS_LAYER_TABLE: tuple[_Row, ...] = (_qkv("bias", q="Q", k="K", v="K"),)
 _NORM_LAYER_TABLE: tuple[_Row, ...] = (
-    ("input_layernorm.weight", ("input_layernorm.weight",), "copy", ("H",)),
-    ("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), "copy", ("H",)),
+    _direct("input_layernorm.weight", "input_layernorm.weight", "H"),
+    _direct("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
 )
 _FINAL_NORM_TABLE: tuple[_Row, ...] = (
-    ("language_model.decoder.final_layernorm.weight", (LANGUAGE + "norm.weight",), "copy", ("H",)),
+    _direct("language_model.decoder.final_layernorm.weight", LANGUAGE + "norm.weight", "H"),
 )
 _OUTPUT_TABLE: tuple[_Row, ...] = (
-    ("language_model.output_layer.weight", ("language_model.lm_head.weight",), "copy", ("V H",)),
+    _direct("language_model.output_layer.weight", "language_model.lm_head.weight", "V H"),
 )
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron tensor: its name, the Hugging Face tensors it is made of, their shapes, and how."""
+    """One Megatron tensor: its name, the names of the Hugging Face tensors that form it, how, and their shapes."""
 
     megatron: str
     hf: tuple[str, ...]
-    rule: Rule
+    transform: Transform
     hf_shapes: tuple[tuple[int, ...], ...]
 
 
@@ -139,18 +140,18 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
 def _entries(
     table: Iterable[_Row],
     sizes: dict[str, int],
-    rules: dict[str, Rule],
+    transforms: dict[str, Transform],
     megatron: str = "",
     hf: str = "",
     layers: int = 1,
 ) -> Iterator[Entry]:
     for layer in range(layers):
-        for name, hf_names, rule, shapes in table:
+        for row in table:
             yield Entry(
-                megatron=megatron.format(layer=layer) + name,
-                hf=tuple(hf.format(layer=layer) + hf_name for hf_name in hf_names),
-                rule=rules[rule],
-                hf_shapes=tuple(tuple(sizes[letter] for letter in shape.split()) for shape in shapes),
+                megatron=megatron.format(layer=layer) + row.megatron,
+                hf=tuple(hf.format(layer=layer) + name for name in row.hf),
+                transform=transforms[row.transform],
+                hf_shapes=tuple(tuple(sizes[letter] for letter in shape.split()) for shape in row.hf_shapes),
             )
 
 
@@ -172,16 +173,16 @@ def _tables_outside_layers(model: ModelConfig) -> tuple[_Row, ...]:
     return table
 
 
-def name_map(model: ModelConfig) -> list[Entry]:
-    """All entries of this model. Layers of the tower that no feature uses travel under their own names."""
+def param_map(model: ModelConfig) -> list[Entry]:
+    """All entries of this model, those of the vision tower's unused layers included."""
     vision, language, sizes = model.vision, model.language, _sizes(model)
-    common: dict[str, Rule] = {"copy": Copy(), "gate_up": StackGateUp()}
-    vision_rules = common | {"qkv": InterleaveQKV(vision.num_attention_heads, vision.num_attention_heads)}
-    language_rules = common | {"qkv": InterleaveQKV(language.num_attention_heads, language.num_key_value_heads)}
+    common: dict[str, Transform] = {"copy": Copy(), "gate_up": StackGateUp()}
+    of_vision = common | {"qkv": InterleaveQKV(vision.num_attention_heads, vision.num_attention_heads)}
+    of_language = common | {"qkv": InterleaveQKV(language.num_attention_heads, language.num_key_value_heads)}
     return [
         *_entries(_tables_outside_layers(model), sizes, common),
         *_entries(
-            _VISION_LAYER_TABLE, sizes, vision_rules, _VISION_LAYER, _HF_VISION_LAYER, layers=vision.num_layers_used
+            _VISION_LAYER_TABLE, sizes, of_vision, _VISION_LAYER, _HF_VISION_LAYER, layers=vision.num_layers_used
         ),
         *(
             Entry(f"vision_model.unused.{name}", (VISION + unused_name(name),), Copy(), (shape,))
@@ -190,7 +191,7 @@ def name_map(model: ModelConfig) -> list[Entry]:
         *_entries(
             _language_layer_table(language),
             sizes,
-            language_rules,
+            of_language,
             _LANGUAGE_LAYER,
             _HF_LANGUAGE_LAYER,
             layers=language.num_hidden_layers,
@@ -198,48 +199,55 @@ def name_map(model: ModelConfig) -> list[Entry]:
     ]
 
 
-class MegatronTensors(NamedTensors):
-    """Hugging Face tensors as Megatron's, each made when it is asked for. The last one made is kept: its parts are
-    asked for one after the other."""
+def hf_shapes(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape, of all tensors of these entries."""
+    return {name: shape for entry in entries for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)}
 
-    _places: dict[str, Entry]
+
+class MegatronTensors(NamedTensors):
+    """Hugging Face tensors as Megatron's, each computed when it is asked for.
+
+    The last one is kept: the shards of a tensor are asked for one after the other.
+    """
+
+    _entries: dict[str, Entry]
 
     def __init__(self, entries: list[Entry], tensors: Mapping[str, torch.Tensor], source: str) -> None:
-        """`source` names the folder in errors. ConversionError: a tensor is missing, left over or misshapen."""
-        _check(tensors, {name: shape for e in entries for name, shape in zip(e.hf, e.hf_shapes, strict=True)}, source)
-        self._places, self._tensors = {entry.megatron: entry for entry in entries}, tensors
+        """`source` names the folder in errors. ConversionError: a tensor is missing, unexpected or of another shape."""
+        _check(tensors, hf_shapes(entries), source)
+        self._entries, self._tensors = {entry.megatron: entry for entry in entries}, tensors
         self._last: tuple[str, torch.Tensor] | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if self._last is None or self._last[0] != name:
-            entry, self._last = self._places[name], None
-            self._last = name, entry.rule.to_megatron([self._tensors[part] for part in entry.hf])
+            entry, self._last = self._entries[name], None
+            self._last = name, entry.transform.to_megatron([self._tensors[part] for part in entry.hf])
         return self._last[1]
 
 
 class HuggingFaceTensors(StoredTensors):
-    """Megatron tensors as Hugging Face's; the other way of MegatronTensors."""
+    """Megatron tensors as Hugging Face's: the reverse of MegatronTensors, with the same errors."""
 
-    _places: dict[str, Entry]
+    _entries: dict[str, Entry]
 
     def __init__(self, entries: list[Entry], tensors: Mapping[str, torch.Tensor], source: str) -> None:
         _check(tensors, {entry.megatron: _megatron_shape(entry) for entry in entries}, source)
-        self._places, self._tensors = {name: entry for entry in entries for name in entry.hf}, tensors
+        self._entries, self._tensors = {name: entry for entry in entries for name in entry.hf}, tensors
         self._last: tuple[str, list[torch.Tensor]] | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        entry = self._places[name]
+        entry = self._entries[name]
         if self._last is None or self._last[0] != entry.megatron:
             self._last = None
-            self._last = entry.megatron, entry.rule.to_hf(self._tensors[entry.megatron])
+            self._last = entry.megatron, entry.transform.to_hf(self._tensors[entry.megatron])
         return self._last[1][entry.hf.index(name)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        entry = self._places[name]
+        entry = self._entries[name]
         return entry.hf_shapes[entry.hf.index(name)]
 
     def dtype(self, name: str) -> torch.dtype:
-        return dtype_of(self._tensors, self._places[name].megatron)
+        return dtype_of(self._tensors, self._entries[name].megatron)
 
 
 def to_megatron(
@@ -255,9 +263,9 @@ def to_hf(entries: list[Entry], tensors: Mapping[str, torch.Tensor], source: str
 
 
 def _megatron_shape(entry: Entry) -> tuple[int, ...]:
-    """The rule's own answer, asked with tensors that have shapes and no memory."""
-    made = entry.rule.to_megatron([torch.empty(shape, device="meta") for shape in entry.hf_shapes])
-    return tuple(made.shape)
+    """The shape that the transform gives, computed on the meta device."""
+    tensor = entry.transform.to_megatron([torch.empty(shape, device="meta") for shape in entry.hf_shapes])
+    return tuple(tensor.shape)
 
 
 def _check(tensors: Mapping[str, torch.Tensor], expected: dict[str, tuple[int, ...]], source: str) -> None:
@@ -271,11 +279,11 @@ def _check(tensors: Mapping[str, torch.Tensor], expected: dict[str, tuple[int, .
     problems = [
         f"{title}:\n{some_of(names)}"
         for title, names in (
-            ("tensors that are missing", missing),
-            ("tensors that have no place in this model", extra),
+            ("missing tensors", missing),
+            ("unexpected tensors", extra),
             ("tensors of another shape", shapes),
         )
         if names
     ]
     if problems:
-        raise ConversionError(f"{source} does not hold the model its config describes\n" + "\n".join(problems))
+        raise ConversionError(f"the tensors of {source} do not match its config\n" + "\n".join(problems))

@@ -1,4 +1,4 @@
-"""How one Megatron tensor is made of Hugging Face tensors, and taken apart again, exactly."""
+"""How Hugging Face tensors become one Megatron tensor, and how it is split again, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 
 
-class Rule(Protocol):
-    """One row of the name map: `to_hf(to_megatron(tensors))` gives the tensors back bit for bit."""
+class Transform(Protocol):
+    """`to_hf(to_megatron(tensors))` returns the tensors bit for bit."""
 
     def to_megatron(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor: ...
 
@@ -31,10 +31,10 @@ class Copy:
 
 @dataclass(frozen=True)
 class InterleaveQKV:
-    """q, k, v -> one tensor, per query group: the group's query heads, its key head, its value head.
+    """q, k, v -> one tensor with, per query group, the group's query heads, its key head and its value head.
 
-    Rows (of a weight [rows, in], or of a bias [rows]) are heads * head_dim of q and groups * head_dim of k and of v.
-    The order lets tensor ranks split the rows evenly, each with whole groups.
+    The inputs are weights [rows, in] or biases [rows]; q has heads * head_dim rows, k and v have groups * head_dim.
+    In this order tensor-parallel ranks split the rows evenly, each with whole groups.
     """
 
     heads: int

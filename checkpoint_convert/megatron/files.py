@@ -1,6 +1,6 @@
-"""Megatron checkpoints as plain tensors: written from names, read by them, or loaded into one unsharded model.
+"""Megatron checkpoints as named tensors: written, read, or loaded into one unsharded model.
 
-The distributed format loads in any layout, so that conversion never has to know one.
+The distributed format loads in any parallel layout, so conversion need not know the layout.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from megatron_vlm.training.checkpoint import (
 
 
 def tensors_of(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
-    """The tensors of a model of one stage and one tensor rank, under the name map's Megatron names."""
+    """The tensors of an unsharded model, under the parameter map's Megatron names."""
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
@@ -53,9 +53,9 @@ def tensors_of(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
 def write_checkpoint(
     folder: Path, recipe: Recipe, tensors: Mapping[str, torch.Tensor], tokenizer_fingerprint: str
 ) -> list[str]:
-    """Save a checkpoint of iteration 0 that holds `tensors`, each asked for when it is written.
+    """Save a checkpoint of iteration 0 that holds `tensors`, each read when it is written.
 
-    Returns the names of the model's tensors that are not among them: they hold what a new model starts with.
+    Returns the names of the model's tensors that are not in `tensors`: they have their initial values.
     """
     target = folder / "iter_0000000"
     target.mkdir(parents=True)
@@ -82,7 +82,7 @@ def write_checkpoint(
 
 
 def write_model(
-    making: Path,
+    staging_dir: Path,
     save: Path,
     model: ModelConfig,
     entries: list[Entry],
@@ -91,39 +91,42 @@ def write_model(
     fingerprint: str,
     aspect_ratio: str,
 ) -> list[str]:
-    """Save the checkpoint of a model that comes from Hugging Face tensors.
+    """Save a checkpoint of a model whose weights are Hugging Face tensors.
 
     Args:
-        making: where to write.
-        save: what the folder will be called in the end; its tokenizer is named in the recipe.
-        model: what the tensors are.
-        entries: of its name map, for the tensors that are there.
+        staging_dir: where to write.
+        save: the folder's final path; the recipe names the tokenizer in it.
+        model: the model's config.
+        entries: the entries of its parameter map for which there are tensors.
         tensors: under Hugging Face names.
-        source: names where they come from in errors.
-        fingerprint: of the tokenizer.
-        aspect_ratio: how images are cut.
+        source: name of the source in errors.
+        fingerprint: the tokenizer's.
+        aspect_ratio: image_aspect_ratio: how images are tiled.
 
     Returns:
-        Names of the tensors that hold what a new model starts with.
+        Names of the tensors that have their initial values.
 
     Raises:
-        ConversionError: sizes that no layout can compute, or tensors that are missing, left over or misshapen.
+        ConversionError: sizes that megatron-core cannot compute, or tensors that are missing, unexpected or of another
+            shape.
     """
     recipe = Recipe(model=model)
     recipe.data.seq_length = model.language.max_position_embeddings
     recipe.data.image_aspect_ratio = aspect_ratio
     recipe.data.tokenizer_model = str(save.absolute() / "tokenizer")
-    # bf16 is kept as it is; half precision and mixtures become fp32, which holds them exactly.
+    # bf16 is kept; float16 and mixtures of dtypes become fp32, which holds them exactly.
     recipe.training.bf16 = all(tensors.dtype(name) == torch.bfloat16 for name in tensors)
     problems = [*check_vision(recipe), *check_language(recipe)]
     if problems:
         raise ConversionError(f"{source}: " + "; ".join(map(str, problems)))
-    return write_checkpoint(making, recipe, MegatronTensors(entries, tensors, source), fingerprint)
+    return write_checkpoint(staging_dir, recipe, MegatronTensors(entries, tensors, source), fingerprint)
 
 
 def checkpoint_recipe(folder: Path) -> Recipe:
-    """The recipe of a checkpoint, laid out for one process, its model's context the length of the rows it was trained
-    on. Raises ConversionError where there is no checkpoint."""
+    """The recipe of a checkpoint for a single process, with max_position_embeddings = the seq_length of the training.
+
+    Raises ConversionError if there is no checkpoint, or it cannot be read.
+    """
     recipe = trained_recipe(folder)
     recipe.model.language.max_position_embeddings = recipe.data.seq_length
     recipe.parallel = ParallelConfig()
@@ -131,7 +134,7 @@ def checkpoint_recipe(folder: Path) -> Recipe:
 
 
 def trained_recipe(folder: Path) -> Recipe:
-    """The recipe of a checkpoint, as it was trained. Errors as in checkpoint_recipe."""
+    """The recipe that a checkpoint was trained with. Errors as in checkpoint_recipe."""
     try:
         return read_recipe(folder)
     except (CheckpointError, ConfigError) as error:
@@ -144,24 +147,24 @@ def trained_recipe(folder: Path) -> Recipe:
 
 
 def checkpoint_progress(folder: Path) -> Progress:
-    """Where the run stood at the newest checkpoint. Raises ConversionError where that cannot be read."""
+    """Iteration and data position of the newest checkpoint. Raises ConversionError if they cannot be read."""
     checkpoint = require_checkpoint(folder)
     try:
         return Progress(**dist_checkpointing.load_common_state_dict(str(checkpoint))["progress"])
-    except (Exception, CheckpointException) as error:  # pickle raises whatever the bytes mean; torch's is no Exception
+    except (Exception, CheckpointException) as error:  # pickle raises anything; torch's is no Exception
         common = checkpoint / "common.pt"
         if common.is_file():
             raise ConversionError(f"{common} cannot be read ({error}): copy the checkpoint again") from error
-        # megatron-core 0.19 keeps it with the tensors
-        last_words = str(error).strip().splitlines()[-1]
+        # megatron-core 0.19 stores it with the tensors
+        last_line = str(error).strip().splitlines()[-1]
         raise ConversionError(
-            f"where the run stood cannot be read from the .distcp files of {checkpoint} ({last_words}). "
+            f"the run's progress cannot be read from the .distcp files of {checkpoint} ({last_line}). "
             "Copy the checkpoint again"
         ) from error
 
 
 def checkpoint_tensors(folder: Path) -> CheckpointTensors:
-    """The tensors of the newest checkpoint in a save folder, of any layout."""
+    """The tensors of the newest checkpoint in a save folder, of any parallel layout."""
     try:
         return CheckpointTensors(require_checkpoint(folder))
     except CheckpointError as error:
@@ -170,7 +173,7 @@ def checkpoint_tensors(folder: Path) -> CheckpointTensors:
 
 @contextmanager
 def loaded_model(folder: Path) -> Iterator[VisionLanguageModel]:
-    """The model of the newest checkpoint in `folder`, whole, for the time of the block."""
+    """The unsharded model of the newest checkpoint in `folder`, inside the block."""
     recipe = checkpoint_recipe(folder)
     with distributed(recipe.parallel):
         chunks = build_model(recipe)

@@ -1,4 +1,4 @@
-"""Distributed checkpoints of any layout, read one tensor at a time, without a model and without process groups."""
+"""Reads distributed checkpoints of any parallel layout one tensor at a time, without a model or process groups."""
 
 from __future__ import annotations
 
@@ -14,45 +14,48 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from checkpoint_convert.errors import ConversionError
 from checkpoint_convert.mapping.lazy_tensors import StoredTensors
+from checkpoint_convert.mapping.param_map import param_map
 from checkpoint_convert.megatron.writer import LAYERS
+from megatron_vlm.config import ModelConfig
 
-PARTS = ("vision_model.", "projector.", "image_newline", "language_model.")
-"""How the names of a model's own tensors begin; the others of a checkpoint are the optimizer's."""
+_MODULES = {entry.megatron.partition(".")[0] for entry in param_map(ModelConfig())}
+"""The modules of a model. Other tensors of a checkpoint are the optimizer's."""
 
 
 class CheckpointTensors(StoredTensors):
-    """The model's tensors in a distributed checkpoint, of any layout, under the name map's Megatron names."""
+    """The model's tensors in a distributed checkpoint, under the parameter map's Megatron names."""
 
-    _places: dict[str, tuple[str, int | None]]
+    _entries: dict[str, tuple[str, int | None]]
+    """Name -> the key in the checkpoint, and the layer's index where layers are stacked under one key."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` is an iter_* folder. Raises ConversionError where it holds no readable checkpoint."""
+        """`folder` is an iter_* folder. Raises ConversionError if it holds no complete checkpoint."""
         self.folder = folder
         try:
             self._metadata = dcp.FileSystemReader(folder).read_metadata()
-        except Exception as error:  # pickle raises whatever the bytes happen to mean
+        except Exception as error:  # pickle may raise anything
             raise ConversionError(
-                f"{folder / '.metadata'} cannot be read ({error}): is the checkpoint whole?"
+                f"{folder / '.metadata'} cannot be read ({error}): is the checkpoint complete?"
             ) from error
         self._check_files()
-        self._places = dict(self._find())
+        self._entries = dict(self._find())
 
     def _check_files(self) -> None:
-        """A file that is absent or cut short is found before hours are spent on the others."""
+        """Raise ConversionError for a missing or truncated file, before hours are spent on the others."""
         ends: dict[str, int] = {}
-        for place in self._metadata.storage_data.values():
-            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for stored in self._metadata.storage_data.values():
+            ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
         for name, end in sorted(ends.items()):
             file = self.folder / name
             size = file.stat().st_size if file.is_file() else None
             if size is None or size < end:
-                found = "is not there" if size is None else f"has {size:,} bytes and {end:,} are needed"
+                found = "does not exist" if size is None else f"has {size:,} bytes and {end:,} are needed"
                 raise ConversionError(f"{file} {found}: copy the checkpoint again")
 
     def _find(self) -> Iterator[tuple[str, tuple[str, int | None]]]:
-        """(name, (key, layer)) of every tensor of the model."""
+        """(name, (key, layer)) of each tensor of the model."""
         for key, stored in self._metadata.state_dict_metadata.items():
-            if not isinstance(stored, TensorStorageMetadata) or not key.startswith(PARTS):
+            if not isinstance(stored, TensorStorageMetadata) or key.partition(".")[0] not in _MODULES:
                 continue
             if LAYERS in key:
                 for layer in range(stored.size[0]):
@@ -61,27 +64,25 @@ class CheckpointTensors(StoredTensors):
                 yield key, (key, None)
 
     def _stored(self, name: str) -> TensorStorageMetadata:
-        stored = self._metadata.state_dict_metadata[self._places[name][0]]
+        stored = self._metadata.state_dict_metadata[self._entries[name][0]]
         assert isinstance(stored, TensorStorageMetadata)
         return stored
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._stored(name).size[0 if self._places[name][1] is None else 1 :])
+        return tuple(self._stored(name).size[0 if self._entries[name][1] is None else 1 :])
 
     def dtype(self, name: str) -> torch.dtype:
         return self._stored(name).properties.dtype
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        (key, layer), stored = self._places[name], self._stored(name)
+        (key, layer), stored = self._entries[name], self._stored(name)
         offsets, sizes = [0] * len(stored.size), list(stored.size)
         if layer is not None:
             offsets[0], sizes[0] = layer, 1
         box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, stored, [box])
         if sum(item.lengths.numel() for item in items) != box.sizes.numel():
-            raise ConversionError(
-                f"{self.folder} lacks a part of {name}: was a rank's file lost before it was finished?"
-            )
+            raise ConversionError(f"{self.folder} lacks a shard of {name}: was the file of a rank lost?")
         parts = (_box(self._chunk(name, item.storage_index), item.storage_offsets, item.lengths) for item in items)
         if len(items) == 1:
             (whole,) = parts
@@ -92,18 +93,18 @@ class CheckpointTensors(StoredTensors):
         return whole if layer is None else whole[0]
 
     def _chunk(self, name: str, index: MetadataIndex) -> torch.Tensor:
-        """What one rank wrote of a tensor. torch's own reader would copy it once more, and take as long again."""
-        place = self._metadata.storage_data[index]
-        file = self.folder / place.relative_path
+        """The shard of a tensor that one rank wrote. torch's own reader copies it once more and takes twice as long."""
+        stored = self._metadata.storage_data[index]
+        file = self.folder / stored.relative_path
         try:
             with file.open("rb") as opened:
-                part = cast(BinaryIO, _Slice(opened, place.offset, place.length))
+                part = cast(BinaryIO, _Slice(opened, stored.offset, stored.length))
                 loaded: torch.Tensor = torch.load(part, map_location="cpu", weights_only=True)
         except OSError:
             raise
-        except Exception as error:  # torch and pickle raise whatever the bytes happen to mean
+        except Exception as error:  # torch and pickle may raise anything
             raise ConversionError(
-                f"{name} cannot be read from {file}: what lies there is no tensor. Copy the checkpoint again"
+                f"{name} cannot be read from {file}: the bytes there are not a tensor. Copy the checkpoint again"
             ) from error
         return loaded
 
@@ -114,7 +115,7 @@ def _box(tensor: torch.Tensor, offsets: torch.Size, lengths: torch.Size) -> torc
 
 
 class _Slice(io.RawIOBase):
-    """A part of a file as a file of its own: what a rank writes to one file lies there end to end."""
+    """A byte range of a file as a file: a rank writes many tensors to one file, one after the other."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0

@@ -1,8 +1,8 @@
-"""Distributed checkpoints, written one tensor at a time.
+"""Writes distributed checkpoints one tensor at a time.
 
-megatron-core saves a state dict that it is given whole. Here the model it is asked about is on the meta device, names
-and shapes without memory, and torch's checkpoint writer, which takes the tensors one after the other, gets each when
-its turn comes. What is written is megatron-core's own format, that of `dist_checkpointing.save`.
+megatron-core saves a state dict whose tensors are all in memory. Here the model is on the meta device, with names and
+shapes but no memory, and torch's checkpoint writer asks for each tensor when it writes it. The files are those of
+`dist_checkpointing.save`.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from tqdm import tqdm
 
 LAYERS = ".layers."
-"""What in a key stands before the layers that are stacked under it."""
+"""Part of a key under which the layers of a module are stacked."""
 
 
 def layer_name(tensor: ShardedTensor) -> str:
-    """The name of the tensor that a shard belongs to: layers are stacked under one key, each here has its number."""
+    """The name of the tensor that a shard belongs to, with the layer's index: a key stands for all stacked layers."""
     if not tensor.prepend_axis_num:
         return str(tensor.key)
     return str(tensor.key).replace(LAYERS, f"{LAYERS}{tensor.global_offset[0]}.", 1)
 
 
 def slice_for_shard(whole: torch.Tensor, shard: ShardedTensor) -> torch.Tensor:
-    """The box of a whole tensor (of one layer) that `shard` is."""
+    """The slice of an unsharded tensor (of one layer) that `shard` holds."""
     offsets = shard.global_offset[shard.prepend_axis_num :]
     return whole[tuple(slice(start, start + size) for start, size in zip(offsets, shard.local_shape, strict=True))]
 
 
 class StreamingSave(TorchDistSaveShardedStrategy):
-    """A strategy for `dist_checkpointing.save` in one process, which asks `value_of` for each shard in turn."""
+    """A strategy for `dist_checkpointing.save` in one process that calls `value_of` for each shard in turn."""
 
     def __init__(self, value_of: Callable[[ShardedTensor], torch.Tensor]) -> None:
         super().__init__(backend="torch_dist", version=1)
@@ -58,21 +58,21 @@ class StreamingSave(TorchDistSaveShardedStrategy):
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """torch wraps what goes wrong on any rank, and what a full disk says in a complaint about positions in a file."""
+    """Raise the cause of torch's CheckpointException: it wraps a full disk in an error about file positions."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
     except CheckpointException as error:
-        told = next(iter(error.failures.values()))[0]
-        cause: BaseException | None = told
+        wrapped = next(iter(error.failures.values()))[0]
+        cause: BaseException | None = wrapped
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__context__
-        raise cause or told from None
+        raise cause or wrapped from None
 
 
 class _SavePlanner(SavePlanner):
-    """Plans from names and shapes; makes a tensor when the writer comes to it."""
+    """Plans from names and shapes; `resolve_data` returns the tensor when the writer asks for it."""
 
     def __init__(self, value_of: Callable[[ShardedTensor], torch.Tensor]) -> None:
         self.value_of = value_of
@@ -107,7 +107,7 @@ class _SavePlanner(SavePlanner):
         shard = self.shards[write_item.index]
         if isinstance(shard, ShardedObject):
             buffer = io.BytesIO()
-            torch.save([shard.data], buffer)  # all objects of a key in a list, as megatron-core writes and reads them
+            torch.save([shard.data], buffer)  # megatron-core stores a key's objects as a list
             return buffer
         value = self.value_of(shard).to(shard.dtype)
         self.bar.update(value.nbytes)

@@ -1,1 +1,1 @@
-"""Loading a model from a folder."""
+"""Loads a model from a folder."""

@@ -1,4 +1,4 @@
-"""A model, its tokenizer and its image processor from a folder, for local scripts."""
+"""Loads a model, its tokenizer and its image processor from a folder, for local scripts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from instellavl.image_processing_instellavl import InstellaVLImageProcessor
 from instellavl.modeling_instellavl import InstellaVLForCausalLM
 
 KEPT_WHOLE = ["model.vision_tower", "model.mm_projector", "lm_head"]
-"""Never quantized. Names from the root: transformers 5 would not find `vision_tower` alone, and quantize the tower."""
+"""Modules that are never quantized. transformers 5 needs the full name: with `vision_tower` it quantizes the tower."""
 
 
 class LoadError(Exception):
-    """A folder or a way of loading that does not work here; the message says what to do."""
+    """A folder cannot be loaded, or an option is not supported; the message says what to do."""
 
 
 def load_pretrained_model(
@@ -38,28 +38,28 @@ def load_pretrained_model(
     """Load an `instellavl` folder.
 
     Args:
-        model_path: the folder, of any name, or a repository of the hub.
-        model_base: not supported; a projector is joined to its towers by checkpoint_convert.
-        model_name: not needed; config.json says what the folder holds.
-        load_8bit, load_4bit: quantize the decoder's layers with bitsandbytes, on a GPU or a CPU (4 bits: nf4, twice
-            quantized). Tower, projector, embedding and head stay as they are.
-        device_map: "auto" is the GPU if there is one, otherwise the CPU; a device; or a map of modules to devices,
-            which transformers hands to accelerate.
-        attn_implementation: transformers' name of a kernel; by default its own choice. flash_attention_2 gives way to
-            it with a warning where there is no flash-attn or no GPU.
-        torch_dtype: of the weights; by default bfloat16 (float16 on GPUs that lack it), float32 on a CPU.
+        model_path: a folder, or a repository of the hub.
+        model_base: not supported; checkpoint_convert joins a projector with a tower and a language model.
+        model_name: not used; config.json has the type of the model.
+        load_8bit, load_4bit: quantize the decoder's layers with bitsandbytes, on a GPU or a CPU (4 bits: nf4 with
+            double quantization). Tower, projector, embedding and head are not quantized.
+        device_map: "auto" for the GPU if there is one, otherwise the CPU; a device; or a map of modules to devices,
+            which transformers passes to accelerate.
+        attn_implementation: transformers' name of a kernel; by default transformers chooses. Without flash-attn or a
+            GPU, flash_attention_2 is replaced by the default with a warning.
+        torch_dtype: dtype of the weights; by default bfloat16 (float16 on GPUs without it), float32 on a CPU.
         **kwargs: for transformers' from_pretrained.
 
     Returns:
-        tokenizer; model, whose `generate` gives the prompt back in front of the answer, as local scripts expect; image
-        processor; the trained context, tokens.
+        tokenizer; model, whose `generate` returns the prompt before the answer, as local scripts expect; image
+        processor; tokens of the trained context.
 
     Raises:
-        LoadError: no such model, a base model, or bitsandbytes is asked for and not installed.
+        LoadError: there is no such model, model_base is given, or bitsandbytes is not installed.
     """
     if model_base is not None:
         raise LoadError(
-            f"model_base ({model_base}) is not supported: {model_path} has to be a whole model. Join parts with "
+            f"model_base ({model_base}) is not supported: {model_path} must be a whole model. Join parts with "
             "checkpoint_convert.hf_to_megatron and export the result"
         )
     _check_config(model_path)
@@ -80,20 +80,20 @@ def load_pretrained_model(
 
 
 def _check_config(model_path: str) -> None:
-    """That a local folder holds an `instellavl` model; a repository of the hub is left to transformers."""
+    """Raise LoadError if a local folder holds no `instellavl` model; transformers checks those of the hub."""
     folder = Path(model_path)
     if not folder.is_dir():
         if folder.is_absolute() or model_path.startswith("."):
-            raise LoadError(f"{model_path} is not there")
+            raise LoadError(f"{model_path} does not exist")
         return
     file = folder / "config.json"
     if not file.is_file():
         raise LoadError(f"{model_path} holds no config.json: is it the folder of an export?")
-    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    if kind != InstellaVLConfig.model_type:
+    model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    if model_type != InstellaVLConfig.model_type:
         raise LoadError(
-            f"{model_path} holds a {kind} model, not an instellavl one: export with checkpoint_convert.megatron_to_hf "
-            "--format instellavl, or load it with transformers"
+            f"{model_path} holds a {model_type} model, not an instellavl one: export with "
+            "checkpoint_convert.megatron_to_hf --format instellavl, or load it with transformers"
         )
 
 
@@ -103,19 +103,19 @@ def _device(device_map: str | dict[str, Any]) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _dtype(device: torch.device, asked: torch.dtype | str | None) -> torch.dtype | str:
-    if asked is not None:
-        return asked
+def _dtype(device: torch.device, requested: torch.dtype | str | None) -> torch.dtype | str:
+    if requested is not None:
+        return requested
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def _attention(asked: str | None, device: torch.device) -> str | None:
-    if asked != "flash_attention_2" or (importlib.util.find_spec("flash_attn") and device.type == "cuda"):
-        return asked
+def _attention(requested: str | None, device: torch.device) -> str | None:
+    if requested != "flash_attention_2" or (importlib.util.find_spec("flash_attn") and device.type == "cuda"):
+        return requested
     why = "the model is on a CPU" if device.type == "cpu" else "the package flash-attn is not installed"
-    warnings.warn(f"flash_attention_2 is asked for, but {why}: torch's own attention takes its place", stacklevel=3)
+    warnings.warn(f"flash_attention_2 is asked for, but {why}: using torch's own attention", stacklevel=3)
     return None
 
 
@@ -130,7 +130,7 @@ def _quantization(load_8bit: bool, load_4bit: bool, compute_dtype: torch.dtype |
     from transformers import BitsAndBytesConfig
 
     if load_8bit:
-        # It says at every product of every layer that activations become float16 on their way to 8 bits.
+        # It warns in every layer that activations are converted to float16 before quantization.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT_WHOLE)
     return BitsAndBytesConfig(

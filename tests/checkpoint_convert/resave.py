@@ -1,8 +1,8 @@
-"""Load a checkpoint's weights in layouts, compare each rank's with the checkpoint, and save them: a rank's script.
+"""Run by torchrun: load a checkpoint in parallel layouts, compare each rank's weights with it, and save it again.
 
     torchrun --nproc-per-node 4 tests/checkpoint_convert/resave.py LOAD SAVE TENSOR,PIPELINE [TENSOR,PIPELINE ...]
 
-The last layout saves; what is left of the world beside it is data parallelism.
+The last layout saves. The remaining factor of the world size is data parallelism.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_vlm.training.checkpoint import load_checkpoint, read_recipe, requi
 
 
 def compare(chunk: VisionLanguageModel, checkpoint: Path) -> int:
-    """Each of this rank's tensors is its box of the checkpoint's, bit for bit. Returns how many there are."""
+    """Assert that this rank's tensors are slices of the checkpoint's, bit for bit; returns their number."""
     stored, state = CheckpointTensors(checkpoint), model_sharded_state_dict(chunk)
     apply_factories(state)
     shards = all_sharded_tensors(state)
@@ -51,7 +51,7 @@ def main(load: str, save: str, *layouts: str) -> None:
             count = compare(chunks[0], checkpoint)
             if layout == layouts[-1]:
                 save_checkpoint(save, chunks, recipe, progress)
-            print(f"tensor {tensor} x pipeline {pipeline}: {count} tensors on this rank are as they were", flush=True)
+            print(f"tensor {tensor} x pipeline {pipeline}: {count} tensors on this rank are equal", flush=True)
             del chunks
             destroy_groups()
 

@@ -1,6 +1,6 @@
-"""Run by torchrun: load each family's checkpoint in several layouts, compare its logits with transformers', save it.
+"""Run by torchrun: load each family's checkpoint in several parallel layouts, compare its logits, save it.
 
-torchrun --nproc-per-node 4 run_families.py FOLDER, as test_families.py has filled FOLDER; writes FOLDER/found.json.
+torchrun --nproc-per-node 4 run_families.py FOLDER, which test_families.py wrote; writes FOLDER/found.json.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megatron_vlm.training.checkpoint import load_checkpoint, read_recipe, requi
 
 @torch.no_grad()
 def whole_logits(model: VisionLanguageModel, batch: PackedBatch, recipe: Recipe) -> torch.Tensor:
-    """[S, V] on every rank, put together from all context and tensor ranks."""
+    """[S, V] on every rank, gathered from all context and tensor ranks."""
     assert batch.tiles is not None
     start, stop = tile_range(batch.num_tiles, *tile_shard_rank(recipe.parallel))
     row = replace(batch, tiles=batch.tiles[start:stop])
@@ -43,7 +43,7 @@ def whole_logits(model: VisionLanguageModel, batch: PackedBatch, recipe: Recipe)
 
 
 def run(folder: Path, layout: dict[str, Any]) -> float:
-    """Largest difference of a logit from transformers'; leaves a checkpoint saved in this layout."""
+    """Largest difference of a logit from transformers'; saves a checkpoint in this layout."""
     recipe = read_recipe(folder / "megatron")
     recipe.parallel = ParallelConfig(**layout)
     recipe.data.seq_length = recipe.model.language.max_position_embeddings
@@ -53,11 +53,13 @@ def run(folder: Path, layout: dict[str, Any]) -> float:
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     chunks = build_model(recipe)
     progress = load_checkpoint(require_checkpoint(folder / "megatron"), chunks, recipe)
-    asked = torch.load(folder / "asked.pt")
-    apart = (whole_logits(chunks[0].eval(), PackedBatch(**asked["batch"]), recipe) - asked["logits"]).abs().max()
+    reference = torch.load(folder / "reference.pt")
+    largest = (
+        (whole_logits(chunks[0].eval(), PackedBatch(**reference["batch"]), recipe) - reference["logits"]).abs().max()
+    )
     save_checkpoint(folder / "saved" / name_of(layout), chunks, recipe, progress)
     destroy_groups()
-    return float(apart)
+    return float(largest)
 
 
 def name_of(layout: dict[str, Any]) -> str:

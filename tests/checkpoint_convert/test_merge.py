@@ -1,4 +1,4 @@
-"""Parts of different checkpoints as one model, and the projector on its own between two stages."""
+"""Parts of different checkpoints as one model, and a projector alone between two stages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROJECTOR = "multi_modal_projector."
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A whole VLM as a Hugging Face folder and as a checkpoint, another with other weights, a tower and a decoder."""
     root = tmp_path_factory.mktemp("parts")
     write_llava_next(root / "first", seed=11)
@@ -41,12 +41,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """What an export of a checkpoint holds."""
+    """The tensors of a checkpoint, under the names of an export."""
     return dict(open_source(checkpoint).tensors)
 
 
 def _original(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a folder made by transformers 5, under the names of an export."""
+    """The tensors of a folder that transformers 5 wrote, under the names of an export."""
     renamed = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
         new = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
@@ -54,21 +54,23 @@ def _original(folder: Path) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def test_parts_of_three_checkpoints(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The tower of a Hugging Face folder, the projector of a Megatron checkpoint, the decoder alone."""
-    arguments = ["--vision", made["first"], "--projector", made["megatron"], "--language", made["olmo"]]
+def test_parts_of_three_checkpoints(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tower of a Hugging Face folder, the projector of a Megatron checkpoint, a language model alone."""
+    arguments = ["--vision", models["first"], "--projector", models["megatron"], "--language", models["olmo"]]
     assert merge.main([*map(str, arguments), "--save", str(tmp_path / "merged")]) == 0
-    assert "drawn at random" not in capsys.readouterr().out
+    assert "randomly initialised" not in capsys.readouterr().out
     exported = _tensors(tmp_path / "merged")
     decoder = olmo_model().model.state_dict()
     for name, tensor in exported.items():
         if name.startswith("language_model."):
             wanted = decoder[name.removeprefix("language_model.model.")]
         else:
-            wanted = _original(made["second" if name.startswith((PROJECTOR, "image_newline")) else "first"])[name]
+            wanted = _original(models["second" if name.startswith((PROJECTOR, "image_newline")) else "first"])[name]
         assert torch.equal(tensor, wanted), name
-    told = read_recipe(tmp_path / "merged").model
-    assert told.image_grid_pinpoints == [[28, 28], [28, 56]], "images are cut as the projector's own model cuts them"
+    model = read_recipe(tmp_path / "merged").model
+    assert model.image_grid_pinpoints == [[28, 28], [28, 56]], "images are tiled as in the projector's model"
 
 
 def _llava_file(folder: Path, file: Path, prefix: str = "model.", newline: bool = True) -> None:
@@ -87,36 +89,36 @@ def _llava_file(folder: Path, file: Path, prefix: str = "model.", newline: bool 
 
 
 @pytest.mark.parametrize(
-    ("name", "prefix", "newline", "drawn"),
+    ("name", "prefix", "newline", "initialised"),
     [
         ("mm_projector.bin", "model.", False, "image_newline"),
         ("mm_projector.safetensors", "base_model.model.model.", True, ""),
     ],
 )
 def test_a_published_projector_joins_tower_and_decoder(
-    made: dict[str, Path],
+    models: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     name: str,
     prefix: str,
     newline: bool,
-    drawn: str,
+    initialised: str,
 ) -> None:
-    _llava_file(made["first"], tmp_path / name, prefix, newline)
-    parts = ["--vision-model", str(made["clip"]), "--language-model", str(made["olmo"])]
+    _llava_file(models["first"], tmp_path / name, prefix, newline)
+    parts = ["--vision-model", str(models["clip"]), "--language-model", str(models["olmo"])]
     save = ["--projector", str(tmp_path / name), "--save", str(tmp_path / "megatron")]
     assert hf_to_megatron.main([*parts, *save]) == 0
-    told = capsys.readouterr().out
-    assert told.count("drawn at random") == bool(drawn)
-    assert f"to be trained: {drawn}\n" in told or not drawn
-    exported, wanted = _tensors(tmp_path / "megatron"), _original(made["first"])
+    output = capsys.readouterr().out
+    assert output.count("randomly initialised") == bool(initialised)
+    assert f"to be trained: {initialised}\n" in output or not initialised
+    exported, wanted = _tensors(tmp_path / "megatron"), _original(models["first"])
     for key in (key for key in exported if key.startswith((PROJECTOR, "image_newline"))):
-        assert torch.equal(exported[key], wanted[key]) == (key != drawn), key
+        assert torch.equal(exported[key], wanted[key]) == (key != initialised), key
 
 
-def test_projector_alone_there_and_back(made: dict[str, Path], tmp_path: Path) -> None:
-    """What one stage leaves is a file that LLaVA's own loading takes, and that the next stage starts from."""
-    export = ["--load", str(made["megatron"]), "--save", str(tmp_path / "projector"), "--format", "projector"]
+def test_round_trip_of_a_projector_alone(models: dict[str, Path], tmp_path: Path) -> None:
+    """LLaVA's own code loads the exported file, and the next stage starts from it."""
+    export = ["--load", str(models["megatron"]), "--save", str(tmp_path / "projector"), "--format", "projector"]
     assert megatron_to_hf.main(export) == 0
     file = tmp_path / "projector" / "mm_projector.bin"
     assert file.stat().st_size < 40_000, "the projector alone"
@@ -127,16 +129,16 @@ def test_projector_alone_there_and_back(made: dict[str, Path], tmp_path: Path) -
     theirs.load_state_dict({k.split("mm_projector.")[1]: v for k, v in saved.items() if "mm_projector" in k})
     assert sorted(k for k in saved if "mm_projector" not in k) == ["model.image_newline"]
 
-    arguments = ["--vision", made["first"], "--projector", tmp_path / "projector", "--language", made["first"]]
+    arguments = ["--vision", models["first"], "--projector", tmp_path / "projector", "--language", models["first"]]
     assert merge.main([*map(str, arguments), "--save", str(tmp_path / "merged")]) == 0
-    exported, wanted = _tensors(tmp_path / "merged"), _original(made["second"])
-    others = _original(made["first"])
+    exported, wanted = _tensors(tmp_path / "merged"), _original(models["second"])
+    others = _original(models["first"])
     for name, tensor in exported.items():
         of_projector = name.startswith((PROJECTOR, "image_newline"))
         assert torch.equal(tensor, (wanted if of_projector else others)[name]), name
 
 
-def test_parts_that_do_not_fit(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parts_that_do_not_fit(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wide = tmp_path / "wide"
     llava_next_model(language=GROUPED_QUERY_SIZES).save_pretrained(wide)
     write_tokenizer(wide)
@@ -146,26 +148,26 @@ def test_parts_that_do_not_fit(made: dict[str, Path], tmp_path: Path, capsys: py
     siglip = tmp_path / "siglip"
     write_llava_next(siglip, vision=SIGLIP_SIZES | {"model_type": "siglip_vision_model"})
     cases = [
-        (made["clip"], wide, made["olmo"], f"the projector of {wide} does not fit: its first weight is (48, 48)"),
-        (siglip, made["first"], made["olmo"], "the tower gives 36 numbers a patch and the decoder takes 40"),
-        (made["olmo"], made["first"], made["olmo"], "olmo (olmo) has no vision tower"),
-        (made["clip"], made["first"], made["clip"], "clip (clip_vision_model) has no language model"),
-        (made["clip"], made["olmo"], made["olmo"], "olmo (olmo) has no projector"),
-        (made["clip"], tmp_path / "text.bin", made["olmo"], "text.bin is no file of weights"),
-        (made["clip"], tmp_path / "half.bin", made["olmo"], "half.bin holds no projector"),
-        (made["clip"], tmp_path / "state.bin", made["olmo"], "something else than named tensors"),
-        (made["clip"], tmp_path / "nothing", made["olmo"], "nothing is no model: it has neither config.json"),
+        (models["clip"], wide, models["olmo"], f"the projector of {wide} does not fit: its first weight is (48, 48)"),
+        (siglip, models["first"], models["olmo"], "the tower's hidden size is 36 and the language model's 40"),
+        (models["olmo"], models["first"], models["olmo"], "olmo (olmo) has no vision tower"),
+        (models["clip"], models["first"], models["clip"], "clip (clip_vision_model) has no language model"),
+        (models["clip"], models["olmo"], models["olmo"], "olmo (olmo) has no projector"),
+        (models["clip"], tmp_path / "text.bin", models["olmo"], "text.bin is not a file of weights"),
+        (models["clip"], tmp_path / "half.bin", models["olmo"], "half.bin holds no projector"),
+        (models["clip"], tmp_path / "state.bin", models["olmo"], "does not hold named tensors only"),
+        (models["clip"], tmp_path / "nothing", models["olmo"], "nothing is not a model: it has neither config.json"),
     ]
     for vision, projector, language, message in cases:
         arguments = ["--vision", vision, "--projector", projector, "--language", language]
         assert merge.main([*map(str, arguments), "--save", str(tmp_path / "merged")]) == 1
-        told = capsys.readouterr().err
-        assert message in told
-        assert told.count("error: ") == 1
+        reported = capsys.readouterr().err
+        assert message in reported
+        assert reported.count("error: ") == 1
         assert not (tmp_path / "merged").exists()
 
 
-def test_a_projector_goes_between_parts_not_into_a_whole_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_projector_for_a_whole_model_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         hf_to_megatron.main(["--model", "a", "--projector", "b", "--save", "c"])
     assert stopped.value.code == 2

@@ -1,4 +1,4 @@
-"""Our model computes what transformers computes, with the same weights, in fp32."""
+"""Our model gives transformers' features and logits, with the same weights in fp32."""
 
 from __future__ import annotations
 

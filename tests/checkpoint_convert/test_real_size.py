@@ -1,6 +1,6 @@
 """Conversion of 1,486,569,472 parameters: bit for bit, in every layout, and the logits are transformers'.
 
-Some 8 GB of memory and 25 GB of disk; the two models are never in memory together.
+Needs about 8 GB of memory and 25 GB of disk; the two models are never in memory together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOLERANCE = 1e-4
 PROMPTS = {"text": [], "tall": [(300, 640)], "wide": [(640, 290)]}
 """Sizes of images, (width, height)."""
 WORLDS = {1: ["1,1"], 2: ["2,1", "1,2"], 4: ["4,1", "1,4", "2,2"]}
-"""Ranks: the layouts they try. The last one saves."""
+"""Number of ranks -> parallel layouts to test; the last one saves."""
 
 
 def write_real_folder(folder: Path, dtype: torch.dtype) -> Path:
@@ -52,7 +52,7 @@ def to_hf(load: Path, save: Path) -> Path:
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
-    before, after = FolderTensors(one, "whole"), FolderTensors(other, "whole")
+    before, after = FolderTensors(one, "llava"), FolderTensors(other, "llava")
     assert sorted(before) == sorted(after)
     for name in before:
         assert before[name].dtype == after[name].dtype and torch.equal(before[name], after[name]), name
@@ -68,7 +68,7 @@ def megatron(source: Path) -> Path:
     return to_megatron(source, source.with_name("megatron"))
 
 
-def test_there_and_back_is_bit_for_bit(source: Path, megatron: Path) -> None:
+def test_round_trip_is_bit_for_bit(source: Path, megatron: Path) -> None:
     back = to_hf(megatron, source.with_name("back"))
     assert_same_weights(source, back)
     shutil.rmtree(back)
@@ -97,14 +97,14 @@ def compare_our_logits(megatron: Path, into: Path) -> None:
 
 
 def in_own_process(function: Callable[[Path, Path], None], *arguments: Path) -> None:
-    """What it took of memory is free again afterwards."""
+    """Its memory is freed afterwards."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     process.start()
     process.join()
     assert process.exitcode == 0
 
 
-def test_logits_are_those_of_transformers(source: Path, megatron: Path, tmp_path: Path) -> None:
+def test_logits_equal_those_of_transformers(source: Path, megatron: Path, tmp_path: Path) -> None:
     in_own_process(write_reference_logits, source, tmp_path)
     in_own_process(compare_our_logits, megatron, tmp_path)
     differences = torch.load(tmp_path / "differences.pt")
@@ -116,14 +116,14 @@ def test_logits_are_those_of_transformers(source: Path, megatron: Path, tmp_path
         assert difference <= TOLERANCE, name
 
 
-def test_every_layout_loads_and_saves_what_was_imported(tmp_path: Path) -> None:
-    """In bf16: that fits four ranks in 24 GB."""
+def test_every_layout_loads_and_saves_the_imported_checkpoint(tmp_path: Path) -> None:
+    """In bf16, so that four ranks fit in 24 GB."""
     source = write_real_folder(tmp_path, torch.bfloat16)
     megatron = to_megatron(source, tmp_path / "megatron")
     for ranks, layouts in WORLDS.items():
         saved = tmp_path / f"saved-by-{ranks}"
         done = launch(Path(resave.__file__), megatron, saved, *layouts, ranks=ranks, timeout=1200)
-        assert done.stdout.count("as they were") == ranks * len(layouts)
+        assert done.stdout.count("are equal") == ranks * len(layouts)
         if ranks == 4:
             assert_same_weights(source, to_hf(saved, tmp_path / "back"))
         shutil.rmtree(saved)

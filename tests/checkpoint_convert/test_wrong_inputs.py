@@ -1,7 +1,6 @@
-"""Wrong inputs and conversions that end early: one message that names the key or the file, and no folder.
+"""Wrong inputs and interrupted conversions give one message that names the key or the file, and leave no folder.
 
-Wrong weights and configs on the way to Megatron are in test_conversion.py; here are files that are damaged, disks that
-are full, checkpoints that are none, and processes that are stopped.
+test_conversion.py has wrong weights and configs; here are damaged files and checkpoints, full disks and signals.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import torch
 from benchmarks.random_folder import write_random_folder
 from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
-from checkpoint_convert.huggingface.safetensors import FolderTensors, Planned, write_weights
+from checkpoint_convert.huggingface.safetensors import FolderTensors, TensorSpec, write_weights
 from checkpoint_convert.mapping.lazy_tensors import NamedTensors
 from checkpoint_convert.mapping.param_map import HuggingFaceTensors, MegatronTensors
 from megatron_vlm.config import ModelConfig, recipe_from_dict
@@ -42,9 +41,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, model = tmp_path_factory.mktemp("sound"), small_model()
     model.image_token_index = write_tokenizer(folder / "words")
     write_random_folder(folder / "whole", folder / "words", model, torch.float32)
-    tensors = FolderTensors(folder / "whole", "whole")
+    tensors = FolderTensors(folder / "whole", "llava")
     shutil.copytree(folder / "whole", folder / "hf", ignore=shutil.ignore_patterns("*.safetensors"))
-    plan = [Planned(name, tensors.shape(name), torch.float32) for name in tensors]
+    plan = [TensorSpec(name, tensors.shape(name), torch.float32) for name in tensors]
     write_weights(tensors.items(), folder / "hf", shard_bytes=200_000, plan=plan)
     assert hf_to_megatron.main(["--model", str(folder / "hf"), "--save", str(folder / "megatron")]) == 0
     return folder
@@ -52,7 +51,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def inputs(sound: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy to damage."""
     for name in ("hf", "megatron"):
         shutil.copytree(sound / name, tmp_path / name)
     return tmp_path
@@ -68,15 +67,15 @@ def _to_hf(folder: Path) -> int:
     )
 
 
-def _refused(code: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    told = capsys.readouterr().err
+def _rejected(code: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    error = capsys.readouterr().err
     assert code == 1
-    assert told.count("error: ") == 1 and "Traceback" not in told
-    assert sorted(path.name for path in folder.iterdir()) == ["hf", "megatron"], "nothing new, hidden ones included"
-    return told
+    assert error.count("error: ") == 1 and "Traceback" not in error
+    assert sorted(path.name for path in folder.iterdir()) == ["hf", "megatron"], "no new folder, not even a hidden one"
+    return error
 
 
-def _cut(file: Path, keep: float) -> None:
+def _truncate(file: Path, keep: float) -> None:
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * keep)])
 
@@ -87,12 +86,12 @@ def _files(folder: Path, pattern: str) -> list[Path]:
     return found
 
 
-def _cut_common_state(megatron: Path) -> None:
-    """megatron-core 0.19 still reads what 0.16 wrote to this file, and puts it elsewhere itself."""
+def _truncate_common_state(megatron: Path) -> None:
+    """megatron-core 0.19 reads this file of 0.16, but stores its content elsewhere itself."""
     file = megatron / "iter_0000000" / "common.pt"
     if not file.is_file():
         torch.save({"progress": {"iteration": 0}}, file)
-    _cut(file, 0.5)
+    _truncate(file, 0.5)
 
 
 WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
@@ -100,32 +99,32 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda hf: _files(hf, "*.safetensors")[1].unlink(),
         ["model.safetensors.index.json names files that are not there: model-00002-of-"],
     ),
-    "cut shard": (
-        lambda hf: _cut(_files(hf, "*.safetensors")[1], 0.9),
+    "truncated shard": (
+        lambda hf: _truncate(_files(hf, "*.safetensors")[1], 0.9),
         ["model-00002-of-", ".safetensors cannot be read"],
     ),
-    "cut in the header": (
-        lambda hf: _cut(_files(hf, "*.safetensors")[0], 0.001),
+    "truncated header": (
+        lambda hf: _truncate(_files(hf, "*.safetensors")[0], 0.001),
         ["model-00001-of-", ".safetensors cannot be read"],
     ),
-    "empty shard": (lambda hf: _cut(_files(hf, "*.safetensors")[0], 0), ["model-00001-of-", "cannot be read"]),
+    "empty shard": (lambda hf: _truncate(_files(hf, "*.safetensors")[0], 0), ["model-00001-of-", "cannot be read"]),
     "broken index": (
         lambda hf: (hf / "model.safetensors.index.json").write_text("{"),
         ["model.safetensors.index.json cannot be read"],
     ),
     "broken config": (lambda hf: (hf / "config.json").write_text("{"), ["config.json is not JSON"]),
-    "config of another kind": (lambda hf: (hf / "config.json").write_text("[]"), ["config.json holds no settings"]),
+    "config is a list": (lambda hf: (hf / "config.json").write_text("[]"), ["config.json holds no settings"]),
 }
 
 
-@pytest.mark.parametrize(("spoil", "messages"), WRONG_FOLDERS.values(), ids=WRONG_FOLDERS.keys())
+@pytest.mark.parametrize(("damage", "messages"), WRONG_FOLDERS.values(), ids=WRONG_FOLDERS.keys())
 def test_damaged_folder(
-    inputs: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], messages: list[str]
+    inputs: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], messages: list[str]
 ) -> None:
-    spoil(inputs / "hf")
-    told = _refused(_to_megatron(inputs), inputs, capsys)
-    assert all(message in told for message in messages), told
-    assert str(inputs / "hf") in told
+    damage(inputs / "hf")
+    error = _rejected(_to_megatron(inputs), inputs, capsys)
+    assert all(message in error for message in messages), error
+    assert str(inputs / "hf") in error
 
 
 def _edit_recipe(edit: Callable[[dict], object]) -> Callable[[Path], object]:
@@ -139,20 +138,20 @@ def _edit_recipe(edit: Callable[[dict], object]) -> Callable[[Path], object]:
 
 
 WRONG_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "cut file": (
-        lambda m: _cut(_files(m, "*.distcp")[0], 0.9),
+    "truncated file": (
+        lambda m: _truncate(_files(m, "*.distcp")[0], 0.9),
         [".distcp has", "are needed: copy the checkpoint again"],
     ),
-    "missing file": (lambda m: _files(m, "*.distcp")[0].unlink(), [".distcp is not there"]),
+    "missing file": (lambda m: _files(m, "*.distcp")[0].unlink(), [".distcp does not exist"]),
     "overwritten file": (
         lambda m: (f := _files(m, "*.distcp")[0]).write_bytes(b"x" * f.stat().st_size),
         ["cannot be read from", ".distcp", "Copy the checkpoint again"],
     ),
-    "cut metadata": (lambda m: _cut(_files(m, ".metadata")[0], 0.5), [".metadata cannot be read"]),
-    "cut recipe": (lambda m: _cut(_files(m, "recipe.json")[0], 0.5), ["recipe.json", "cannot be read"]),
-    "cut common state": (_cut_common_state, ["common.pt cannot be read"]),
+    "truncated metadata": (lambda m: _truncate(_files(m, ".metadata")[0], 0.5), [".metadata cannot be read"]),
+    "truncated recipe": (lambda m: _truncate(_files(m, "recipe.json")[0], 0.5), ["recipe.json", "cannot be read"]),
+    "truncated common state": (_truncate_common_state, ["common.pt cannot be read"]),
     "no iteration": (lambda m: (m / "latest_checkpointed_iteration.txt").write_text("?"), ["cannot be read ("]),
-    "iteration that is gone": (
+    "missing iteration": (
         lambda m: (m / "latest_checkpointed_iteration.txt").write_text("7"),
         ["names iter_0000007, which is missing"],
     ),
@@ -162,11 +161,11 @@ WRONG_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "more layers than stored": (
         _edit_recipe(lambda r: r["model"]["language"].update(num_hidden_layers=5)),
-        ["missing:", "language_model.decoder.layers.4."],
+        ["missing tensors:", "language_model.decoder.layers.4."],
     ),
     "fewer layers than stored": (
         _edit_recipe(lambda r: r["model"]["language"].update(num_hidden_layers=3)),
-        ["no place in this model:", "language_model.decoder.layers.3."],
+        ["unexpected tensors:", "language_model.decoder.layers.3."],
     ),
     "another width": (
         _edit_recipe(lambda r: r["model"]["language"].update(intermediate_size=70)),
@@ -174,24 +173,24 @@ WRONG_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "another tokenizer": (
         lambda m: write_tokenizer(m / "tokenizer", 290) and None,
-        ["image_token_index", "its tokenizer has 290 words"],
+        ["image_token_index", "its tokenizer has 290 tokens"],
     ),
     "no tokenizer": (lambda m: shutil.rmtree(m / "tokenizer"), ["--tokenizer"]),
 }
 
 
-@pytest.mark.parametrize(("spoil", "messages"), WRONG_CHECKPOINTS.values(), ids=WRONG_CHECKPOINTS.keys())
+@pytest.mark.parametrize(("damage", "messages"), WRONG_CHECKPOINTS.values(), ids=WRONG_CHECKPOINTS.keys())
 def test_damaged_checkpoint(
-    inputs: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], messages: list[str]
+    inputs: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], messages: list[str]
 ) -> None:
-    spoil(inputs / "megatron")
-    told = _refused(_to_hf(inputs), inputs, capsys)
-    assert all(message in told for message in messages), told
-    assert str(inputs / "megatron") in told or "--tokenizer" in told or "tokenizer" in told
+    damage(inputs / "megatron")
+    error = _rejected(_to_hf(inputs), inputs, capsys)
+    assert all(message in error for message in messages), error
+    assert str(inputs / "megatron") in error or "--tokenizer" in error or "tokenizer" in error
 
 
 @pytest.mark.parametrize("convert", [_to_megatron, _to_hf])
-def test_no_space_is_told_before_anything_is_written(
+def test_missing_space_is_reported_before_anything_is_written(
     inputs: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -199,21 +198,21 @@ def test_no_space_is_told_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(inputs)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    told = _refused(convert(inputs), inputs, capsys)
-    assert f"no space in {inputs}: " in told and "are to be written, 0.00 GiB are free" in told
+    error = _rejected(convert(inputs), inputs, capsys)
+    assert f"no space in {inputs}: " in error and "are to be written, 0.00 GiB are free" in error
 
 
 @pytest.mark.parametrize("convert", [_to_megatron, _to_hf])
 def test_a_write_that_fails(inputs: Path, capsys: pytest.CaptureFixture[str], convert: Callable[[Path], int]) -> None:
-    """The system refuses to write on, as it does on a full disk, in the middle of a file."""
+    """The system stops writing in the middle of a file, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         code = convert(inputs)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    told = _refused(code, inputs, capsys)
-    assert f"{inputs / 'saved'}: File too large" in told
+    error = _rejected(code, inputs, capsys)
+    assert f"{inputs / 'saved'}: File too large" in error
 
 
 def test_a_full_disk(
@@ -222,7 +221,7 @@ def test_a_full_disk(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Full in earnest, and only found so while writing: others write to disks too."""
+    """The disk becomes full while writing: other processes may write to it too."""
     disk = tmp_path_factory.mktemp("disk")
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("no right to mount a disk of 300 kB")
@@ -230,22 +229,22 @@ def test_a_full_disk(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     try:
         code = hf_to_megatron.main(["--model", str(inputs / "hf"), "--save", str(disk / "saved")])
-        told = _refused(code, inputs, capsys)
+        error = _rejected(code, inputs, capsys)
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)
-    assert f"{disk / 'saved'}: No space left on device" in told
+    assert f"{disk / 'saved'}: No space left on device" in error
 
 
-def test_what_half_precision_cannot_hold(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = [Planned("projector", (2,), torch.float16)]
+def test_values_beyond_float16(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = [TensorSpec("projector", (2,), torch.float16)]
     with pytest.raises(Exception, match=r"projector holds 70000, and float16 ends at 65504"):
         write_weights([("projector", torch.tensor([1.0, -7e4]))], tmp_path, plan=plan)
 
 
-def _stand_still(folder: Path, convert: Callable[[Path], int], in_the_middle: EventType) -> None:
-    """Convert, and stop after some of the tensors are written. What is told goes to a file."""
-    sys.stderr = (folder / "hf" / "told").open("w", buffering=1)
+def _wait_in_the_middle(folder: Path, convert: Callable[[Path], int], in_the_middle: EventType) -> None:
+    """Convert, and wait after some tensors are written. stderr goes to a file."""
+    sys.stderr = (folder / "hf" / "stderr").open("w", buffering=1)
     read: list[str] = []
 
     def slow(tensors: type[NamedTensors]) -> None:
@@ -279,12 +278,12 @@ def test_stopped_in_the_middle(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # imports once for all cases
     in_the_middle = context.Event()
-    process = context.Process(target=_stand_still, args=(inputs, convert, in_the_middle))
+    process = context.Process(target=_wait_in_the_middle, args=(inputs, convert, in_the_middle))
     process.start()
     try:
         assert in_the_middle.wait(120)
-        (making,) = (path for path in inputs.iterdir() if path.name not in ("hf", "megatron"))
-        assert making.name.startswith(".saved.staging-") and any(making.iterdir())
+        (staging_dir,) = (path for path in inputs.iterdir() if path.name not in ("hf", "megatron"))
+        assert staging_dir.name.startswith(".saved.staging-") and any(staging_dir.iterdir())
         os.kill(process.pid or 0, end)
         process.join(60)
         assert process.exitcode == code
@@ -292,11 +291,11 @@ def test_stopped_in_the_middle(
         process.kill()
         process.join()
     assert not (inputs / "saved").exists()
-    assert "Traceback" not in (inputs / "hf" / "told").read_text()
+    assert "Traceback" not in (inputs / "hf" / "stderr").read_text()
     if end == signal.SIGKILL:
-        assert making.exists()
-        assert convert(inputs) == 0, "what is left is not in the way of the next call"
-        assert f"{making} was left by a process that was killed" in capsys.readouterr().err
+        assert staging_dir.exists()
+        assert convert(inputs) == 0, "the leftover does not block the next call"
+        assert f"{staging_dir} was left by a process that was killed" in capsys.readouterr().err
         assert (inputs / "saved").is_dir()
     else:
-        assert not making.exists()
+        assert not staging_dir.exists()

@@ -1,4 +1,4 @@
-"""Our model beside transformers' own, on the same weights and the same prompts."""
+"""Our model and transformers' with the same weights, and inputs of both for the same prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from checkpoint_convert.huggingface.config import model_from_llava_next
 from checkpoint_convert.mapping.hf_names import canonical_name
-from checkpoint_convert.mapping.param_map import name_map, to_megatron
+from checkpoint_convert.mapping.param_map import param_map, to_megatron
 from checkpoint_convert.megatron.files import tensors_of
 from megatron_vlm.config import ModelConfig, Recipe
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
@@ -24,7 +24,7 @@ from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.runtime.launch import distributed
 
 SINGLE, TALL, WIDE = (20, 20), (25, 80), (90, 31)
-"""(width, height) of images that are tiled as one tile, as a column and as a row."""
+"""(width, height) of images that become one tile, a column of tiles and a row of tiles."""
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
@@ -42,9 +42,9 @@ def fill(model: VisionLanguageModel, tensors: Iterable[tuple[str, torch.Tensor]]
 
 
 def canonical_tensors(hf_model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a LlavaNextForConditionalGeneration under the name map's names."""
+    """The tensors of a LlavaNextForConditionalGeneration under the parameter map's names."""
     tied = hf_model.config.text_config.tie_word_embeddings
-    named = {canonical_name(name, "whole"): tensor for name, tensor in hf_model.state_dict().items()}
+    named = {canonical_name(name, "llava"): tensor for name, tensor in hf_model.state_dict().items()}
     return {
         name: tensor
         for name, tensor in named.items()
@@ -53,22 +53,22 @@ def canonical_tensors(hf_model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def model_config(hf_model: Any) -> ModelConfig:
-    """What hf_to_megatron reads from the model's config.json."""
+    """Our config of the model, as hf_to_megatron reads it from config.json."""
     return model_from_llava_next(hf_model.config.to_dict(), "the reference")
 
 
 @contextmanager
 def megatron_model(hf_model: Any) -> Iterator[VisionLanguageModel]:
-    """Our model with the weights of a LlavaNextForConditionalGeneration, in a world of one process."""
+    """Our model with the weights of a LlavaNextForConditionalGeneration, in one process."""
     recipe = Recipe(model=model_config(hf_model))
     with distributed(recipe.parallel):
         (model,) = build_model(recipe)
-        fill(model, to_megatron(name_map(recipe.model), canonical_tensors(hf_model), "the reference"))
+        fill(model, to_megatron(param_map(recipe.model), canonical_tensors(hf_model), "the reference"))
         yield model.eval()
 
 
 def prompt(model: ModelConfig, sizes: list[tuple[int, int]], seed: int = 0) -> tuple[PackedBatch, dict[str, Any]]:
-    """Random words around images of the given sizes: a row for us and the inputs that transformers wants."""
+    """Random tokens around images of the given sizes: our row, and the inputs of transformers."""
     generator = np.random.default_rng(seed)
     images = [picture(size, seed + number) for number, size in enumerate(sizes)]
     per_tile = model.vision.patches_per_tile

@@ -16,7 +16,7 @@ from evaluate import Question
 from PIL import Image
 
 from benchmarks.random_tokenizer import write_tokenizer
-from checkpoint_convert.huggingface.llava_next import write_companions
+from checkpoint_convert.huggingface.llava_next import write_configs
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from tests.checkpoint_convert.whole_model import model_config, picture
 from tests.support.random_models import llava_next_model
@@ -52,7 +52,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder, words = tmp_path_factory.mktemp("hf"), tmp_path_factory.mktemp("words")
     model = llava_next_model(image_token_index=write_tokenizer(words))
     model.save_pretrained(folder)
-    write_companions(folder, model_config(model), load_tokenizer(words), torch.float32)
+    write_configs(folder, model_config(model), load_tokenizer(words), torch.float32)
     for number, (name, size) in enumerate({"a.png": (40, 40), "b.png": (60, 30), "c.png": (30, 90)}.items()):
         picture(size, seed=number).save(folder / name)
     return SimpleNamespace(folder=folder)

@@ -38,9 +38,9 @@ def write_exports(root: Path, dtype: torch.dtype = torch.float32, **settings: An
     tensors = {name: tensor.to(dtype) for name, tensor in canonical_tensors(reference).items()}
     for name in ("instellavl", "llava_next"):
         (root / name).mkdir()
-    instellavl.write_companions(root / "instellavl", model, tokenizer, dtype, "anyres")
+    instellavl.write_configs(root / "instellavl", model, tokenizer, dtype, "anyres")
     write_weights(((instellavl_name(name), tensor) for name, tensor in tensors.items()), root / "instellavl")
-    llava_next.write_companions(root / "llava_next", model, tokenizer, dtype)
+    llava_next.write_configs(root / "llava_next", model, tokenizer, dtype)
     write_weights(tensors.items(), root / "llava_next")
     make_answers_end(root)
     return model

@@ -1,4 +1,4 @@
-"""The package around the snippets: images as in training, prompts as in training, errors that say what to do."""
+"""The published interface: images and prompts as in training, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert.errors import ConversionError
-from checkpoint_convert.huggingface.instellavl import REMOTE_CODE, model_from_instellavl, write_companions
+from checkpoint_convert.huggingface.instellavl import REMOTE_CODE, model_from_instellavl, write_configs
 from instellavl.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from instellavl.conversation import conv_templates
 from instellavl.image_processing_instellavl import InstellaVLImageProcessor, feature_order
@@ -61,7 +61,7 @@ def processor(loaded: tuple[Any, Any, Any, int]) -> InstellaVLProcessor:
 
 
 @pytest.mark.parametrize("aspect_ratio", ["anyres", "square", "pad"])
-def test_images_are_cut_and_merged_as_in_training(folder: Path, aspect_ratio: str) -> None:
+def test_images_are_tiled_and_merged_as_in_training(folder: Path, aspect_ratio: str) -> None:
     from instellavl.configuration_instellavl import InstellaVLConfig
 
     fields = json.loads((folder / "config.json").read_text()) | {"image_aspect_ratio": aspect_ratio}
@@ -76,7 +76,7 @@ def test_images_are_cut_and_merged_as_in_training(folder: Path, aspect_ratio: st
         assert np.array_equal(ours, image_to_tiles(image, model, aspect_ratio)), size
     for size in np.random.default_rng(0).integers(1, 600, (300, 2)).tolist():
         assert np.array_equal(
-            feature_order(size, config), training_feature_order(size, ImageGeometry.of(model, aspect_ratio))
+            feature_order(size, config), training_feature_order(tuple(size), ImageGeometry.of(model, aspect_ratio))
         ), size
 
 
@@ -148,7 +148,9 @@ def test_loader_chooses_for_a_cpu(folder: Path) -> None:
         )
     assert model.dtype == torch.float32 and model.device.type == "cpu" and not model.training
     assert context == LANGUAGE_SIZES["max_position_embeddings"] and len(tokenizer) == 270
-    assert model.get_input_embeddings().weight.shape[0] == LANGUAGE_SIZES["vocab_size"], "not cut to the tokenizer"
+    assert model.get_input_embeddings().weight.shape[0] == LANGUAGE_SIZES["vocab_size"], (
+        "not truncated to the tokenizer"
+    )
 
 
 def test_images_of_any_dtype(loaded: tuple[Any, Any, Any, int], processor: InstellaVLProcessor, folder: Path) -> None:
@@ -199,8 +201,8 @@ def test_wrong_inputs_are_named(loaded: tuple[Any, Any, Any, int], processor: In
     tiles = image_processor.preprocess(picture((25, 80)))["pixel_values"]
     ids = torch.tensor([[269, IMAGE_TOKEN_INDEX, 5]])
     for message, arguments in {
-        "1 places for images .* and 0 images": {"inputs": ids},
-        "0 places for images .* and 1 images": {"inputs": ids[:, :1], "images": tiles, "image_sizes": [(25, 80)]},
+        "1 placeholders for images .* and 0 images": {"inputs": ids},
+        "0 placeholders for images .* and 1 images": {"inputs": ids[:, :1], "images": tiles, "image_sizes": [(25, 80)]},
         "image_sizes is missing": {"inputs": ids, "images": tiles},
         "1 images and 2 image_sizes": {"inputs": ids, "images": tiles, "image_sizes": [(25, 80)] * 2},
         "image 0 of 80 x 80 pixels comes as a tensor": {"inputs": ids, "images": tiles, "image_sizes": [(80, 80)]},
@@ -226,7 +228,7 @@ def test_what_cannot_be_loaded_is_named(folder: Path, tmp_path: Path, monkeypatc
         load_pretrained_model(str(folder), None, None, True, True)
     with pytest.raises(LoadError, match="model_base .* is not supported"):
         load_pretrained_model(str(folder), "base")
-    with pytest.raises(LoadError, match="is not there"):
+    with pytest.raises(LoadError, match="does not exist"):
         load_pretrained_model(str(tmp_path / "absent"))
     with pytest.raises(LoadError, match="holds no config.json"):
         load_pretrained_model(str(tmp_path))
@@ -234,7 +236,7 @@ def test_what_cannot_be_loaded_is_named(folder: Path, tmp_path: Path, monkeypatc
         load_pretrained_model(str(folder.parent / "llava_next"))
 
 
-def test_export_has_the_published_layout(tmp_path: Path) -> None:
+def test_export_has_the_published_format(tmp_path: Path) -> None:
     write_exports(tmp_path, language=LANGUAGE_SIZES | {"tie_word_embeddings": True}, dtype=torch.bfloat16)
     folder = tmp_path / "instellavl"
     with safe_open(folder / "model.safetensors", framework="pt") as file:
@@ -250,7 +252,7 @@ def test_export_has_the_published_layout(tmp_path: Path) -> None:
 
 
 def test_the_published_config_is_read() -> None:
-    """It names its tower only, and has no image token."""
+    """It has only the tower's name, and no image token."""
     published = {
         "model_type": "instellavl", "mm_vision_tower": "openai/clip-vit-large-patch14-336", "hidden_size": 2048,
         "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 16, "vocab_size": 50304,
@@ -263,12 +265,12 @@ def test_the_published_config_is_read() -> None:
             model_from_instellavl(published | {name: value}, "config.json", 50280)
 
 
-def test_other_families_are_refused(tmp_path: Path) -> None:
+def test_other_families_are_rejected(tmp_path: Path) -> None:
     words = write_tokenizer(tmp_path / "words")
     model = ModelConfig(image_token_index=words)
     model.vision = VisionConfig(model_type="siglip_vision_model", class_token=False, pre_norm=False, patch_bias=True)
     with pytest.raises(ConversionError, match="export with --format llava_next"):
-        write_companions(tmp_path, model, load_tokenizer(tmp_path / "words"), torch.float32, "anyres")
+        write_configs(tmp_path, model, load_tokenizer(tmp_path / "words"), torch.float32, "anyres")
 
 
 def test_package_needs_neither_megatron_nor_streaming() -> None:

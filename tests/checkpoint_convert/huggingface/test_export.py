@@ -1,4 +1,4 @@
-"""An exported folder is a stock transformers model: weights, processor, tokenizer, template."""
+"""Stock transformers loads an exported folder: weights, processor, tokenizer, template."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
 from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert.huggingface.config import llava_next_config, model_from_llava_next, model_from_parts
-from checkpoint_convert.huggingface.llava_next import write_companions
+from checkpoint_convert.huggingface.llava_next import write_configs
 from checkpoint_convert.huggingface.safetensors import write_weights
-from checkpoint_convert.mapping.param_map import name_map, to_hf, to_megatron
+from checkpoint_convert.mapping.param_map import param_map, to_hf, to_megatron
 from megatron_vlm.config import LanguageConfig, ModelConfig, VisionConfig
 from megatron_vlm.data.processing.conversation import Turn, encode_conversation, encode_prompt
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
@@ -25,12 +25,12 @@ from tests.support.random_models import GROUPED_QUERY_SIZES, llava_next_model
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, ModelConfig]:
-    """A folder, the transformers model its weights come from, and our config of it."""
+    """An exported folder, the transformers model with the same weights, and our config of it."""
     folder, words = tmp_path_factory.mktemp("exported"), tmp_path_factory.mktemp("words")
     reference = llava_next_model(language=GROUPED_QUERY_SIZES, image_token_index=write_tokenizer(words))
     model = model_config(reference)
-    entries = name_map(model)
-    write_companions(folder, model, load_tokenizer(words), torch.float32)
+    entries = param_map(model)
+    write_configs(folder, model, load_tokenizer(words), torch.float32)
     megatron = dict(to_megatron(entries, canonical_tensors(reference), "the reference"))
     write_weights(to_hf(entries, megatron, "the reference"), folder)
     return folder, reference, model
@@ -90,7 +90,7 @@ def test_template_of_several_turns_is_ours(exported: tuple[Path, Any, ModelConfi
         processor.tokenizer.apply_chat_template([{"role": "system", "content": "x"}])
 
 
-def test_configs_there_and_back() -> None:
+def test_config_round_trip() -> None:
     model = model_from_parts(VisionConfig(), LanguageConfig(), 50280)
     assert model == ModelConfig(), "the published model and its resolutions, in the published order"
     config = llava_next_config(model, 50279, 1, "bfloat16")

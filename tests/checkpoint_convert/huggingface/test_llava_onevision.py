@@ -1,4 +1,4 @@
-"""A `llava_onevision` folder: what it becomes, and that our model computes what transformers' LlavaOnevision does."""
+"""A converted `llava_onevision` folder: its recipe, and logits and tiles that equal those of transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.random_models import LANGUAGE_SIZES, QWEN2_SIZES, SIGLIP_SIZE
 TOLERANCE = 1e-4
 PINPOINTS = [[28 * rows, 28 * columns] for rows in range(1, 5) for columns in range(1, 5)]
 SIZES = {"one tile": (20, 20), "tall": (25, 80), "wide": (90, 31), "reduced": (107, 97), "reduced, odd": (111, 61)}
-"""(width, height); all but the first have more patches than anyres_max_2 leaves."""
+"""(width, height); all but the first have more patches than anyres_max_2 keeps."""
 CASES: dict[str, Any] = {
     "siglip, qwen2": (
         SIGLIP_SIZES | {"model_type": "siglip_vision_model", "vision_use_head": False},
@@ -84,7 +84,7 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return folder / "source", folder / "megatron", reference
 
 
-def test_what_it_becomes(converted: tuple[Path, Path, Any]) -> None:
+def test_recipe_of_the_checkpoint(converted: tuple[Path, Path, Any]) -> None:
     _, megatron, reference = converted
     recipe = read_recipe(megatron)
     assert recipe.data.image_aspect_ratio == "anyres_max_2"
@@ -95,16 +95,16 @@ def test_what_it_becomes(converted: tuple[Path, Path, Any]) -> None:
 
 
 @torch.no_grad()
-def test_logits_are_those_of_transformers(converted: tuple[Path, Path, Any]) -> None:
+def test_logits_equal_those_of_transformers(converted: tuple[Path, Path, Any]) -> None:
     _, megatron, reference = converted
     with load_engine(megatron) as engine:
         model, aspect_ratio = engine.recipe.model, engine.recipe.data.image_aspect_ratio
-        blended = {}
+        reduced = {}
         for name, size in SIZES.items():
             image = picture(size)
             prompt = Prompt([Turn("human", "<image>\nWhat is the colour?")], [image])
             batch = read_prompts([prompt], model, aspect_ratio, engine.tokenizer)
-            blended[name] = batch.bilinear_sources is not None and len(batch.bilinear_sources) > 0
+            reduced[name] = batch.bilinear_sources is not None and len(batch.bilinear_sources) > 0
             assert batch.tiles is not None
             tiles = normalise_tiles(batch.tiles, model.vision.image_mean, model.vision.image_std)
             inputs = {"pixel_values": tiles[None], "image_sizes": torch.tensor([size[::-1]])}
@@ -112,12 +112,12 @@ def test_logits_are_those_of_transformers(converted: tuple[Path, Path, Any]) -> 
             difference = (our_logits(engine.model, batch) - wanted).abs().max()
             assert difference < TOLERANCE, f"{name}: {difference:.1e}"
             assert wanted.std() > 0.1
-        assert blended["reduced"]
-        assert blended["reduced, odd"]
-        assert not blended["one tile"]
+        assert reduced["reduced"]
+        assert reduced["reduced, odd"]
+        assert not reduced["one tile"]
 
 
-def test_tiles_and_counts_are_those_of_its_processor(converted: tuple[Path, Path, Any]) -> None:
+def test_tiles_and_token_counts_equal_those_of_the_processor(converted: tuple[Path, Path, Any]) -> None:
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
     source, megatron, reference = converted
@@ -148,20 +148,20 @@ def test_tiles_and_counts_are_those_of_its_processor(converted: tuple[Path, Path
         ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
     ],
 )
-def test_what_is_not_computed_is_refused(
+def test_unsupported_settings_are_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
 ) -> None:
     write_onevision(tmp_path / "source", "siglip, qwen2")
     file = tmp_path / "source" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     assert hf_to_megatron.main(["--model", str(tmp_path / "source"), "--save", str(tmp_path / "megatron")]) == 1
-    told = capsys.readouterr().err
-    assert message in told
-    assert str(file) in told
+    reported = capsys.readouterr().err
+    assert message in reported
+    assert str(file) in reported
     assert not (tmp_path / "megatron").exists()
 
 
-def test_other_colours_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_image_means_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_onevision(tmp_path / "source", "siglip, qwen2")
     file = tmp_path / "source" / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))

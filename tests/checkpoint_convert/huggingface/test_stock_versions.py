@@ -1,4 +1,4 @@
-"""An exported `llava_next` folder under transformers 4.57 and 5.23, each in an environment without this project."""
+"""An exported `llava_next` folder in transformers 4.57 and 5.23, each in an environment without this project."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.launch import ROOT
 
 
 def in_environment(environment: Environment, folder: Path) -> dict[str, Any]:
-    """What stock.py finds there."""
+    """The results of stock.py there."""
     done = environment.run(ROOT / "tests" / "checkpoint_convert" / "stock.py", folder)
     assert done.returncode == 0, done.stdout + done.stderr[-6000:]
     with np.load(folder / "stock.npz") as found:
@@ -39,7 +39,7 @@ def test_both_versions_give_our_tiles_and_equal_logits(
     assert (str(newer["version"]), str(old["version"])) == ("5.23.0", "4.57.6")
     for found in (newer, old):
         for name, image in table.items():
-            assert_same(image, ModelConfig(), found[f"tiles {name}"], int(found[f"positions {name}"]))
+            assert_same(image, ModelConfig(), found[f"tiles {name}"], int(found[f"image_tokens {name}"]))
     prompts = [f"logits {name}" for name in [*pictures(), "text"]]
     assert len({newer[name].tobytes() for name in prompts}) == len(prompts)
     for name in prompts:

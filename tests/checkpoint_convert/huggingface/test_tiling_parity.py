@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 
 from benchmarks.random_tokenizer import write_tokenizer
-from checkpoint_convert.huggingface.llava_next import write_companions
+from checkpoint_convert.huggingface.llava_next import write_configs
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, image_to_tiles
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
-from tests.checkpoint_convert.stock import pil_processor, tiles_and_positions
+from tests.checkpoint_convert.stock import pil_processor, tiles_and_image_tokens
 from tests.checkpoint_convert.whole_model import picture
 
-# (width, height) -> positions, base view included: the published system's own counts
+# (width, height) -> image tokens, base view included, as the published model counts them
 PUBLISHED = {
     (336, 336): 1176,
     (200, 150): None,
@@ -53,17 +53,17 @@ def write_processor(folder: Path, pinpoints: list[list[int]] | None = None) -> M
     words = write_tokenizer(folder / "words")
     model = ModelConfig(image_token_index=words)
     model.image_grid_pinpoints = pinpoints or model.image_grid_pinpoints
-    write_companions(folder, model, load_tokenizer(folder / "words"), torch.float32)
+    write_configs(folder, model, load_tokenizer(folder / "words"), torch.float32)
     return model
 
 
-def assert_same(image: Image.Image, model: ModelConfig, tiles: np.ndarray, positions: int) -> None:
-    """That transformers' tiles and number of positions are ours."""
+def assert_same(image: Image.Image, model: ModelConfig, tiles: np.ndarray, image_tokens: int) -> None:
+    """Assert that transformers' tiles and number of image tokens equal ours."""
     ours = image_to_tiles(image, model, "anyres")
     assert ours.shape == tiles.shape
     assert np.abs(ours - tiles).max() < 1e-3
-    assert num_image_tokens(image.size, ImageGeometry.of(model, "anyres")) == positions
-    assert PUBLISHED.get(image.size) in (None, positions)
+    assert num_image_tokens(image.size, ImageGeometry.of(model, "anyres")) == image_tokens
+    assert PUBLISHED.get(image.size) in (None, image_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +74,15 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("size", PUBLISHED, ids=str)
-def test_tiles_and_positions(processor: Any, size: tuple[int, int]) -> None:
+def test_tiles_and_image_tokens(processor: Any, size: tuple[int, int]) -> None:
     image = picture(size)
-    assert_same(image, ModelConfig(), *tiles_and_positions(processor, image))
+    assert_same(image, ModelConfig(), *tiles_and_image_tokens(processor, image))
 
 
 def test_a_single_pixel(processor: Any) -> None:
-    """transformers 4.57 cannot tell its rows from its colours; 5 can."""
+    """transformers 4.57 takes its rows for color channels; 5 does not."""
     image = picture((1, 1))
-    assert_same(image, ModelConfig(), *tiles_and_positions(processor, image))
+    assert_same(image, ModelConfig(), *tiles_and_image_tokens(processor, image))
 
 
 def test_random_sizes(processor: Any) -> None:
@@ -93,12 +93,12 @@ def test_random_sizes(processor: Any) -> None:
 
 
 @pytest.mark.parametrize("pinpoints", [[[672, 336], [336, 672]], [[336, 672], [672, 336]]], ids=["wide", "tall"])
-def test_first_of_equal_resolutions_is_taken(tmp_path: Path, pinpoints: list[list[int]]) -> None:
-    """A square image fits a wide and a tall resolution equally well; none of the published ones tie so."""
+def test_first_of_equal_resolutions_is_chosen(tmp_path: Path, pinpoints: list[list[int]]) -> None:
+    """A square image fits a wide and a tall resolution equally well; the published ones have no such tie."""
     image, model = picture((500, 500)), write_processor(tmp_path, pinpoints)
-    tiles, positions = tiles_and_positions(pil_processor(tmp_path), image)
-    assert_same(image, model, tiles, positions)
-    assert positions == 576 + 24 * (24 + 1), "the black beside it is left out"
+    tiles, image_tokens = tiles_and_image_tokens(pil_processor(tmp_path), image)
+    assert_same(image, model, tiles, image_tokens)
+    assert image_tokens == 576 + 24 * (24 + 1), "padding gives no tokens"
     black = (0 - model.vision.image_mean[0]) / model.vision.image_std[0]
     has_black_columns = bool(np.isclose(tiles[1, 0, :, 0], black).all())
     assert has_black_columns == (pinpoints[0] == [672, 336])

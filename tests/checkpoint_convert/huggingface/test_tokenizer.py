@@ -1,4 +1,4 @@
-"""Tokenizers on their way out and back: the same ids in transformers as in training."""
+"""Exported and imported tokenizers give the ids of training in transformers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _assert_same_ids(tokenizer: Tokenizer, folder: Path) -> None:
     for text in TEXTS:
         ids = stock(text)["input_ids"]
         assert ids == tokenizer.encode(text), text
-        if stock.convert_tokens_to_ids("<unk>") not in ids:  # each library spells the unknown its own way
+        if stock.convert_tokens_to_ids("<unk>") not in ids:  # each library decodes the unknown token differently
             assert stock.decode([*ids, stock.eos_token_id], skip_special_tokens=True) == tokenizer.decode(ids), text
     turns = [Turn("human", "<image>\nIs there a red circle?")]
     prompt = stock.apply_chat_template(
@@ -115,5 +115,5 @@ def test_image_token_must_be_the_next_id(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path / "words")
     model = _model_of(tokenizer)
     model.image_token_index += 1
-    with pytest.raises(ConversionError, match=r"image_token_index of this checkpoint is 271.*has 270 words"):
+    with pytest.raises(ConversionError, match=r"image_token_index of this checkpoint is 271.*has 270 tokens"):
         export_tokenizer(tokenizer, model, tmp_path)

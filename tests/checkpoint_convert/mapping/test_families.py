@@ -1,6 +1,6 @@
-"""Every family, folder to folder: loaded and saved in several layouts, with fewer key/value heads than ranks too.
+"""Every family, converted there and back through several parallel layouts, also with fewer key/value heads than ranks.
 
-What transformers computes is asked once per family; the ranks that load the checkpoint are started once for all.
+The reference logits are computed once per family; the ranks that load the checkpoints are started once.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ LAYOUTS: dict[str, list[dict[str, Any]]] = {
     "siglip without head, mistral": [CP4, TP2_CP2],  # two
 }
 TEXT_SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-"""Of SigLIP's other half, which is left out."""
+"""Of SigLIP's text tower, which is not converted."""
 CASES = [pytest.param(family, name_of(layout)) for family, layouts in LAYOUTS.items() for layout in layouts]
 
 
-def _ask(reference: Any, file: Path) -> None:
-    """A row with two images, as long as four ranks can share, and transformers' logits of it."""
+def _write_reference(reference: Any, file: Path) -> None:
+    """Write a row with two images, of a length that four ranks divide, and transformers' logits of it."""
     batch, inputs = prompt(model_config(reference), [WIDE, TALL])
     more = -len(batch.tokens) % 4
     tokens = torch.cat([batch.tokens, torch.arange(5, 5 + more)])
@@ -64,7 +64,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
         folder = root / family
         reference = write_llava_next(folder / "source", **settings)
         assert hf_to_megatron.main(["--model", str(folder / "source"), "--save", str(folder / "megatron")]) == 0
-        _ask(reference, folder / "asked.pt")
+        _write_reference(reference, folder / "reference.pt")
     (root / "cases.json").write_text(json.dumps(LAYOUTS))
     launch(Path(run_families.__file__), root, ranks=4, timeout=240)
     return root, json.loads((root / "found.json").read_text())
@@ -78,7 +78,7 @@ def test_logits_are_those_of_transformers(
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
-def test_weights_saved_in_a_layout_are_the_source_s(
+def test_weights_saved_in_a_layout_are_those_of_the_source(
     found: tuple[Path, dict[str, dict[str, float]]], family: str, layout: str
 ) -> None:
     folder = found[0] / family
@@ -92,22 +92,22 @@ def test_there_and_back_through_ranks_is_bit_for_bit(
     folder, layout = found[0] / family, name_of(LAYOUTS[family][-1])
     export = ["--load", str(folder / "saved" / layout), "--save", str(tmp_path / "exported"), "--format", "llava_next"]
     assert megatron_to_hf.main(export) == 0
-    before, after = FolderTensors(folder / "source", "whole"), load_file(tmp_path / "exported" / "model.safetensors")
+    before, after = FolderTensors(folder / "source", "llava"), load_file(tmp_path / "exported" / "model.safetensors")
     assert sorted(before) == sorted(after)
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
-def test_answers_of_a_checkpoint_saved_by_ranks(
+def test_outputs_of_a_checkpoint_saved_by_ranks(
     found: tuple[Path, dict[str, dict[str, float]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole of verify: transformers on the source, the engine on what TP 2 x CP 2 ranks have saved."""
+    """All of verify: the source in transformers, what TP 2 x CP 2 ranks saved in the engine."""
     folder = found[0] / "siglip, qwen2"
     assert verify.main([str(folder / "source"), str(folder / "saved" / name_of(TP2_CP2))]) == 0
     assert capsys.readouterr().out.count(", the same\n") == 4
 
 
 def test_parts_of_other_families(tmp_path: Path) -> None:
-    """SigLIP as it is published, both towers in one file, and Qwen2."""
+    """SigLIP as it is published, with its text tower in the same file, and Qwen2."""
     from transformers import CONFIG_MAPPING, Qwen2ForCausalLM, SiglipModel
 
     sizes = QWEN2_SIZES | {"rope_parameters": {"rope_theta": QWEN2_SIZES["rope_theta"], "rope_type": "default"}}

@@ -1,4 +1,4 @@
-"""A conversion reads each tensor once, and none to find out what there is."""
+"""A conversion reads each tensor once, and none to list names and shapes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from checkpoint_convert.mapping.lazy_tensors import ChosenTensors, JoinedTensors, StoredTensors
-from checkpoint_convert.mapping.param_map import HuggingFaceTensors, MegatronTensors, name_map
+from checkpoint_convert.mapping.lazy_tensors import JoinedTensors, SelectedTensors, StoredTensors
+from checkpoint_convert.mapping.param_map import HuggingFaceTensors, MegatronTensors, hf_shapes, param_map
 from megatron_vlm.config import LanguageConfig, ModelConfig, VisionConfig
 
 
@@ -16,15 +16,15 @@ class CountedTensors(StoredTensors):
     """Random tensors; counts how often each is read."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self._places = shapes
+        self._entries = shapes
         self.reads: Counter[str] = Counter()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         self.reads[name] += 1
-        return torch.randn(self._places[name])
+        return torch.randn(self._entries[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._places[name]
+        return self._entries[name]
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
@@ -40,26 +40,27 @@ def model() -> ModelConfig:
 
 
 def test_each_tensor_is_read_once_on_the_way_to_megatron(model: ModelConfig) -> None:
-    entries = name_map(model)
-    source = CountedTensors({n: s for e in entries for n, s in zip(e.hf, e.hf_shapes, strict=True)})
-    half = JoinedTensors(ChosenTensors(source, ("vision_tower.",)), ChosenTensors(source, ("language", "multi", "im")))
-    made = MegatronTensors(entries, half, "the source")
-    assert len(half) == len(source) > 0
-    assert all(entry.megatron in made for entry in entries)
-    assert "nothing" not in made
-    assert not source.reads, "asked for names and shapes alone"
-    for name, tensor in made.items():
-        assert made[name] is tensor, "kept, for the parts that are asked for next"
+    entries = param_map(model)
+    source = CountedTensors(hf_shapes(entries))
+    joined = JoinedTensors(
+        SelectedTensors(source, ("vision_tower.",)), SelectedTensors(source, ("language", "multi", "im"))
+    )
+    converted = MegatronTensors(entries, joined, "the source")
+    assert len(joined) == len(source) > 0
+    assert all(entry.megatron in converted for entry in entries)
+    assert "nothing" not in converted
+    assert not source.reads, "names and shapes are known without reading"
+    for name, tensor in converted.items():
+        assert converted[name] is tensor, "the last tensor is kept"
     assert source.reads == Counter(list(source))
 
 
 def test_each_tensor_is_read_once_on_the_way_to_hugging_face(model: ModelConfig) -> None:
-    entries = name_map(model)
-    megatron = MegatronTensors(
-        entries, {n: torch.empty(s) for e in entries for n, s in zip(e.hf, e.hf_shapes, strict=True)}, "no file"
-    )
+    entries = param_map(model)
+    tensors = {name: torch.empty(shape) for name, shape in hf_shapes(entries).items()}
+    megatron = MegatronTensors(entries, tensors, "no file")
     source = CountedTensors({name: tuple(tensor.shape) for name, tensor in megatron.items()})
-    made = HuggingFaceTensors(entries, source, "the source")
+    converted = HuggingFaceTensors(entries, source, "the source")
     assert not source.reads
-    assert sum(tensor.numel() for _, tensor in made.items()) > 0
+    assert sum(tensor.numel() for _, tensor in converted.items()) > 0
     assert source.reads == Counter(list(source))

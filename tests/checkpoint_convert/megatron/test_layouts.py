@@ -1,4 +1,4 @@
-"""What is converted loads in every layout, and what any layout saved is exported, bit for bit."""
+"""A converted checkpoint loads in every parallel layout, and what any layout saves is exported bit for bit."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def _export(load: Path) -> Path:
 
 
 def _assert_same_weights(exported: Path, source: Path) -> None:
-    after, before = FolderTensors(exported, "whole"), FolderTensors(source, "whole")
+    after, before = FolderTensors(exported, "llava"), FolderTensors(source, "llava")
     assert sorted(after) == sorted(before)
     for name in before:
         assert after[name].dtype == before[name].dtype and torch.equal(after[name], before[name]), name
 
 
-def test_import_loads_in_every_layout_and_comes_back(source: Path, tmp_path: Path) -> None:
+def test_imported_checkpoint_loads_in_every_layout_and_is_exported(source: Path, tmp_path: Path) -> None:
     script = Path(resave.__file__)
     done = launch(script, source.parent / "imported", tmp_path / "saved", *LAYOUTS, ranks=4, timeout=240)
-    assert done.stdout.count("as they were") == 4 * len(LAYOUTS)
+    assert done.stdout.count("are equal") == 4 * len(LAYOUTS)
     files = (tmp_path / "saved" / "iter_0000000").glob("__*.distcp")  # __RANK_NUMBER.distcp
     assert {file.name.split("_")[2] for file in files} == {"0", "1", "2", "3"}
     _assert_same_weights(_export(tmp_path / "saved"), source)
@@ -73,8 +73,8 @@ def test_export_of_a_training_run(source: Path, tmp_path: Path) -> None:
     card = (exported / "README.md").read_text()
     for row in (
         "| iterations | 1 of 1 |",
-        "| rows | 4 of 192 tokens, 4 an iteration |",
-        f"| tokens | {line['tokens']:,}, {line['loss_tokens']:,} of them learned from |",
+        "| rows | 4 of 192 tokens, 4 per iteration |",
+        f"| tokens | {line['tokens']:,}, {line['loss_tokens']:,} of them supervised |",
         f"| loss | {line['lm_loss']:.4f}, mean of the last 1 iterations |",
         "| layout | tensor 2 x pipeline 2 x context 1 |",
         "| started from | imported |",
