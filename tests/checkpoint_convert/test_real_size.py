@@ -19,7 +19,7 @@ from checkpoint_convert import hf_to_megatron, megatron_to_hf
 from checkpoint_convert.huggingface.safetensors import FolderTensors
 from checkpoint_convert.megatron.files import loaded_model
 from megatron_vlm.config import ModelConfig
-from tests.checkpoint_convert import resave
+from tests.checkpoint_convert.megatron import resave
 from tests.checkpoint_convert.whole_model import our_logits, prompt
 from tests.support.launch import launch
 

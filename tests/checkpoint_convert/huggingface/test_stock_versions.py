@@ -18,7 +18,7 @@ from tests.support.launch import ROOT
 
 def in_environment(environment: Environment, folder: Path) -> dict[str, Any]:
     """The results of stock.py there."""
-    done = environment.run(ROOT / "tests" / "checkpoint_convert" / "stock.py", folder)
+    done = environment.run(ROOT / "tests" / "checkpoint_convert" / "huggingface" / "stock.py", folder)
     assert done.returncode == 0, done.stdout + done.stderr[-6000:]
     with np.load(folder / "stock.npz") as found:
         return dict(found)

@@ -19,7 +19,7 @@ from megatron_vlm.config import ModelConfig
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, image_to_tiles
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
-from tests.checkpoint_convert.stock import pil_processor, tiles_and_image_tokens
+from tests.checkpoint_convert.huggingface.stock import pil_processor, tiles_and_image_tokens
 from tests.checkpoint_convert.whole_model import picture
 
 # (width, height) -> image tokens, base view included, as the published model counts them

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert import hf_to_megatron, megatron_to_hf, verify
 from checkpoint_convert.huggingface.safetensors import FolderTensors
-from tests.checkpoint_convert import run_families
-from tests.checkpoint_convert.run_families import name_of
+from tests.checkpoint_convert.mapping import run_families
+from tests.checkpoint_convert.mapping.run_families import name_of
 from tests.checkpoint_convert.whole_model import TALL, WIDE, model_config, prompt
 from tests.support.launch import launch
 from tests.support.random_models import FAMILIES, QWEN2_SIZES, SIGLIP_SIZES, randomize, write_llava_next

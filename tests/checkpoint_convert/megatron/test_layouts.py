@@ -13,7 +13,7 @@ from checkpoint_convert import hf_to_megatron, megatron_to_hf
 from checkpoint_convert.huggingface.safetensors import FolderTensors
 from megatron_vlm.config import recipe_from_dict
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
-from tests.checkpoint_convert import resave
+from tests.checkpoint_convert.megatron import resave
 from tests.support.launch import launch
 from tests.training.tiny_run import MODEL, run, write_recipe
 

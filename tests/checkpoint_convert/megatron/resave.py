@@ -1,6 +1,6 @@
 """Run by torchrun: load a checkpoint in parallel layouts, compare each rank's weights with it, and save it again.
 
-    torchrun --nproc-per-node 4 tests/checkpoint_convert/resave.py LOAD SAVE TENSOR,PIPELINE [TENSOR,PIPELINE ...]
+    torchrun --nproc-per-node 4 resave.py LOAD SAVE TENSOR,PIPELINE [TENSOR,PIPELINE ...]
 
 The last layout saves. The remaining factor of the world size is data parallelism.
 """

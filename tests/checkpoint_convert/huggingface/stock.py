@@ -1,7 +1,7 @@
 """Run with any version of transformers: its tiles of images, and its logits of an exported `llava_next` model.
 
-python tests/checkpoint_convert/stock.py FOLDER with FOLDER/table/*.png for the processor in FOLDER/processor, and
-FOLDER/images/*.png for the model in FOLDER/llava_next; writes FOLDER/stock.npz. Needs transformers, torch and Pillow.
+python stock.py FOLDER with FOLDER/table/*.png for the processor in FOLDER/processor, and FOLDER/images/*.png for the
+model in FOLDER/llava_next; writes FOLDER/stock.npz. Needs transformers, torch and Pillow.
 """
 
 from __future__ import annotations
