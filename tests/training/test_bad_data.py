@@ -9,13 +9,13 @@ import yaml
 from megatron_vlm.data.prepare.shard_writer import prepare_shards
 from megatron_vlm.training.sample_log import read_samples
 from tests.data.helpers import Folder
-from tests.data.processing.test_image_kinds import GOOD, REASONS, fill
+from tests.data.processing.test_image_formats import GOOD, REASONS, add_samples
 from tests.training.tiny_run import LAYOUTS, metrics, run, write_recipe
 
 
 def test_what_is_bad_is_counted_and_left_out(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, train_iters=4)
-    kinds = fill(Folder(tmp_path / "data"))
+    kinds = add_samples(Folder(tmp_path / "data"))
     listed = kinds.write("kinds.jsonl")
     prepare_shards([listed], kinds.images, tmp_path / "shards", 1)
     recipe = yaml.safe_load(path.read_text())

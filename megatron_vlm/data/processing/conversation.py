@@ -1,8 +1,8 @@
-"""The `instella` conversation template: turns to ids, with labels on the answers only.
+"""The `instella` chat template: conversations to token ids, with labels on the answers only.
 
-A conversation is rendered as an end-of-sequence id, then for each turn `<|user|>\\n{question}\\n` or
-`<|assistant|>\\n{answer}` + end-of-sequence id + `\\n`. Supervised are the answer, the end-of-sequence id and the
-newline after it; questions, roles and image positions never are.
+A conversation is an end-of-sequence token followed by its turns: `<|user|>\\n{question}\\n` for a question,
+`<|assistant|>\\n{answer}` + end-of-sequence token + `\\n` for an answer. The answer, its end-of-sequence token and the
+newline after it are supervised tokens. Questions, roles and image tokens are not.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from megatron_vlm.data.processing.tokenizer import Tokenizer
 IGNORE_INDEX = -100
 IMAGE_PLACEHOLDER = "<image>"
 TEMPLATE = "instella-1"
-"""Name and version of what this module does to text; part of what cached lengths depend on."""
+"""Name and version of the chat template; part of the cache key of the length index."""
 
 _USER = "<|user|>\n"
 _ASSISTANT = "<|assistant|>\n"
 _TURN_END = "\n"
 _CAPTION_MARK = "QA_GT_caption_based_noisy"
-"""A mark that some published annotations carry in their questions; it is no part of the question."""
+"""Marker in the questions of some published annotations. It is removed."""
 
 
 class Turn(NamedTuple):
@@ -37,20 +37,20 @@ class Turn(NamedTuple):
 
 @dataclass
 class EncodedConversation:
-    """Ids of one conversation, L of them, image positions included."""
+    """The L tokens of one conversation, image tokens included."""
 
     ids: np.ndarray
-    """[L] int64; image positions hold the image token."""
+    """[L] int64; image tokens have the id image_token_index."""
     labels: np.ndarray
-    """[L] int64, not shifted: labels[i] is ids[i] where position i is supervised, IGNORE_INDEX elsewhere."""
+    """[L] int64, not shifted: labels[i] is ids[i] if token i is supervised, else IGNORE_INDEX."""
     image_starts: list[int]
-    """Where each image's run of positions begins."""
+    """Position of the first token of each image."""
 
 
 def move_image_first(question: str) -> str:
-    """The published rule for a question's placeholder: a single one that is not at the start is moved there.
+    """Move a single `<image>` placeholder to the start of the question, as the published preprocessing does.
 
-    The rest of a question that is changed is stripped; others are left as they are.
+    Only a question that is changed is stripped. Questions with no or several placeholders stay as they are.
     """
     question = question.replace(_CAPTION_MARK, "")
     if question.count(IMAGE_PLACEHOLDER) == 1 and not question.startswith(IMAGE_PLACEHOLDER):
@@ -59,8 +59,8 @@ def move_image_first(question: str) -> str:
     return question
 
 
-class _Writer:
-    """Lays pieces end to end."""
+class _Encoder:
+    """Concatenates the tokens of a conversation."""
 
     def __init__(self, tokenizer: Tokenizer, image_lengths: Sequence[int], image_token_index: int) -> None:
         self.tokenizer = tokenizer
@@ -75,7 +75,7 @@ class _Writer:
         self.labels += ids if supervised else [IGNORE_INDEX] * len(ids)
 
     def add_question(self, text: str) -> None:
-        """A span of text with placeholders; each span between two of them is tokenized by itself."""
+        """Add text with placeholders. The text between two placeholders is tokenized by itself."""
         spans = text.split(IMAGE_PLACEHOLDER)
         self.add(self.tokenizer.encode(spans[0]))
         for span in spans[1:]:
@@ -87,19 +87,19 @@ class _Writer:
     def add_turns(self, turns: Sequence[Turn]) -> None:
         self.add([self.tokenizer.eos_id])
         newline = self.tokenizer.encode(_TURN_END)
-        open_text = ""  # a question and the role after it are one span, as one text they are tokenized together
+        pending = ""  # a question and the assistant role after it are tokenized as one text
         for role, text in turns:
             if role == "human":
-                open_text += f"{_USER}{move_image_first(text)}{_TURN_END}"
+                pending += f"{_USER}{move_image_first(text)}{_TURN_END}"
             elif role == "gpt":
-                self.add_question(open_text + _ASSISTANT)
-                open_text = ""
+                self.add_question(pending + _ASSISTANT)
+                pending = ""
                 self.add(self.tokenizer.encode(text.strip()), supervised=True)
                 self.add([self.tokenizer.eos_id, *newline], supervised=True)
             else:
                 raise ValueError(f"unknown role {role!r}: roles are human and gpt")
-        if open_text:
-            self.add_question(open_text + _ASSISTANT)
+        if pending:
+            self.add_question(pending + _ASSISTANT)
 
     def finish(self) -> EncodedConversation:
         return EncodedConversation(
@@ -116,40 +116,41 @@ def _encode(
     if placeholders != len(image_lengths):
         raise ValueError(
             f"{placeholders} {IMAGE_PLACEHOLDER} placeholders for {len(image_lengths)} images: "
-            "every image needs one placeholder in a question"
+            "each image needs one placeholder in a question"
         )
-    writer = _Writer(tokenizer, image_lengths, image_token_index)
-    writer.add_turns(turns)
-    return writer.finish()
+    encoder = _Encoder(tokenizer, image_lengths, image_token_index)
+    encoder.add_turns(turns)
+    return encoder.finish()
 
 
 def encode_conversation(
     turns: Sequence[Turn], tokenizer: Tokenizer, image_lengths: Sequence[int], image_token_index: int
 ) -> EncodedConversation:
-    """A conversation for training.
+    """Encode a conversation for training.
 
     Args:
-        turns: (role, text), role human or gpt; `<image>` in a question stands for the next image.
-        tokenizer: gives the ids of text; its eos_id opens the conversation and closes every answer.
-        image_lengths: positions each image fills, in the order of the placeholders.
-        image_token_index: id that fills those positions; no text has it.
+        turns: (role, text) of each turn, role human or gpt. `<image>` in a question stands for the next image.
+        tokenizer: encodes text; its eos_id starts the conversation and ends every answer.
+        image_lengths: number of image tokens of each image, in the order of the placeholders.
+        image_token_index: id of image tokens; not used by the tokenizer.
 
     Raises:
-        ValueError: placeholders and images differ in number, no turn, last turn not an answer, or an unknown role.
+        ValueError: the numbers of placeholders and images differ, there is no turn, the last turn is not an answer, or
+            a role is unknown.
     """
     if turns and turns[-1][0] != "gpt":
-        raise ValueError("the last turn is no answer: a training conversation ends with gpt")
+        raise ValueError("the last turn is not an answer: a training conversation must end with gpt")
     return _encode(turns, tokenizer, image_lengths, image_token_index)
 
 
 def encode_prompt(
     turns: Sequence[Turn], tokenizer: Tokenizer, image_lengths: Sequence[int], image_token_index: int
 ) -> EncodedConversation:
-    """A conversation to be answered: as in training, ending in the assistant's role.
+    """Encode a prompt: a conversation as in training, ending in the assistant's role.
 
-    Arguments and errors as in `encode_conversation`, but the last turn is a question. Earlier answers keep the labels
-    they have in training.
+    Arguments and errors are those of `encode_conversation`, but the last turn must be a question. Earlier answers have
+    the same labels as in training.
     """
     if turns and turns[-1][0] != "human":
-        raise ValueError("the last turn is no question: a prompt ends with human")
+        raise ValueError("the last turn is not a question: a prompt must end with human")
     return _encode(turns, tokenizer, image_lengths, image_token_index)

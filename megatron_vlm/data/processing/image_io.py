@@ -1,17 +1,17 @@
-"""Image files: their size as a person sees them, their pixels, and whether they are whole.
+"""Decodes and verifies image files. Sizes are those of the upright image.
 
-What becomes of each kind, on purpose:
+How each format is handled:
 
-| kind | becomes |
-|------|---------|
-| EXIF orientation | turned upright; sizes are those of the upright image |
-| palette, grey, 1 bit, CMYK | RGB |
-| alpha, or a transparent colour | laid on white, as a page or a screen shows it |
-| 16 or 32 bits of grey | scaled to 8 bits: 16 bits by 257, others by their own range; Pillow's own conversion clips |
-| animated | its first frame |
-| more than MAX_PIXELS | refused before anything is decoded |
-| truncated, damaged, empty | refused |
-| PostScript | refused: it is a program, which Pillow would have Ghostscript run |
+| image | handling |
+|-------|----------|
+| EXIF orientation | rotated upright |
+| palette, greyscale, 1 bit, CMYK | converted to RGB |
+| alpha channel or transparent colour | composited on white |
+| 16-bit or 32-bit greyscale | scaled to 8 bits: 16 bits by 1/257, others by their range (Pillow would clip) |
+| animated | first frame |
+| more than MAX_PIXELS | rejected before decoding |
+| truncated, damaged, empty | rejected |
+| PostScript | rejected: it is a program, and Pillow would start Ghostscript to run it |
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 300_000_000
-"""A scan of A1 at 600 dots per inch has 280 million. Decoded, an image of this size takes 0.9 GB."""
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, 89 million, takes large scans for an attack; ours is looked at here
+"""An A1 scan at 600 dpi has 280 million pixels. Decoded, an image of this size takes 0.9 GB."""
+Image.MAX_IMAGE_PIXELS = None  # Pillow's limit of 89 million would reject large scans; MAX_PIXELS replaces it
 
 _ROTATED = {5, 6, 7, 8}
 """EXIF orientations that swap width and height."""
@@ -32,11 +32,11 @@ _WHITE = (255, 255, 255)
 
 
 class ImageUnreadable(Exception):
-    """The bytes are no image that can be decoded."""
+    """The bytes cannot be decoded as an image."""
 
 
 class ImageTooLarge(ImageUnreadable):
-    """An image of more than MAX_PIXELS: a few kilobytes can claim any size."""
+    """The image has more than MAX_PIXELS, according to its header."""
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
@@ -46,22 +46,22 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 def _check(image: Image.Image) -> None:
     if image.format == "EPS":
-        raise ImageUnreadable("PostScript, which is a program and no picture")
+        raise ImageUnreadable("PostScript is not supported: it is a program, not an image")
     if image.width * image.height > MAX_PIXELS:
         raise ImageTooLarge(
-            f"{image.width}x{image.height} pixels, more than {MAX_PIXELS // 10**6} million: not decoded, for a small "
-            "file may claim any size"
+            f"{image.width}x{image.height} pixels, more than {MAX_PIXELS // 10**6} million: not decoded, since a small "
+            "file can claim any size"
         )
 
 
 def verify_image(data: bytes) -> tuple[int, int]:
-    """Decode an image whole and return its upright (width, height).
+    """Decode all of an image and return its upright (width, height).
 
-    JPEGs are decoded at reduced resolution where possible, which still reads every byte, so a truncated or damaged file
-    is found.
+    JPEGs are decoded at reduced resolution where possible. Every byte is still read, so a truncated or damaged file is
+    detected.
 
     Raises:
-        ImageUnreadable: with what is wrong.
+        ImageUnreadable: the image cannot be decoded, or is not supported.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -71,16 +71,16 @@ def verify_image(data: bytes) -> tuple[int, int]:
             image.load()
     except ImageUnreadable:
         raise
-    except Exception as error:  # Pillow's decoders raise many kinds
+    except Exception as error:  # Pillow's decoders raise many types
         raise ImageUnreadable(_explain(data, error)) from error
     return size
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """The image in RGB, turned upright by its EXIF orientation.
+    """Decode an image to RGB, rotated upright.
 
     Raises:
-        ImageUnreadable: with what is wrong.
+        ImageUnreadable: the image cannot be decoded, or is not supported.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -90,7 +90,7 @@ def decode_image(data: bytes) -> Image.Image:
             return _to_rgb(image)
     except ImageUnreadable:
         raise
-    except Exception as error:  # Pillow's decoders raise many kinds
+    except Exception as error:  # Pillow's decoders raise many types
         raise ImageUnreadable(_explain(data, error)) from error
 
 
@@ -99,26 +99,26 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return _grey_to_eight_bits(image).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        page = Image.new("RGB", image.size, _WHITE)
-        page.paste(image, mask=image.getchannel("A"))
-        return page
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+        background = Image.new("RGB", image.size, _WHITE)
+        background.paste(image, mask=image.getchannel("A"))
+        return background
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
 
 
 def _grey_to_eight_bits(image: Image.Image) -> Image.Image:
-    """`I;16`, `I` (a 16-bit PNG, in older Pillow), or `F`."""
+    """From mode `I;16`, `I` (also a 16-bit PNG in older Pillow) or `F`."""
     pixels = np.asarray(image).astype(np.float64)
     low, high = float(pixels.min()), float(pixels.max())
     if low >= 0 and high <= 65535 and image.mode.startswith("I"):
-        eight = pixels / 257
+        scaled = pixels / 257
     else:
-        eight = (pixels - low) * (255 / max(high - low, 1e-12))
-    return Image.fromarray(np.round(eight).astype(np.uint8))
+        scaled = (pixels - low) * (255 / max(high - low, 1e-12))
+    return Image.fromarray(np.round(scaled).astype(np.uint8))
 
 
 def _explain(data: bytes, error: Exception) -> str:
     if not data:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
-        return f"{len(data)} bytes that begin {data[:12]!r} and are of no kind that Pillow knows"
+        return f"{len(data)} bytes that start with {data[:12]!r}, which is no image format that Pillow knows"
     return f"{len(data)} bytes that Pillow cannot decode ({type(error).__name__}: {error})".replace("\n", " ")

@@ -1,11 +1,11 @@
-"""Images to tiles: which grid an image is cut at, and the cutting.
+"""Images to tiles: which resolution an image is tiled at, and its tiles.
 
-The rule is LLaVA-NeXT's anyres: the base view is the whole image resized to one tile, ignoring its aspect ratio;
-besides, the image is resized, keeping its aspect ratio, into the best of some resolutions, centred on black, and cut
-row by row.
+The rule is LLaVA-NeXT's anyres. The base view is the whole image resized to one tile, ignoring its aspect ratio. In
+addition, the image is resized to fit the best of several resolutions, keeping its aspect ratio, centred on black, and
+split into tiles row by row.
 
-Tiles are kept as pixels, a byte each, until the device that encodes them normalises them: a quarter of the bytes to
-hand from process to process and to copy to a GPU, and the same numbers.
+Tiles stay uint8 until the device that encodes them normalises them. Sending them between processes and to a GPU takes a
+quarter of the bytes of float32, and the values are the same.
 """
 
 from __future__ import annotations
@@ -32,18 +32,21 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class ImageGeometry:
-    """All that decides how many tiles and positions an image of a given size has."""
+    """Everything that determines the tiles and image tokens of an image of a given size.
+
+    Its repr is part of the cache key of the length index: renaming a field makes all lengths be measured again.
+    """
 
     tile_size: int
     """Side of a tile, pixels."""
     grid: int
     """Patches along one side of a tile."""
     pinpoints: tuple[Size, ...]
-    """Resolutions that images may be tiled at, (width, height)."""
+    """(width, height) of the resolutions that images may be tiled at."""
     aspect_ratio: str
     """anyres, anyres_max_N, square or pad."""
     mean: tuple[float, float, float] = CLIP_MEAN
-    """Of red, green and blue, in 0..1: pixels are normalised by it, and `pad` surrounds an image with it."""
+    """Of red, green and blue, in 0..1. Pixels are normalised with it, and `pad` pads with this colour."""
     std: tuple[float, float, float] = CLIP_STD
 
     @classmethod
@@ -59,24 +62,24 @@ class ImageGeometry:
 
     @property
     def tiled(self) -> bool:
-        """Images have tiles besides the base view."""
+        """Whether images have tiles in addition to the base view."""
         return self.aspect_ratio.startswith("anyres")
 
     @property
     def max_patches(self) -> int | None:
-        """Patches that an image's grid is reduced to under anyres_max_N, roughly; None: it is left as it is."""
+        """About how many patches the grid of an image is downsampled to under anyres_max_N; None: no downsampling."""
         tiles = self.aspect_ratio.removeprefix("anyres_max_")
         return int(tiles) * self.patches_per_tile if tiles.isdigit() else None
 
 
 def select_best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
-    """The resolution to tile an image at, (width, height).
+    """(width, height) of the resolution to tile an image at; LLaVA-NeXT's `select_best_resolution`.
 
-    The one that keeps most of the image's pixels; among equals the one that wastes least; among those the first.
+    It keeps the most pixels of the image; of several, it has the least padding; of those, it comes first.
 
     Args:
         size: (width, height) of the image, pixels.
-        pinpoints: resolutions to choose from, (width, height).
+        pinpoints: (width, height) of the resolutions to choose from.
     """
     width, height = size
     best, best_key = pinpoints[0], (-1, 0)
@@ -91,7 +94,7 @@ def select_best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
 
 @lru_cache(maxsize=65536)
 def num_image_tiles(size: Size, geometry: ImageGeometry) -> int:
-    """Tiles of an image of `size` (width, height), base view included."""
+    """Number of tiles of an image of `size` (width, height), base view included."""
     if not geometry.tiled:
         return 1
     width, height = select_best_resolution(size, geometry.pinpoints)
@@ -99,7 +102,7 @@ def num_image_tiles(size: Size, geometry: ImageGeometry) -> int:
 
 
 def _fit_on_black(image: Image.Image, target: Size) -> Image.Image:
-    """Resize into `target` keeping the aspect ratio, centre on black."""
+    """Resize to fit `target`, keeping the aspect ratio, and centre on black."""
     scale_w, scale_h = target[0] / image.width, target[1] / image.height
     if scale_w < scale_h:
         size = (target[0], min(ceil(image.height * scale_w), target[1]))
@@ -112,7 +115,7 @@ def _fit_on_black(image: Image.Image, target: Size) -> Image.Image:
 
 
 def _centre_square(image: Image.Image, side: int) -> Image.Image:
-    """CLIP's own: resize the shortest edge to `side`, crop the centre."""
+    """CLIP's preprocessing: resize the shortest edge to `side` and crop the centre."""
     if image.width <= image.height:
         size = (side, int(side * image.height / image.width))
     else:
@@ -123,7 +126,7 @@ def _centre_square(image: Image.Image, side: int) -> Image.Image:
 
 
 def _padded_square(image: Image.Image, geometry: ImageGeometry) -> Image.Image:
-    """Surround with the mean colour to a square, then resize."""
+    """Pad to a square with the mean colour, then resize."""
     longest = max(image.size)
     red, green, blue = (int(255 * value) for value in geometry.mean)
     canvas = Image.new("RGB", (longest, longest), (red, green, blue))
@@ -151,14 +154,14 @@ def _views(image: Image.Image, geometry: ImageGeometry, start: int, stop: int) -
 
 
 def extract_tiles_into(tiles: np.ndarray, image: Image.Image, geometry: ImageGeometry, start: int) -> None:
-    """Write tiles of an image, from tile `start` on as many as there is room for, as `extract_tiles` gives them."""
+    """Write tiles [start, start + len(tiles)) of an image into `tiles`, [t, 3, tile_size, tile_size] uint8."""
     image = image if image.mode == "RGB" else image.convert("RGB")
     for tile, view in zip(tiles, _views(image, geometry, start, start + len(tiles)), strict=True):
         tile[:] = np.asarray(view).transpose(2, 0, 1)
 
 
 def extract_tiles(image: Image.Image, geometry: ImageGeometry, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Tiles [start, stop) of an image, by default all: [t, 3, tile_size, tile_size] uint8, base view first."""
+    """Tiles [start, stop) of an image, all by default: [t, 3, tile_size, tile_size] uint8, base view first."""
     stop = num_image_tiles(image.size, geometry) if stop is None else stop
     tiles = np.empty((stop - start, 3, geometry.tile_size, geometry.tile_size), np.uint8)
     extract_tiles_into(tiles, image, geometry, start)
@@ -166,34 +169,35 @@ def extract_tiles(image: Image.Image, geometry: ImageGeometry, start: int = 0, s
 
 
 def normalise_tiles(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """(pixels / 255 - mean) / std in float32, the same bits on every device.
+    """(pixels / 255 - mean) / std in float32, bitwise equal on all devices.
 
     Args:
         pixels: [n, 3, P, P] uint8.
         mean: of red, green and blue, in 0..1.
         std: likewise.
     """
-    # Tensors all three: by a plain number a GPU multiplies with its reciprocal, which rounds another way.
-    full, centre, spread = (
+    # All three are tensors: to divide by a number, a GPU multiplies by its reciprocal, which rounds differently.
+    max_value, mean_tensor, std_tensor = (
         torch.tensor(values, dtype=torch.float32, device=pixels.device).view(-1, 1, 1)
         for values in ([255.0], mean, std)
     )
     tiles = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
-    for tile, values in zip(tiles, pixels, strict=True):  # one at a time: it stays in a CPU's cache
-        tile.copy_(values).div_(full).sub_(centre).div_(spread)
+    for tile, values in zip(tiles, pixels, strict=True):  # one tile at a time fits a CPU's cache
+        tile.copy_(values).div_(max_value).sub_(mean_tensor).div_(std_tensor)
     return tiles
 
 
 def image_to_tiles(image: Image.Image, model: ModelConfig, aspect_ratio: str) -> np.ndarray:
-    """All tiles of an image as the tower of a model sees them.
+    """All tiles of an image, normalised for a model's vision tower.
 
     Args:
-        image: any mode; upright (see `images.decode_image`).
-        model: its vision.image_size is the tile's side, its image_grid_pinpoints the resolutions.
-        aspect_ratio: anyres; square (shortest edge resized, centre cropped) or pad (to a square): one tile.
+        image: of any mode; upright (see `image_io.decode_image`).
+        model: vision.image_size is the tile size P, image_grid_pinpoints the resolutions.
+        aspect_ratio: anyres, anyres_max_N, or for a single tile: square (resize the shortest edge, crop the centre) or
+            pad (pad to a square).
 
     Returns:
-        [t, 3, P, P] float32, normalised by the tower's mean and deviation; base view first, then the grid row by row.
+        [t, 3, P, P] float32, normalised with the vision tower's mean and std: base view, then the grid row by row.
     """
     geometry = ImageGeometry.of(model, aspect_ratio)
     return normalise_tiles(torch.from_numpy(extract_tiles(image, geometry)), geometry.mean, geometry.std).numpy()

@@ -1,4 +1,4 @@
-"""Text to ids: the tokenizer of a Hugging Face folder, or a sentencepiece model."""
+"""Tokenizers: `tokenizer.json` of a Hugging Face folder, or a sentencepiece model."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from megatron_vlm.data.errors import DataError
 
 
 class Tokenizer(ABC):
-    """What the data, the checkpoints and the inference need of a tokenizer.
+    """The interface that data, checkpoints and inference use.
 
-    Text never yields the end-of-sequence or padding id, even where it spells their strings out: those ids are put in by
-    number, so a user who types a special string cannot end a turn.
+    Text never encodes to the end-of-sequence or padding id, even if it contains their strings: those ids are only added
+    by number, so a user who types a special string cannot end a turn.
     """
 
     path: Path
     """The folder or file it was read from."""
     eos_id: int
     pad_id: int
-    """The end-of-sequence id where the tokenizer names no padding: padding is never a target and never attended to."""
+    """The end-of-sequence id if the tokenizer has no padding token. Padding is never a target and never attended to."""
     fingerprint: str
-    """sha256, hex, of what decides the ids: two tokenizers with the same fingerprint give the same ids."""
+    """sha256 in hex of what determines the ids: tokenizers with the same fingerprint encode text to the same ids."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, nothing added in front or behind."""
+        """Token ids of a text, without special tokens."""
 
     @abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of ids, special ones included; the largest id is one less."""
+        """The largest id, special tokens included, plus 1."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of some ids.
+        """Text of token ids.
 
         Args:
-            ids: ids below `len(self)`.
-            skip_special_tokens: leave the end-of-sequence and padding ids out; otherwise they are spelled out.
+            ids: token ids below `len(self)`.
+            skip_special_tokens: omit the end-of-sequence and padding tokens from the text.
         """
         special = {self.eos_id, self.pad_id} if skip_special_tokens else set()
         return self._decode([int(i) for i in ids if int(i) not in special])
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """`tokenizer.json` with the special tokens named by `tokenizer_config.json` or `special_tokens_map.json`."""
+    """`tokenizer.json`, with the special tokens of `tokenizer_config.json` or `special_tokens_map.json`."""
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import AddedToken
@@ -68,13 +68,12 @@ class HuggingFaceTokenizer(Tokenizer):
         eos = special["eos_token"]
         if eos is None:
             raise DataError(
-                f"tokenizer folder {folder} names no eos_token. Add it to tokenizer_config.json: it ends every answer."
+                f"tokenizer folder {folder} has no eos_token. Add it to tokenizer_config.json: it ends every answer."
             )
         self.eos_id = self._special_id("eos_token", eos)
         pad = special["pad_token"]
         self.pad_id = self.eos_id if pad is None else self._special_id("pad_token", pad)
-        # Some tokenizers list their end-of-sequence string as an ordinary added token, which would be parsed out of
-        # text.
+        # Some tokenizers list their end-of-sequence string as an ordinary added token, which text could encode to.
         names = [name for name in (eos, pad) if name is not None]
         self._fast.add_special_tokens([AddedToken(name, special=True, normalized=True) for name in names])
         self._fast.encode_special_tokens = True
@@ -103,7 +102,8 @@ class HuggingFaceTokenizer(Tokenizer):
         number = self._fast.token_to_id(text)
         if number is None:
             raise DataError(
-                f"tokenizer folder {self.path}: {name} {text!r} is not in its tokenizer.json: files of two tokenizers."
+                f"tokenizer folder {self.path}: {name} {text!r} is not in its tokenizer.json. Are these files of two "
+                "tokenizers? Download the folder again."
             )
         return int(number)
 
@@ -114,7 +114,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return str(self._fast.decode(ids, skip_special_tokens=False))
 
     def __len__(self) -> int:
-        # Not the number of entries: ids may have gaps.
+        # Not the number of tokens: ids may have gaps.
         return max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
 
 
@@ -125,7 +125,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             import sentencepiece
         except ImportError as error:
-            raise DataError(f"{file} needs the package sentencepiece: pip install sentencepiece") from error
+            raise DataError(f"{file} needs the package sentencepiece. Run pip install sentencepiece.") from error
         self.path = file
         definition = file.read_bytes()
         try:
@@ -139,7 +139,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.fingerprint = hashlib.sha256(definition).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        # Control pieces are never parsed out of text by sentencepiece itself.
+        # sentencepiece never encodes text to control pieces.
         return [int(i) for i in self._processor.encode(text)]
 
     def _decode(self, ids: list[int]) -> str:
@@ -156,7 +156,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path: a Hugging Face folder that holds tokenizer.json, or a sentencepiece .model file.
 
     Raises:
-        DataError: there is nothing at `path`, or nothing that this reads.
+        DataError: `path` does not exist or is not a supported tokenizer.
     """
     if not str(path):
         raise DataError(

@@ -1,4 +1,4 @@
-"""The published ids and labels, with the published tokenizer; then the rules one by one."""
+"""Ids and labels equal those of the published model and tokenizer; each rule of the template by itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def real() -> Tokenizer:
 
 
 def collapsed(encoded: EncodedConversation) -> tuple[list[int], list[int]]:
-    """Ids and labels with each image's run of positions as one -200."""
+    """Ids and labels, with the tokens of each image collapsed to one -200."""
     keep = np.ones(len(encoded.ids), bool)
     keep[1:] = (encoded.ids[1:] != IMAGE) | (encoded.ids[:-1] != IMAGE)
     ids = np.where(encoded.ids == IMAGE, -200, encoded.ids)
@@ -62,27 +62,27 @@ def test_golden_prompt(real: Tokenizer) -> None:
     assert set(labels) == {IGNORE_INDEX}
 
 
-def test_prompt_is_the_beginning_of_the_conversation(real: Tokenizer) -> None:
+def test_a_prompt_is_a_prefix_of_the_conversation(real: Tokenizer) -> None:
     turns = [*TURNS, Turn("human", "  odd\n\nspaces \n"), Turn("gpt", "Brown")]
     prompt, whole = encode_prompt(turns[:3], real, [3], IMAGE), encode_conversation(turns, real, [3], IMAGE)
     np.testing.assert_array_equal(prompt.ids, whole.ids[: len(prompt.ids)])
 
 
-def test_pieces_give_the_ids_of_the_whole_text(real: Tokenizer) -> None:
-    """Where no image and no special string is, pieces and one text are tokenized alike."""
+def test_tokenizing_turn_by_turn_equals_tokenizing_the_whole_text(real: Tokenizer) -> None:
+    """In a conversation without images and special strings."""
     turns = [Turn("human", " How\n\n many? "), Turn("gpt", "\n Two,\n or so. \n"), Turn("human", ""), Turn("gpt", "3")]
     text = "<|user|>\n How\n\n many? \n<|assistant|>\nTwo,\n or so.", "\n<|user|>\n\n<|assistant|>\n3", "\n"
     expected = [50279, *real.encode(text[0]), 50279, *real.encode(text[1]), 50279, *real.encode(text[2])]
     assert encode_conversation(turns, real, [], IMAGE).ids.tolist() == expected
 
 
-def test_only_answers_are_supervised_and_images_never(real: Tokenizer) -> None:
+def test_only_answers_are_supervised(real: Tokenizer) -> None:
     turns = [Turn("human", "<image><image>\nAnd |||IP_ADDRESS|||?"), Turn("gpt", " yes |||IP_ADDRESS||| ")]
     encoded = encode_conversation(turns, real, [2, 3], IMAGE)
     supervised = encoded.labels != IGNORE_INDEX
     np.testing.assert_array_equal(encoded.labels[supervised], encoded.ids[supervised])
     assert not (supervised & (encoded.ids == IMAGE)).any()
-    assert (encoded.ids == 50279).sum() == 2  # the opening one and the end of the answer: none out of text
+    assert (encoded.ids == 50279).sum() == 2  # at the start and after the answer; none from text
     assert real.decode(encoded.ids[supervised]) == "yes |||IP_ADDRESS|||\n"
     assert encoded.image_starts == [6, 8] and (encoded.ids == IMAGE).sum() == 5
 
@@ -122,16 +122,16 @@ def test_a_single_placeholder_is_moved_to_the_front(before: str, after: str) -> 
     [
         (TURNS, [], "1 <image> placeholders for 0 images"),
         (TURNS, [3, 3], "1 <image> placeholders for 2 images"),
-        ([Turn("human", "hi")], [], "no answer"),
+        ([Turn("human", "hi")], [], "not an answer"),
         ([Turn("system", "hi"), Turn("gpt", "a")], [], "unknown role 'system'"),
         ([], [], "at least one turn"),
     ],
 )
-def test_wrong_conversations_are_errors(real: Tokenizer, turns: list[Turn], lengths: list[int], message: str) -> None:
+def test_invalid_conversations_are_errors(real: Tokenizer, turns: list[Turn], lengths: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         encode_conversation(turns, real, lengths, IMAGE)
 
 
 def test_a_prompt_ends_with_a_question(real: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="no question"):
+    with pytest.raises(ValueError, match="not a question"):
         encode_prompt(TURNS, real, [3], IMAGE)

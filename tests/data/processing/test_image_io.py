@@ -1,4 +1,4 @@
-"""Image files: upright size, damage found."""
+"""Images are decoded upright; damage is detected."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from megatron_vlm.data.processing.image_io import ImageUnreadable, decode_image,
 from tests.data.helpers import image_bytes
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
-def test_size_and_pixels(kind: str) -> None:
-    data = image_bytes(50, 30, kind=kind)
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+def test_size_and_mode(format: str) -> None:
+    data = image_bytes(50, 30, kind=format)
     assert verify_image(data) == (50, 30)
     assert decode_image(data).size == (50, 30) and decode_image(data).mode == "RGB"
 
@@ -27,7 +27,7 @@ def test_exif_orientation_is_applied(orientation: int, size: tuple[int, int]) ->
 @pytest.mark.parametrize(
     "data", [b"", b"no image", image_bytes(90, 90)[:2000], image_bytes(90, 90, kind="JPEG")[:2000]]
 )
-def test_damage_is_found(data: bytes) -> None:
+def test_damage_is_detected(data: bytes) -> None:
     with pytest.raises(ImageUnreadable):
         verify_image(data)
     with pytest.raises(ImageUnreadable):

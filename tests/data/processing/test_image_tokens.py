@@ -51,23 +51,23 @@ def test_order_of_a_two_by_two_grid() -> None:
     ]  # fmt: skip
 
 
-def test_black_rows_are_left_out() -> None:
-    """24x8 covers its grid; of 1200x10 so little is left that only the base view counts, as in transformers."""
+def test_padding_is_removed() -> None:
+    """24x8 covers its grid. 1200x10 covers less than one row of it: only the base view remains, as in transformers."""
     assert feature_order((24, 8), ImageGeometry.of(tiny_model(), "anyres")).tolist() == [
         0, 1, 2, 3, 4, 5, 8, 9, 12, 13, NEWLINE, 6, 7, 10, 11, 14, 15, NEWLINE,
     ]  # fmt: skip
     assert feature_order((1200, 10), ImageGeometry.of(tiny_model(), "anyres")).tolist() == [0, 1, 2, 3]
 
 
-def test_square_and_pad_are_the_base_view_alone() -> None:
+def test_square_and_pad_have_the_base_view_only() -> None:
     for mode in ("square", "pad"):
         assert feature_order((30, 9), ImageGeometry.of(tiny_model(), mode)).tolist() == [0, 1, 2, 3]
 
 
-def test_every_feature_at_most_once_and_counts_without_building() -> None:
-    model, draw = ModelConfig(), random.Random(1)
+def test_each_feature_is_used_at_most_once() -> None:
+    model, rng = ModelConfig(), random.Random(1)
     for _ in range(300):
-        size = (int(10 ** draw.uniform(0, 4)), int(10 ** draw.uniform(0, 4)))
+        size = (int(10 ** rng.uniform(0, 4)), int(10 ** rng.uniform(0, 4)))
         order = feature_order(size, ImageGeometry.of(model, "anyres"))
         assert len(order) == num_image_tokens(size, ImageGeometry.of(model, "anyres"))
         features = order[order != NEWLINE]
@@ -77,13 +77,13 @@ def test_every_feature_at_most_once_and_counts_without_building() -> None:
 
 
 def test_counts_agree_with_transformers() -> None:
-    """transformers' own unpadding of the same grid, over many sizes."""
+    """The unpadded grids of transformers, over many sizes."""
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
-    model, draw = ModelConfig(), random.Random(2)
+    model, rng = ModelConfig(), random.Random(2)
     pinpoints = [[h, w] for w, h in model.image_grid_pinpoints]
     for _ in range(300):
-        width, height = int(10 ** draw.uniform(1, 4)), int(10 ** draw.uniform(1, 4))
+        width, height = int(10 ** rng.uniform(1, 4)), int(10 ** rng.uniform(1, 4))
         down, across = get_anyres_image_grid_shape((height, width), pinpoints, 336)
         kept = unpad_image(torch.empty(1, down * 24, across * 24), (height, width))
         expected = 576 + kept.shape[1] * (kept.shape[2] + 1)
@@ -91,7 +91,7 @@ def test_counts_agree_with_transformers() -> None:
 
 
 def onevision(size: tuple[int, int], model: ModelConfig, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """transformers' own packing of random features: (packed, features)."""
+    """(features packed by transformers, random features they were packed from)."""
     from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
     config = SimpleNamespace(
@@ -111,42 +111,42 @@ def onevision(size: tuple[int, int], model: ModelConfig, most: int) -> tuple[tor
 
 
 @pytest.mark.parametrize("most", [1, 2, 4, 9])
-def test_reduced_grids_agree_with_transformers(most: int) -> None:
-    model, draw = ModelConfig(image_grid_pinpoints=expand_pinpoints("(1x1),...,(6x6)", 336)), random.Random(most)
+def test_downsampled_grids_agree_with_transformers(most: int) -> None:
+    model, rng = ModelConfig(image_grid_pinpoints=expand_pinpoints("(1x1),...,(6x6)", 336)), random.Random(most)
     geometry = ImageGeometry.of(model, f"anyres_max_{most}")
-    blended = 0
+    downsampled = 0
     for _ in range(30):
-        size = (int(10 ** draw.uniform(2.3, 3.5)), int(10 ** draw.uniform(2.3, 3.5)))
+        size = (int(10 ** rng.uniform(2.3, 3.5)), int(10 ** rng.uniform(2.3, 3.5)))
         expected, features = onevision(size, model, most)
         row = RowFeatures(geometry)
         row.add((336, 336), 0)  # another image before it
         row.add(size, 5000)
         fields = row.fields()
         positions = fields["feature_positions"]
-        here = positions >= 5000
-        assert int(here.sum()) == len(expected) == num_image_tokens(size, ImageGeometry.of(model, f"anyres_max_{most}"))
-        before = torch.zeros(2, 576, 5)
-        table = torch.cat([torch.cat([before, features]).flatten(0, 1), torch.full((1, 5), 7.0)])
+        of_image = positions >= 5000
+        assert int(of_image.sum()) == len(expected) == num_image_tokens(size, geometry)
+        other = torch.zeros(2, 576, 5)
+        table = torch.cat([torch.cat([other, features]).flatten(0, 1), torch.full((1, 5), 7.0)])
         newline = len(table) - 1
         if "bilinear_sources" in fields:
-            blended += 1
-            blends = (table[fields["bilinear_sources"]] * fields["bilinear_weights"][..., None]).sum(1)
-            table = torch.cat([table, blends])
-        sources = fields["feature_sources"][here]
+            downsampled += 1
+            bilinear = (table[fields["bilinear_sources"]] * fields["bilinear_weights"][..., None]).sum(1)
+            table = torch.cat([table, bilinear])
+        sources = fields["feature_sources"][of_image]
         got = table[torch.where(sources < 0, newline - 1 - sources, sources)]
-        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)  # torch works out places in fp32
-    assert blended > 5
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)  # torch computes positions in fp32
+    assert downsampled > 5
 
 
-def test_blends_of_several_images_keep_apart() -> None:
+def test_bilinear_features_of_several_images() -> None:
     model = tiny_model()
     row = RowFeatures(ImageGeometry.of(model, "anyres_max_1"))
-    for place in range(2):
-        row.add((16, 16), 100 * place)
+    for start in (0, 100):
+        row.add((16, 16), start)
     fields = row.fields()
     assert row.num_tiles == 10 and (fields["bilinear_weights"].sum(1) == 1).all()
-    blends = fields["feature_sources"][fields["feature_sources"] <= FIRST_BILINEAR]
-    assert blends.tolist() == [FIRST_BILINEAR - b for b in range(len(fields["bilinear_sources"]))]
-    half = len(blends) // 2
+    bilinear = fields["feature_sources"][fields["feature_sources"] <= FIRST_BILINEAR]
+    assert bilinear.tolist() == [FIRST_BILINEAR - b for b in range(len(fields["bilinear_sources"]))]
+    half = len(bilinear) // 2
     assert fields["bilinear_sources"][:half].max() < 20 <= fields["bilinear_sources"][half:].min()
     assert (fields["bilinear_sources"][half:] == fields["bilinear_sources"][:half] + 20).all()

@@ -1,4 +1,4 @@
-"""Grids, tiles and their pixels."""
+"""Resolutions, tiles and their pixels."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ def to_pixels(tile: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("size", "grid"),
+    ("size", "resolution"),
     [((100, 100), (336, 336)), ((640, 480), (672, 672)), ((336, 672), (336, 672)), ((672, 336), (672, 336)),
      ((1920, 1080), (672, 672)), ((5000, 336), (1680, 336)), ((300, 2000), (336, 1680)), ((1, 100000), (336, 336))],
 )  # fmt: skip
-def test_select_grid(size: tuple[int, int], grid: tuple[int, int]) -> None:
-    assert select_best_resolution(size, PINPOINTS) == grid
+def test_select_best_resolution(size: tuple[int, int], resolution: tuple[int, int]) -> None:
+    assert select_best_resolution(size, PINPOINTS) == resolution
 
 
-def test_select_grid_agrees_with_transformers() -> None:
+def test_select_best_resolution_agrees_with_transformers() -> None:
     from transformers.image_processing_utils import select_best_resolution
 
-    draw = random.Random(0)
+    rng = random.Random(0)
     swapped = [(h, w) for w, h in PINPOINTS]
     for _ in range(3000):
-        width, height = int(10 ** draw.uniform(0, 4)), int(10 ** draw.uniform(0, 4))
+        width, height = int(10 ** rng.uniform(0, 4)), int(10 ** rng.uniform(0, 4))
         expected = select_best_resolution((height, width), swapped)
         assert select_best_resolution((width, height), PINPOINTS) == expected[::-1]
 
 
-def test_tiles_are_the_image_cut_row_by_row() -> None:
+def test_tiles_split_the_image_row_by_row() -> None:
     model, image = tiny_model(), picture(16, 16)
     tiles = image_to_tiles(image, model, "anyres")
     assert tiles.shape == (5, 3, 8, 8) and tiles.dtype == np.float32
@@ -65,8 +65,8 @@ def test_tiles_are_the_image_cut_row_by_row() -> None:
     np.testing.assert_allclose(to_pixels(tiles[0]), base, atol=1e-3)
 
 
-def test_normalising_is_that_of_numpy_bit_for_bit() -> None:
-    """Every value that a pixel can have, in every channel."""
+def test_normalise_tiles_equals_numpy_bit_for_bit() -> None:
+    """For every pixel value in every channel."""
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(3, axis=1)
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     expected = (pixels.astype(np.float32) / np.float32(255) - mean) / std
@@ -76,7 +76,7 @@ def test_normalising_is_that_of_numpy_bit_for_bit() -> None:
 
 
 def test_images_are_centred_on_black() -> None:
-    """14x16 stands in 16x16 with a black column on each side."""
+    """14x16 in 16x16 has a black column on each side."""
     tiles = image_to_tiles(picture(14, 16), tiny_model(), "anyres")
     row = np.concatenate([to_pixels(tiles[1]), to_pixels(tiles[2])], axis=1)
     np.testing.assert_allclose(row[:, [0, 15]], 0, atol=1e-3)
@@ -94,7 +94,7 @@ def test_num_image_tiles_and_ranges(size: tuple[int, int]) -> None:
             np.testing.assert_array_equal(extract_tiles(image, geometry, start, stop), tiles[start:stop])
 
 
-def test_square_crops_the_centre_and_pad_surrounds() -> None:
+def test_square_crops_the_centre_and_pad_pads() -> None:
     model = tiny_model()
     wide = picture(16, 8)
     square = image_to_tiles(wide, model, "square")

@@ -1,4 +1,4 @@
-"""Ids of both kinds of tokenizer; special strings in text stay text."""
+"""Ids of Hugging Face and sentencepiece tokenizers; special strings in text are encoded as text."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def test_sentencepiece(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_sentencepiece(tmp_path / "t.model"))
     ids = tokenizer.encode("red circle </s>")
     assert tokenizer.eos_id not in ids and tokenizer.decode([*ids, tokenizer.eos_id]) == "red circle </s>"
-    assert tokenizer.pad_id == tokenizer.eos_id  # the model has no padding
+    assert tokenizer.pad_id == tokenizer.eos_id  # the model has no padding piece
     assert max(ids) < len(tokenizer)
 
 
-def test_fingerprint_changes_with_what_decides_the_ids(tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_the_ids(tmp_path: Path) -> None:
     folder = tiny_tokenizer_folder(tmp_path / "a")
     before = load_tokenizer(folder).fingerprint
     assert load_tokenizer(tiny_tokenizer_folder(tmp_path / "b")).fingerprint == before
@@ -46,7 +46,7 @@ def test_fingerprint_changes_with_what_decides_the_ids(tmp_path: Path) -> None:
     assert load_tokenizer(folder).fingerprint != before
 
 
-def test_wrong_paths_are_told(tmp_path: Path) -> None:
+def test_errors_of_missing_and_invalid_tokenizers(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no tokenizer at"):
         load_tokenizer(tmp_path / "absent")
     with pytest.raises(DataError, match=r"neither tokenizer\.json"):

@@ -1,4 +1,4 @@
-"""Each kind of image and of damage: through the reader, through prepare_shards, and through training's loader."""
+"""Each image format and each kind of damage: decoded, written by prepare_shards, and read by the training loader."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tests.data.helpers import Folder, image_bytes, make_recipe, tiny_tokenizer_
 SIZE = (12, 8)
 
 
-def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encode(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
     stream = io.BytesIO()
-    image.save(stream, kind, **options)
+    image.save(stream, file_format, **options)
     return stream.getvalue()
 
 
@@ -32,28 +32,28 @@ def flat(mode: str, colour: object) -> Image.Image:
     return Image.new(mode, SIZE, colour)  # type: ignore[arg-type]
 
 
-def half_clear() -> Image.Image:
+def half_transparent() -> Image.Image:
     image = flat("RGBA", (10, 20, 30, 255))
     image.paste((200, 0, 0, 0), (0, 0, 6, 8))
     return image
 
 
-def clear_palette() -> bytes:
+def transparent_palette() -> bytes:
     image = flat("P", 1)
     image.putpalette([0, 0, 0, 90, 60, 30])
-    return saved(image, transparency=1)
+    return encode(image, transparency=1)
 
 
 def rotated() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
-    pixels = np.zeros((12, 8, 3), np.uint8)  # upright it is 12 wide and 8 high
+    pixels = np.zeros((12, 8, 3), np.uint8)  # upright: width 12, height 8
     pixels[:6] = 255
-    return saved(Image.fromarray(pixels), exif=exif)
+    return encode(Image.fromarray(pixels), exif=exif)
 
 
-def bomb(width: int = 60_000, height: int = 60_000) -> bytes:
-    """A PNG of a few bytes that claims 3.6 billion pixels."""
+def decompression_bomb(width: int = 60_000, height: int = 60_000) -> bytes:
+    """A PNG of a few bytes whose header says 3.6 billion pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -63,21 +63,21 @@ def bomb(width: int = 60_000, height: int = 60_000) -> bytes:
 
 
 GOOD = {
-    "rgb": (saved(flat("RGB", (1, 2, 3))), (1, 2, 3)),
-    "grey": (saved(flat("L", 77)), (77, 77, 77)),
-    "one bit": (saved(flat("1", 1)), (255, 255, 255)),
-    "grey and alpha": (saved(flat("LA", (77, 0))), (255, 255, 255)),
-    "palette": (saved(flat("RGB", (9, 99, 199)).convert("P", palette=Image.Palette.ADAPTIVE)), (9, 99, 199)),
-    "clear palette": (clear_palette(), (255, 255, 255)),
-    "alpha": (saved(flat("RGBA", (0, 0, 0, 128))), (127, 127, 127)),
-    "16 bit": (saved(Image.fromarray(np.full((8, 12), 200 * 257, np.uint16))), (200, 200, 200)),
-    "32 bit": (saved(Image.fromarray(np.full((8, 12), 5, np.int32)), "TIFF"), (0, 0, 0)),
-    "cmyk": (saved(flat("CMYK", (0, 0, 0, 0)), "JPEG"), (255, 255, 255)),
-    "animated": (saved(flat("RGB", (0, 0, 255)), "GIF", save_all=True, append_images=[flat("RGB", (255, 0, 0))]),
+    "rgb": (encode(flat("RGB", (1, 2, 3))), (1, 2, 3)),
+    "grey": (encode(flat("L", 77)), (77, 77, 77)),
+    "one bit": (encode(flat("1", 1)), (255, 255, 255)),
+    "grey and alpha": (encode(flat("LA", (77, 0))), (255, 255, 255)),
+    "palette": (encode(flat("RGB", (9, 99, 199)).convert("P", palette=Image.Palette.ADAPTIVE)), (9, 99, 199)),
+    "transparent palette": (transparent_palette(), (255, 255, 255)),
+    "alpha": (encode(flat("RGBA", (0, 0, 0, 128))), (127, 127, 127)),
+    "16 bit": (encode(Image.fromarray(np.full((8, 12), 200 * 257, np.uint16))), (200, 200, 200)),
+    "32 bit": (encode(Image.fromarray(np.full((8, 12), 5, np.int32)), "TIFF"), (0, 0, 0)),
+    "cmyk": (encode(flat("CMYK", (0, 0, 0, 0)), "JPEG"), (255, 255, 255)),
+    "animated": (encode(flat("RGB", (0, 0, 255)), "GIF", save_all=True, append_images=[flat("RGB", (255, 0, 0))]),
                  (0, 0, 255)),
-    "webp": (saved(flat("RGB", (50, 60, 70)), "WEBP", lossless=True), (50, 60, 70)),
+    "webp": (encode(flat("RGB", (50, 60, 70)), "WEBP", lossless=True), (50, 60, 70)),
     "exif": (rotated(), None),
-    "half clear": (saved(half_clear()), None),
+    "half transparent": (encode(half_transparent()), None),
 }  # fmt: skip
 BAD = {
     "empty": (b"", "unreadable image"),
@@ -85,41 +85,41 @@ BAD = {
     "html": (b"<!DOCTYPE html><html>404</html>", "unreadable image"),
     "truncated png": (image_bytes(90, 90)[:-900], "unreadable image"),
     "truncated jpeg": (image_bytes(90, 90, kind="JPEG")[:-900], "unreadable image"),
-    "vector": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "unreadable image"),
-    "no pixels": (bomb(0, 9), "unreadable image"),
-    "claims more than it has": (bomb(900, 900), "unreadable image"),
-    "bomb": (bomb(), "image too large"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "unreadable image"),
+    "no pixels": (decompression_bomb(0, 9), "unreadable image"),
+    "more pixels than data": (decompression_bomb(900, 900), "unreadable image"),
+    "bomb": (decompression_bomb(), "image too large"),
 }
 
 
-@pytest.mark.parametrize("kind", GOOD)
-def test_good_kinds(kind: str) -> None:
-    data, colour = GOOD[kind]
+@pytest.mark.parametrize("name", GOOD)
+def test_supported_formats(name: str) -> None:
+    data, colour = GOOD[name]
     image = decode_image(data)
     assert image.mode == "RGB" and image.size == SIZE == verify_image(data)
     if colour is not None:
         assert np.abs(np.asarray(image).astype(int) - colour).max() <= 1
 
 
-def test_details() -> None:
-    turned = np.asarray(decode_image(GOOD["exif"][0]))
-    assert turned[:, 6:].min() == 255 and turned[:, :6].max() == 0
-    page = np.asarray(decode_image(GOOD["half clear"][0]))
-    assert page[:, :6].min() == 255 and (page[:, 6:] == (10, 20, 30)).all()
+def test_pixels_of_rotated_transparent_and_16_bit_images() -> None:
+    upright = np.asarray(decode_image(GOOD["exif"][0]))
+    assert upright[:, 6:].min() == 255 and upright[:, :6].max() == 0
+    on_white = np.asarray(decode_image(GOOD["half transparent"][0]))
+    assert on_white[:, :6].min() == 255 and (on_white[:, 6:] == (10, 20, 30)).all()
     ramp = np.linspace(0, 65535, 96, dtype=np.uint16).reshape(8, 12)
-    eight = np.asarray(decode_image(saved(Image.fromarray(ramp))))[..., 0].reshape(-1)
-    assert eight[0] == 0 and eight[-1] == 255 and (np.diff(eight.astype(int)) > 0).all()  # not clipped
+    scaled = np.asarray(decode_image(encode(Image.fromarray(ramp))))[..., 0].reshape(-1)
+    assert scaled[0] == 0 and scaled[-1] == 255 and (np.diff(scaled.astype(int)) > 0).all()  # not clipped
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_kinds(kind: str) -> None:
+@pytest.mark.parametrize("name", BAD)
+def test_rejected_images(name: str) -> None:
     for read in (verify_image, decode_image):
-        with pytest.raises(ImageUnreadable) as refused:
-            read(BAD[kind][0])
-    assert "object at" not in str(refused.value)  # the same message each time
+        with pytest.raises(ImageUnreadable) as error:
+            read(BAD[name][0])
+    assert "object at" not in str(error.value)  # the message has no memory address: it is the same each time
 
 
-def test_the_limit_is_on_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_is_the_number_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_PIXELS", 95)
     with pytest.raises(ImageTooLarge, match="12x8 pixels"):
         verify_image(GOOD["rgb"][0])
@@ -129,11 +129,11 @@ def test_the_limit_is_on_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    return fill(Folder(tmp_path))
+    return add_samples(Folder(tmp_path))
 
 
-def fill(folder: Folder) -> Folder:
-    """With an entry of each kind, good and bad."""
+def add_samples(folder: Folder) -> Folder:
+    """Add one sample of each kind, valid and invalid."""
     for name, (data, _) in {**GOOD, **BAD}.items():
         (folder.images / name).write_bytes(data)
         folder.add(name, "<image>\nWhat?", "It.", image=name)
@@ -167,7 +167,7 @@ REASONS = {
 }  # fmt: skip
 
 
-def test_through_the_tool(folder: Folder, tmp_path: Path) -> None:
+def test_prepare_shards(folder: Folder, tmp_path: Path) -> None:
     summary = prepare_shards([folder.write()], folder.images, tmp_path / "s", 1)
     listed = [json.loads(line) for line in (tmp_path / "s" / "quarantine.jsonl").read_text().splitlines()]
     assert {item["id"]: item["reason"] for item in listed} == REASONS
@@ -177,7 +177,7 @@ def test_through_the_tool(folder: Folder, tmp_path: Path) -> None:
         assert shards[index].annotation["id"] == name and shards[index].images == [data]
 
 
-def test_through_training(folder: Folder, tmp_path: Path) -> None:
+def test_training_loader(folder: Folder, tmp_path: Path) -> None:
     recipe = make_recipe(folder.write(), folder.images, tiny_tokenizer_folder(tmp_path / "t"), global_batch_size=1)
     loader = build_loader(recipe, dp_rank=0, dp_size=1, consumed_rows=0, need_tiles=True)
     batches = [next(loader) for _ in range(loader.plan.rows)]
