@@ -44,19 +44,13 @@ def _check_cache(recipe: Recipe) -> Iterator[Problem]:
     data = recipe.data
     remote = next((name for name in [*data.data_path, data.data_root or ""] if _remote(name)), None)
     if remote and data.cache_dir is None:
-        yield Problem(
-            "data.cache_dir",
-            None,
-            f"not set, but shards of {remote} are cached there",
-            "Give a folder on a local disk",
-        )
+        wrong = f"not set, but shards of {remote} are cached there"
+        yield Problem("data.cache_dir", None, wrong, "Give a folder on a local disk")
     if data.cache_limit is not None:
         try:
             to_bytes(data.cache_limit)
         except ValueError:
-            yield Problem(
-                "data.cache_limit", data.cache_limit, "not a size", "Use a number and a unit, such as 100gb or 64MiB"
-            )
+            yield Problem("data.cache_limit", data.cache_limit, "not a size", "Give one such as 100gb or 64MiB")
     if data.data_root is not None and not _remote(data.data_root) and not Path(data.data_root).is_dir():
         yield _missing("data.data_root", Path(data.data_root), "folder")
 
@@ -82,9 +76,7 @@ def _check_checkpoints(recipe: Recipe) -> Iterator[Problem]:
         if value is not None and not Path(value).is_dir():
             yield _missing(f"training.{name}", Path(value), "folder")
     if training.save is not None and Path(training.save).exists() and not Path(training.save).is_dir():
-        yield Problem(
-            "training.save", training.save, "a file, not a folder", "Use a folder; it is created if it does not exist"
-        )
+        yield Problem("training.save", training.save, "a file, not a folder", "Use a folder, or a new path")
 
 
 def _missing(setting: str, path: Path, kind: str) -> Problem:
