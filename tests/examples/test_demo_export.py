@@ -1,4 +1,4 @@
-"""The demo's model, trained for some steps, exported in both dialects: the published snippets run on it."""
+"""The published snippets run on the demo's model, trained for a few steps and exported in both formats."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tests.support.launch import ROOT, launch
 
 STEPS = 40
 TRAINED_ON = 200
-"""Conversations: as many as the steps can use, so that no more images are measured than are needed."""
+"""Conversations, enough for these steps; indexing more would only take time."""
 SHAPES = {"as it is": (64, 64), "tall": (50, 130), "wide": (150, 40)}
-"""(width, height) that test images are stretched to."""
+"""(width, height) that test images are resized to."""
 ANSWERS = {"yes", "no", *easy_vqa.SHAPES, *easy_vqa.COLOURS}
 
 
@@ -38,7 +38,7 @@ def image_of(wheel: Path, name: str) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, wheel: Path, trained_tokenizer: Path) -> Path:
-    """The last stage's recipe but for its length, its layout and what it starts from; its checkpoint, exported."""
+    """Exports of the last stage's recipe, trained shortly in one process from random weights."""
     folder = tmp_path_factory.mktemp("demo")
     entries = json.loads((trained_tokenizer.parent / "questions.json").read_text())[:TRAINED_ON]
     (folder / "questions.json").write_text(json.dumps(entries))
@@ -62,9 +62,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory, wheel: Path, trained_toke
     recipe["parallel"]["pipeline_model_parallel_size"] = 1
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     launch("-m", "megatron_vlm.train", "--config", folder / "recipe.yaml", ranks=1, timeout=240)
-    for dialect in ("llava_next", "instellavl"):
-        convert(folder / "checkpoint", folder / dialect, format=dialect)
-    make_answers_end(folder)  # that of a question without an image does not, after training with images only
+    for hf_format in ("llava_next", "instellavl"):
+        convert(folder / "checkpoint", folder / hf_format, format=hf_format)
+    make_answers_end(folder)  # without an image they do not end by themselves, because training had images only
     (folder / "images").mkdir()
     for number, (name, size) in enumerate(SHAPES.items()):
         image = image_of(wheel, easy_vqa.image_name("test", number))
@@ -72,13 +72,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory, wheel: Path, trained_toke
     return folder
 
 
-def test_snippets_say_what_stock_transformers_says(exported: Path) -> None:
+def test_snippets_answer_as_stock_transformers(exported: Path) -> None:
     compare(ask(exported))
 
 
 @pytest.mark.full
 def test_examples_of_the_docs_run(exported: Path) -> None:
-    """All Python of docs/inference.md as one script; four ways to the same answer."""
+    """All Python code of docs/inference.md, run as one script: four ways to get the same answer."""
     text = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
     script = 'questions, images = ["what color is the shape?"], [Image.open("shape.png")]\n'
     script = "from PIL import Image\n" + script + "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
@@ -92,5 +92,5 @@ def test_examples_of_the_docs_run(exported: Path) -> None:
         script = script.replace(published, str(here))
     (exported / "docs.py").write_text(f"{script}\nprint(*answers)\n")
     lines = launch(exported / "docs.py", ranks=1, timeout=280).stdout.splitlines()
-    said = [line for line in lines if line in ANSWERS]
-    assert len(said) == 4 and len(set(said)) == 1, lines
+    answers = [line for line in lines if line in ANSWERS]
+    assert len(answers) == 4 and len(set(answers)) == 1, lines

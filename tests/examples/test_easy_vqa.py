@@ -1,4 +1,4 @@
-"""easy-VQA as annotations: what is learned from the answers, and that nothing of the test split gets into training."""
+"""easy-VQA as annotations: facts derived from answers, and no test data in training."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from easy_vqa import Facts, Question
 
 
-def said(entries: list[dict[str, Any]]) -> Counter[tuple[str, str, str]]:
-    """(image, question, answer) of all turns."""
+def all_turns(entries: list[dict[str, Any]]) -> Counter[tuple[str, str, str]]:
+    """Counts of (image, question, answer)."""
     return Counter(
         (entry["image"], turns[i]["value"].removeprefix("<image>\n"), turns[i + 1]["value"])
         for entry in entries
@@ -44,7 +44,7 @@ def test_facts_from_one_answer(text: str, answer: str, facts: Facts | None) -> N
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_published_answers_contradict_none_of_the_facts(wheel: Path, split: str) -> None:
+def test_facts_agree_with_all_published_answers(wheel: Path, split: str) -> None:
     questions = easy_vqa.read_questions(wheel, split)
     facts = easy_vqa.facts_from_answers(questions)
     for text, answer, image in questions:
@@ -58,23 +58,23 @@ def test_published_answers_contradict_none_of_the_facts(wheel: Path, split: str)
             assert (seen == named.group()) == present, (text, image)
 
 
-def test_captions_say_what_is_known() -> None:
+def test_captions_contain_the_known_facts() -> None:
     assert [answer for _, answer in easy_vqa.caption(Facts("red", "circle"))] == ["circle", "red"]
     assert [answer for _, answer in easy_vqa.caption(Facts(colour="red"))] == ["red"]
     assert easy_vqa.caption(Facts()) == []
 
 
-def test_every_training_question_is_asked_once_in_short_conversations(training: list[Question]) -> None:
+def test_each_training_question_occurs_once_in_short_conversations(training: list[Question]) -> None:
     entries = easy_vqa.question_annotations(training)
     asked = Counter((easy_vqa.image_name("train", image), text, answer) for text, answer, image in training)
-    assert said(entries) == asked
+    assert all_turns(entries) == asked
     assert len({entry["id"] for entry in entries}) == len(entries)
     lengths = Counter(len(entry["conversations"]) // 2 for entry in entries)
-    assert set(lengths) == set(range(1, easy_vqa.MOST_TURNS + 1))
+    assert set(lengths) == set(range(1, easy_vqa.MAX_TURNS + 1))
     assert easy_vqa.question_annotations(training) == entries  # the same on every machine
 
 
-def test_nothing_of_the_test_split_is_trained_on(wheel: Path, tmp_path: Path) -> None:
+def test_training_data_contains_no_test_data(wheel: Path, tmp_path: Path) -> None:
     counts = easy_vqa.write(tmp_path, wheel)
     assert counts["test.json"] == 9673
     captions, questions, test = (
@@ -88,12 +88,12 @@ def test_nothing_of_the_test_split_is_trained_on(wheel: Path, tmp_path: Path) ->
     train_bytes = {path.read_bytes() for path in (tmp_path / "images" / "train").iterdir()}
     assert not test_bytes & train_bytes
     published = easy_vqa.read_questions(wheel, "test")
-    assert said(test) == Counter(
+    assert all_turns(test) == Counter(
         (easy_vqa.image_name("test", image), text, answer) for text, answer, image in published
     )
 
 
-def test_another_wheel_is_refused(tmp_path: Path) -> None:
+def test_a_wheel_with_a_wrong_checksum_is_rejected(tmp_path: Path) -> None:
     (tmp_path / easy_vqa.WHEEL).write_bytes(b"another")
-    with pytest.raises(RuntimeError, match="is not the published easy-vqa==1.0. Delete it"):
+    with pytest.raises(RuntimeError, match="is not the published easy-vqa==1.0. Delete the file"):
         easy_vqa.fetch_wheel(tmp_path)

@@ -1,4 +1,4 @@
-"""The demo's last step: scores, and batched answers that are those of stock generation one by one."""
+"""The demo's evaluation: scores, and batched answers equal to stock generation one at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import evaluate
-import pictures
+import plots
 import pytest
 import torch
 from evaluate import Question
@@ -39,7 +39,7 @@ def test_report() -> None:
     assert lines[-1] == "test accuracy 60.0 % (baseline 40.0 %)"
 
 
-def test_shuffling_keeps_every_image_and_every_truth() -> None:
+def test_shuffling_keeps_images_and_true_answers() -> None:
     shuffled = evaluate.shuffle_images(QUESTIONS)
     assert [question[:2] for question in shuffled] == [question[:2] for question in QUESTIONS]
     assert Counter(question.image for question in shuffled) == Counter(question.image for question in QUESTIONS)
@@ -48,49 +48,49 @@ def test_shuffling_keeps_every_image_and_every_truth() -> None:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A folder as the converter writes it, with random weights, and images of several shapes."""
-    folder, words = tmp_path_factory.mktemp("hf"), tmp_path_factory.mktemp("words")
-    model = llava_next_model(image_token_index=write_tokenizer(words))
+    """A folder in the converter's format with random weights, and images of several sizes."""
+    folder, tokenizer = tmp_path_factory.mktemp("hf"), tmp_path_factory.mktemp("tokenizer")
+    model = llava_next_model(image_token_index=write_tokenizer(tokenizer))
     model.save_pretrained(folder)
-    write_configs(folder, model_config(model), load_tokenizer(words), torch.float32)
+    write_configs(folder, model_config(model), load_tokenizer(tokenizer), torch.float32)
     for number, (name, size) in enumerate({"a.png": (40, 40), "b.png": (60, 30), "c.png": (30, 90)}.items()):
         picture(size, seed=number).save(folder / name)
     return SimpleNamespace(folder=folder)
 
 
-def test_answers_are_those_of_stock_generation(exported: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "BATCH", 2)
+def test_answers_equal_stock_generation(exported: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "BATCH_SIZE", 2)
     model = evaluate.Model(exported.folder)
-    model.look_at(["a.png", "b.png", "c.png"], exported.folder)
+    model.encode_images(["a.png", "b.png", "c.png"], exported.folder)
     answers = model.answer(QUESTIONS)
-    assert answers == [_asked_alone(model, question, exported.folder) for question in QUESTIONS]
+    assert answers == [_stock_answer(model, question, exported.folder) for question in QUESTIONS]
     assert any(answers)
 
 
-def _asked_alone(model: Any, question: Question, folder: Path) -> str:
-    """Through the processor, image and text together."""
-    parts = [{"type": "image"}, {"type": "text", "text": question.text}]
-    text = model.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+def _stock_answer(model: Any, question: Question, folder: Path) -> str:
+    """Generate with the processor, image and text together, batch size 1."""
+    content = [{"type": "image"}, {"type": "text", "text": question.text}]
+    text = model.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = model.processor(images=Image.open(folder / question.image), text=text, return_tensors="pt")
-    ids = model.model.generate(**inputs, max_new_tokens=evaluate.LONGEST_ANSWER, do_sample=False)
+    ids = model.model.generate(**inputs, max_new_tokens=evaluate.MAX_NEW_TOKENS, do_sample=False)
     answer = ids[0, inputs["input_ids"].shape[1] :]
     return str(model.processor.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
-def test_pictures(tmp_path: Path) -> None:
-    for stage in pictures.STAGES:
+def test_plots(tmp_path: Path) -> None:
+    for stage in plots.STAGES:
         (tmp_path / stage).mkdir()
         lines = [json.dumps({"iteration": i, "lm_loss": 2 / i}) + "\n" for i in range(1, 30)]
         (tmp_path / stage / "metrics.jsonl").write_text("".join(lines))
-    pictures.plot_losses(tmp_path, tmp_path / "loss.png")
+    plots.plot_losses(tmp_path, tmp_path / "loss.png")
     picture((64, 64)).save(tmp_path / "a.png")
     rows = [{"text": "what?", "truth": "red", "image": "a.png", "answer": answer} for answer in ("red", "blue")]
-    (tmp_path / "answers.json").write_text(json.dumps(rows * pictures.ROWS * pictures.COLUMNS))
-    pictures.draw_answers(tmp_path / "answers.json", tmp_path, tmp_path / "answers.png")
+    (tmp_path / "answers.json").write_text(json.dumps(rows * plots.ROWS * plots.COLUMNS))
+    plots.plot_answers(tmp_path / "answers.json", tmp_path, tmp_path / "answers.png")
     for name in ("loss.png", "answers.png"):
         assert Image.open(tmp_path / name).width > 600
 
 
-def test_loss_curve_is_smoothed_over_what_was_seen() -> None:
-    assert pictures.smooth([4.0, 2.0]) == [4.0, 3.0]
-    assert pictures.smooth([1.0] * 50)[-1] == 1.0
+def test_loss_curve_is_a_moving_average() -> None:
+    assert plots.smooth([4.0, 2.0]) == [4.0, 3.0]
+    assert plots.smooth([1.0] * 50)[-1] == 1.0

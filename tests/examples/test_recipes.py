@@ -1,4 +1,4 @@
-"""The recipes of the demo and of the real stages: they are accepted, and each stage starts from the last one."""
+"""The recipes of the demo and of the full-size stages are valid, and each stage starts from the previous one."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def recipes(folder: Path) -> list[Recipe]:
 
 
 @pytest.mark.parametrize(("folder", "world"), [(EXAMPLES / "demo", 2), (EXAMPLES, 8)], ids=["demo", "real"])
-def test_stages_are_accepted_and_follow_each_other(folder: Path, world: int) -> None:
+def test_stages_are_valid_and_consecutive(folder: Path, world: int) -> None:
     stages = recipes(folder)
     for recipe in stages:
         check_recipe(recipe, world)
         assert recipe_to_dict(recipe)["model"] == recipe_to_dict(stages[0])["model"]
-    for before, after in zip(stages, stages[1:], strict=False):
-        assert after.training.pretrained_checkpoint == before.training.save
+    for previous, stage in zip(stages, stages[1:], strict=False):
+        assert stage.training.pretrained_checkpoint == previous.training.save
     assert [recipe.training.trainable for recipe in stages] == [
         ["projector"],
         *[["vision", "projector", "language"]] * 2,
     ]
 
 
-def test_each_demo_stage_has_another_layout() -> None:
+def test_demo_stages_have_different_layouts() -> None:
     layouts = [
         (recipe.parallel.tensor_model_parallel_size, recipe.parallel.pipeline_model_parallel_size)
         for recipe in recipes(EXAMPLES / "demo")
@@ -43,7 +43,7 @@ def test_each_demo_stage_has_another_layout() -> None:
     assert layouts == [(2, 1), (1, 1), (1, 2)]
 
 
-def test_demo_model_fits_its_tokenizer_and_its_images(trained_tokenizer: Path) -> None:
+def test_demo_model_matches_its_tokenizer_and_images(trained_tokenizer: Path) -> None:
     for recipe in recipes(EXAMPLES / "demo"):
         model = recipe.model
         assert model.image_token_index == len(load_tokenizer(trained_tokenizer)) < model.language.vocab_size
@@ -56,18 +56,17 @@ def test_demo_model_fits_its_tokenizer_and_its_images(trained_tokenizer: Path) -
 
 
 @pytest.mark.parametrize("script", ["launch_torchrun.sh", "launch_slurm.sh"])
-def test_launch_scripts_parse_and_name_what_is_missing(script: str) -> None:
+def test_launch_scripts_parse_and_name_missing_variables(script: str) -> None:
     subprocess.run(["bash", "-n", EXAMPLES / script], check=True)
-    told = subprocess.run(["bash", EXAMPLES / script], env={"PATH": "/bin:/usr/bin"}, capture_output=True, text=True)
-    assert told.returncode and "DATA_ROOT" in told.stderr
+    result = subprocess.run(["bash", EXAMPLES / script], env={"PATH": "/bin:/usr/bin"}, capture_output=True, text=True)
+    assert result.returncode and "DATA_ROOT" in result.stderr
 
 
-def test_evaluation_needs_nothing_of_this_project() -> None:
-    probe = (
+def test_evaluation_imports_nothing_of_this_project() -> None:
+    script = (
         "import sys, evaluate; ours = {name.split('.')[0] for name in sys.modules}; "
         "print(*sorted(ours & {'megatron', 'megatron_vlm', 'checkpoint_convert', 'streaming'}))"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", probe], cwd=EXAMPLES / "demo", capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == ""
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    result = subprocess.run(command, cwd=EXAMPLES / "demo", capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""

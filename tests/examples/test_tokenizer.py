@@ -1,4 +1,4 @@
-"""The demo's tokenizer has the published one's special tokens and fits the demo's recipes."""
+"""The demo's tokenizer has the special tokens of the published one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_special_tokens(trained_tokenizer: Path) -> None:
     assert len(ours) == len(stock)
 
 
-def test_text_comes_back_and_roles_are_ordinary_text(trained_tokenizer: Path) -> None:
+def test_text_round_trips_and_roles_are_plain_text(trained_tokenizer: Path) -> None:
     stock, ours = AutoTokenizer.from_pretrained(trained_tokenizer), load_tokenizer(trained_tokenizer)
     text = "<|user|>\nis there not a gray rectangle in the image? é\n<|assistant|>\n"
     assert ours.decode(ours.encode(text)) == text
@@ -28,13 +28,13 @@ def test_text_comes_back_and_roles_are_ordinary_text(trained_tokenizer: Path) ->
     assert min(ours.encode(text)) > 1 and max(ours.encode(text)) < ours.eos_id - 2
 
 
-def test_words_of_the_answers_are_one_token(trained_tokenizer: Path) -> None:
+def test_answer_words_are_single_tokens(trained_tokenizer: Path) -> None:
     ours = load_tokenizer(trained_tokenizer)
     for word in ("yes", "no", "circle", "rectangle", "triangle", "black", "teal"):
         assert len(ours.encode(word)) == 1, word
 
 
-def test_small_text_is_enough(tmp_path: Path) -> None:
+def test_training_on_one_sentence(tmp_path: Path) -> None:
     small = demo_tokenizer.train(iter(["is there a circle?"]))
     assert small.token_to_id("<|endoftext|>") == 0
     assert small.token_to_id("|||IP_ADDRESS|||") == small.get_vocab_size() - 1

@@ -1,9 +1,9 @@
-"""A worked example of each kind of tools/convert_dataset.py, on easy-VQA and matplotlib's fonts.
+"""An example of each kind of tools/convert_dataset.py, on easy-VQA and matplotlib's fonts.
 
 python examples/instellavl/demo/conversions.py --output runs/conversions
 
-Makes a small table of each kind as other people publish it (Parquet with image bytes, OCR words with boxes, ...),
-prints the command that converts it, runs it, and prints the first entry.
+Writes a small data set of each kind in the format in which such data is published (Parquet with image bytes, OCR words
+with boxes, ...), prints the command that converts it, runs the command, and prints the first entry.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PAGE = ["Shapes and colours", "a circle is round", "a triangle has three corner
 
 
 class Examples:
-    """Input of each kind, below one folder."""
+    """Small inputs of each kind, in one folder."""
 
     def __init__(self, folder: Path, wheel: Path) -> None:
         self.folder = folder
@@ -36,10 +36,10 @@ class Examples:
         self.images.mkdir(parents=True, exist_ok=True)
         self.questions = [question for question in read_questions(wheel, "train") if question.image < IMAGES]
         with zipfile.ZipFile(wheel) as archive:
-            self.pictures = [archive.read(f"easy_vqa/data/train/images/{number}.png") for number in range(IMAGES)]
+            self.image_bytes = [archive.read(f"easy_vqa/data/train/images/{number}.png") for number in range(IMAGES)]
 
     def inputs(self) -> Iterator[tuple[str, Path, list[str]]]:
-        """(kind, input, flags of its own) of each."""
+        """Yield (kind, input file, further flags)."""
         yield "qa", self.parquet("qa", self._questions()), ["--suffix", "Answer with one word."]
         yield "conversations", self.parquet("conversations", self._conversations()), ["--turns-column", "texts"]
         yield "captions", self.lines("captions", self._captions()), []
@@ -60,32 +60,32 @@ class Examples:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return path
 
-    def _stored(self, number: int) -> dict[str, Any]:
-        """As Hugging Face's data sets keep an image."""
-        return {"bytes": self.pictures[number], "path": f"{number}.png"}
+    def _hf_image(self, number: int) -> dict[str, Any]:
+        """An image in the format of Hugging Face datasets."""
+        return {"bytes": self.image_bytes[number], "path": f"{number}.png"}
 
     def _file(self, number: int) -> str:
-        (self.images / f"{number}.png").write_bytes(self.pictures[number])
+        (self.images / f"{number}.png").write_bytes(self.image_bytes[number])
         return f"{number}.png"
 
     def _by_image(self) -> dict[int, list[Question]]:
-        found = defaultdict(list)
+        by_image = defaultdict(list)
         for question in self.questions:
-            found[question.image].append(question)
-        return found
+            by_image[question.image].append(question)
+        return by_image
 
     def _questions(self) -> list[dict[str, Any]]:
-        return [{"image": self._stored(image), "question": text, "answer": a} for text, a, image in self.questions]
+        return [{"image": self._hf_image(image), "question": text, "answer": a} for text, a, image in self.questions]
 
     def _conversations(self) -> list[dict[str, Any]]:
-        """As The Cauldron has them."""
+        """The format of The Cauldron."""
         return [
-            {"image": [self._stored(image)], "texts": [{"user": text, "assistant": a} for text, a, _ in questions]}
+            {"image": [self._hf_image(image)], "texts": [{"user": text, "assistant": a} for text, a, _ in questions]}
             for image, questions in self._by_image().items()
         ]
 
     def _captions(self) -> list[dict[str, Any]]:
-        """Several of each image, as COCO and RICO have them."""
+        """Several captions per image, as in COCO and RICO."""
         rows = []
         for entry in caption_annotations(self.questions):
             answers = [turn["value"] for turn in entry["conversations"] if turn["from"] == "gpt"]
@@ -94,7 +94,7 @@ class Examples:
         return rows
 
     def _page(self) -> dict[str, Any]:
-        """Words and their boxes, as OCR sets have them: in no order."""
+        """Words with boxes in arbitrary order, as in OCR data sets."""
         from matplotlib import font_manager
 
         font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 20)
@@ -130,15 +130,16 @@ class Examples:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write into")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="output folder")
     options = parser.parse_args()
     examples = Examples(options.output, fetch_wheel())
     for kind, source, flags in examples.inputs():
         output = options.output / f"{kind}.converted.jsonl"
-        words = [kind, "--input", str(source), "--output", str(output), "--image-folder", str(examples.images), *flags]
-        print(f"\n$ python tools/convert_dataset.py {' '.join(words)}", flush=True)
-        if subprocess.run([sys.executable, str(TOOL), *words]).returncode:
-            sys.exit(f"error: {kind} could not be converted")
+        files = ["--input", str(source), "--output", str(output), "--image-folder", str(examples.images)]
+        arguments = [kind, *files, *flags]
+        print(f"\n$ python tools/convert_dataset.py {' '.join(arguments)}", flush=True)
+        if subprocess.run([sys.executable, str(TOOL), *arguments]).returncode:
+            sys.exit(f"error: converting {kind} failed, see above")
         with output.open(encoding="utf-8") as file:
             print(json.dumps(json.loads(next(file)), indent=1, ensure_ascii=False))
 

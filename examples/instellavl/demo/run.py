@@ -1,8 +1,8 @@
-"""The main job at small size, from a dataset to answers: what `make demo` runs.
+"""The whole workflow at small size, from a data set to answers. `make demo` runs this script.
 
-    easy-VQA -> annotations -> tokenizer -> shards -> three stages, each in another layout -> Hugging Face -> answers
+    easy-VQA -> annotations -> tokenizer -> shards -> three stages with different layouts -> Hugging Face -> answers
 
-Everything it makes lies in runs/demo. Run it from the root of the project.
+All output is written to runs/demo. Run it from the root of the repository.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 OUTPUT = Path("runs/demo")
 PROCESSES = "2"
-A_STEP_AT_MOST = 1200
-"""Seconds; a step that takes longer hangs."""
+STEP_TIMEOUT = 1200
+"""Seconds after which a step counts as hanging."""
 STAGES = {
-    "warmup": "projector warm-up, tensor parallel over 2 processes with sequence parallelism",
-    "pretrain": "captions, data parallel over 2 processes with the distributed optimizer",
-    "instruct": "questions, two pipeline stages",
+    "warmup": "projector warm-up, tensor parallel size 2 with sequence parallelism",
+    "pretrain": "captions, data parallel size 2 with the distributed optimizer",
+    "instruct": "questions, pipeline parallel size 2",
 }
 
 
 class Demo:
-    """Runs the steps one after the other and says how far it is."""
+    """Runs the steps in order and prints a numbered heading with the elapsed time for each."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
@@ -41,14 +41,14 @@ class Demo:
         print(f"\n== {self.step}. {text}   [{minutes}:{seconds:02d}]", flush=True)
 
     def run(self, *command: str | Path, threads: int = 1) -> None:
-        """Run a Python command of this project, its output shown as it comes; end the demo if it fails."""
+        """Run a Python command and show its output; exit if it fails or times out."""
         environment = {**self.environment, "OMP_NUM_THREADS": str(threads)}
         arguments = [sys.executable, *map(str, command)]
         try:
-            done = subprocess.run(arguments, cwd=ROOT, env=environment, timeout=A_STEP_AT_MOST)
+            result = subprocess.run(arguments, cwd=ROOT, env=environment, timeout=STEP_TIMEOUT)
         except subprocess.TimeoutExpired:
-            sys.exit(f"demo: step {self.step} took more than {A_STEP_AT_MOST // 60} minutes: {' '.join(arguments)}")
-        if done.returncode:
+            sys.exit(f"demo: step {self.step} took more than {STEP_TIMEOUT // 60} minutes: {' '.join(arguments)}")
+        if result.returncode:
             sys.exit(f"demo: step {self.step} failed, see above: {' '.join(arguments)}")
 
     def torchrun(self, *command: str | Path) -> None:
@@ -76,17 +76,17 @@ def main() -> None:
         demo.torchrun("-m", "megatron_vlm.train", "--config", HERE / f"{stage}.yaml")
     demo.heading("export to Hugging Face")
     last = OUTPUT / "checkpoints" / "instruct"
-    for folder, dialect in ((hf, "llava_next"), (published, "instellavl")):
-        demo.run("-m", "checkpoint_convert.megatron_to_hf", "--load", last, "--save", folder, "--format", dialect)
-    demo.heading("pictures of the training")
-    demo.run(HERE / "pictures.py", "losses", "--checkpoints", OUTPUT / "checkpoints", "--output", OUTPUT / "loss.png")
-    demo.heading("answers to the 9,673 test questions, with stock transformers from the exported folder alone")
+    for folder, hf_format in ((hf, "llava_next"), (published, "instellavl")):
+        demo.run("-m", "checkpoint_convert.megatron_to_hf", "--load", last, "--save", folder, "--format", hf_format)
+    demo.heading("loss curve")
+    demo.run(HERE / "plots.py", "losses", "--checkpoints", OUTPUT / "checkpoints", "--output", OUTPUT / "loss.png")
+    demo.heading("evaluation on the 9,673 test questions, with stock transformers and the exported folder")
     answers, report = OUTPUT / "answers.json", OUTPUT / "report.txt"
     asked = ("--annotations", test, "--image-folder", data / "images")
     demo.run(HERE / "evaluate.py", "--model", hf, *asked, "--output", answers, "--report", report, threads=2)
     sheet = ("--answers", answers, "--image-folder", data / "images", "--output", OUTPUT / "answers.png")
-    demo.run(HERE / "pictures.py", "answers", *sheet)
-    demo.heading("done; it is all in runs/demo")
+    demo.run(HERE / "plots.py", "answers", *sheet)
+    demo.heading("done; all output is in runs/demo")
     print(
         f"  loss curve      {OUTPUT / 'loss.png'}\n"
         f"  answers         {OUTPUT / 'answers.png'} (a sheet), {answers} (all)\n"

@@ -1,4 +1,4 @@
-"""A small tokenizer of the published one's kind: byte-level BPE with GPT-NeoX's and OLMo's special tokens.
+"""Train a small tokenizer like the published one: byte-level BPE with GPT-NeoX's and OLMo's special tokens.
 
 python examples/instellavl/demo/tokenizer.py --annotations runs/demo/data/questions.json … --output runs/demo/tokenizer
 """
@@ -13,15 +13,15 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
-# OLMo's: they stand for what was removed from its training text. The last one ends every turn.
-REMOVED = ("|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||")
-END_OF_SEQUENCE = REMOVED[-1]
-ROLES = "<|user|>\n<|assistant|>\n"  # ordinary text in the published tokenizer, and here
-LARGEST = 512
+# OLMo's placeholders for data removed from its training text. The last one also ends every turn.
+PLACEHOLDERS = ("|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||")
+END_OF_SEQUENCE = PLACEHOLDERS[-1]
+ROLES = "<|user|>\n<|assistant|>\n"  # plain text to the published tokenizer, and to this one
+MAX_VOCAB_SIZE = 512
 
 
 def texts(annotations: list[Path]) -> Iterator[str]:
-    """What is tokenized in training: the roles, the questions and the answers."""
+    """Yield the text that training tokenizes: roles, questions and answers."""
     for path in annotations:
         for entry in json.loads(path.read_text(encoding="utf-8")):
             for message in entry["conversations"]:
@@ -29,24 +29,24 @@ def texts(annotations: list[Path]) -> Iterator[str]:
 
 
 def train(corpus: Iterator[str]) -> Tokenizer:
-    """`<|endoftext|>` is 0, `<|padding|>` 1, `|||IP_ADDRESS|||` the last id."""
+    """Train on `corpus`; `<|endoftext|>` has id 0, `<|padding|>` 1, `|||IP_ADDRESS|||` the last id."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=LARGEST - len(REMOVED),
+        vocab_size=MAX_VOCAB_SIZE - len(PLACEHOLDERS),
         special_tokens=[END_OF_TEXT, PADDING],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=True) for text in REMOVED])
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=True) for text in PLACEHOLDERS])
     return tokenizer
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a folder that `AutoTokenizer.from_pretrained` loads."""
+    """Write a folder for `AutoTokenizer.from_pretrained`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
@@ -60,8 +60,8 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--annotations", type=Path, nargs="+", required=True, metavar="FILE", help="text to learn from")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--annotations", type=Path, nargs="+", required=True, metavar="FILE", help="training text")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="output folder")
     options = parser.parse_args()
     tokenizer = train(texts(options.annotations))
     save(tokenizer, options.output)

@@ -1,7 +1,7 @@
-"""The demo's pictures: the loss over the three stages, and a sheet of test images with question, answer and truth.
+"""Plot the loss of the three stages, and a sheet of test images with question, answer and true answer.
 
-python examples/instellavl/demo/pictures.py losses --checkpoints runs/demo/checkpoints --output runs/demo/loss.png
-python examples/instellavl/demo/pictures.py answers --answers runs/demo/answers.json
+python examples/instellavl/demo/plots.py losses --checkpoints runs/demo/checkpoints --output runs/demo/loss.png
+python examples/instellavl/demo/plots.py answers --answers runs/demo/answers.json
     --image-folder runs/demo/data/images --output runs/demo/answers.png
 """
 
@@ -19,17 +19,18 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 STAGES = ("warmup", "pretrain", "instruct")
-SMOOTHED_OVER = 20
+SMOOTHING_WINDOW = 20
 ROWS, COLUMNS = 4, 6
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Mean over the last SMOOTHED_OVER values."""
-    return [sum(values[max(0, i - SMOOTHED_OVER + 1) : i + 1]) / min(i + 1, SMOOTHED_OVER) for i in range(len(values))]
+    """Moving average over the last SMOOTHING_WINDOW values."""
+    windows = [values[max(0, stop - SMOOTHING_WINDOW) : stop] for stop in range(1, len(values) + 1)]
+    return [sum(window) / len(window) for window in windows]
 
 
 def plot_losses(checkpoints: Path, output: Path) -> None:
-    """lm loss by iteration, the stages side by side."""
+    """Plot lm loss over iterations, one panel per stage."""
     figure, axes = plt.subplots(1, len(STAGES), figsize=(13, 4), layout="constrained")
     for axis, stage in zip(axes, STAGES, strict=True):
         lines = [json.loads(line) for line in (checkpoints / stage / "metrics.jsonl").read_text().splitlines()]
@@ -41,22 +42,22 @@ def plot_losses(checkpoints: Path, output: Path) -> None:
     figure.savefig(output, dpi=120)
 
 
-def draw_answers(answers: Path, image_folder: Path, output: Path, seed: int = 0) -> None:
-    """Random test questions, each under its image; wrong answers in red."""
-    drawn = random.Random(seed).sample(json.loads(answers.read_text(encoding="utf-8")), ROWS * COLUMNS)
+def plot_answers(answers: Path, image_folder: Path, output: Path, seed: int = 0) -> None:
+    """Plot the images of random test questions with the answers; wrong answers are red."""
+    sampled = random.Random(seed).sample(json.loads(answers.read_text(encoding="utf-8")), ROWS * COLUMNS)
     figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(2.6 * COLUMNS, 2.7 * ROWS), layout="constrained")
-    for axis, question in zip(axes.flat, drawn, strict=True):
+    for axis, question in zip(axes.flat, sampled, strict=True):
         right = question["answer"] == question["truth"]
         axis.imshow(Image.open(image_folder / question["image"]))
         axis.set_axis_off()
-        told = question["answer"] if right else f"{question['answer']} (truth: {question['truth']})"
-        axis.set_title(f"{question['text']}\n{told}", fontsize=8, color="black" if right else "tab:red", wrap=True)
+        answer = question["answer"] if right else f"{question['answer']} (truth: {question['truth']})"
+        axis.set_title(f"{question['text']}\n{answer}", fontsize=8, color="black" if right else "tab:red", wrap=True)
     figure.savefig(output, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="picture", required=True)
+    commands = parser.add_subparsers(dest="plot", required=True)
     losses = commands.add_parser("losses")
     losses.add_argument("--checkpoints", type=Path, required=True)
     answers = commands.add_parser("answers")
@@ -65,10 +66,10 @@ def main() -> None:
     for command in (losses, answers):
         command.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    if options.picture == "losses":
+    if options.plot == "losses":
         plot_losses(options.checkpoints, options.output)
     else:
-        draw_answers(options.answers, options.image_folder, options.output)
+        plot_answers(options.answers, options.image_folder, options.output)
 
 
 if __name__ == "__main__":
