@@ -76,7 +76,7 @@ def test_export_of_a_training_run(source: Path, tmp_path: Path) -> None:
         "| rows | 4 of 192 tokens, 4 per iteration |",
         f"| tokens | {line['tokens']:,}, {line['loss_tokens']:,} of them supervised |",
         f"| loss | {line['lm_loss']:.4f}, mean of the last 1 iterations |",
-        "| layout | tensor 2 x pipeline 2 x context 1 |",
+        "| parallelism | tensor 2 x pipeline 2 x context 1 |",
         "| started from | imported |",
     ):
         assert row in card.splitlines()
