@@ -9,35 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (prepares the process before megatron.core is imported)
 from megatron_vlm.config import ModelConfig, ParallelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
-from megatron_vlm.data.processing.conversation import Turn, encode_prompt
+from megatron_vlm.data.processing.conversation import encode_prompt
 from megatron_vlm.data.processing.image_tokens import RowFeatures, num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, extract_tiles
 from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.inference.kv_cache import KVCache
+from megatron_vlm.inference.request import Prompt
 from megatron_vlm.inference.sampling import greedy
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.launch import distributed
 from megatron_vlm.training.checkpoint import load_checkpoint, read_recipe, require_checkpoint
-
-
-@dataclass
-class Prompt:
-    """A conversation that ends with a question, and the images its `<image>` placeholders stand for, in order."""
-
-    turns: Sequence[Turn]
-    images: Sequence[Image.Image] = field(default_factory=list)
 
 
 class GenerationEngine:

@@ -1,0 +1,35 @@
+"""Settings of the generation engine, under Megatron-LM's flag names where it has one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class InferenceConfig:
+    """Sizes of the running batch, the queue and the key/value cache. They are no part of a recipe."""
+
+    inference_max_requests: int = field(default=32, metadata={"help": "Requests in the running batch at most."})
+    inference_max_seq_length: int = field(
+        default=0,
+        metadata={"help": "Prompt and generated tokens of a request at most; 0 takes max_position_embeddings."},
+    )
+    inference_dynamic_batching_max_tokens: int = field(
+        default=512, metadata={"help": "Tokens of one step at most; longer prompts are prefilled in chunks."}
+    )
+    inference_dynamic_batching_block_size: int = field(
+        default=64, metadata={"help": "Tokens per block of the key/value cache."}
+    )
+    inference_dynamic_batching_buffer_size_gb: float = field(
+        default=2.0, metadata={"help": "Memory of the key/value cache on each rank, in GiB."}
+    )
+    enable_prefix_caching: bool = field(
+        default=True,
+        metadata={"help": "Keep the keys and values of finished requests for prompts with equal beginnings."},
+    )
+    max_queued_requests: int = field(
+        default=256, metadata={"help": "Waiting requests at most; further ones are rejected."}
+    )
+    max_cached_images: int = field(
+        default=32, metadata={"help": "Images whose features are kept for later requests at most."}
+    )
