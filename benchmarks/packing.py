@@ -7,8 +7,8 @@ are derived from them. All algorithms keep two budgets per row, tokens and tiles
 examples/instellavl/instruct.yaml.
 
 packing efficiency   tokens over rows x seq_length
-bound / rows         a lower bound on the number of rows, over the number of rows
-max/mean             cost of the most expensive of 256 data-parallel ranks over the mean; mean and maximum over an
+min rows / rows      fewest possible rows (a lower bound) over the number of rows
+imbalance            cost of the most expensive of 256 data-parallel ranks over the mean; mean and maximum over an
                      epoch's steps
 s per million        CPU time per million samples
 MiB                  memory that packing adds to the lengths; each algorithm runs in its own process
@@ -71,17 +71,17 @@ def describe(samples: Samples, packed: Packed, budget: Budget) -> dict[str, Any]
         raise SystemExit(f"packing {samples.name!r} loses a sample or exceeds a budget")
     cost = np.add.reduceat(budget.cost.of(samples.tokens[members], samples.tiles[members]), starts[:-1])
     rows = len(starts) - 1
-    max_over_mean = {}
+    by_rows_per_rank = {}
     for count in ROWS_PER_RANK:
         ratios = imbalance(cost, RANKS, count)
         if len(ratios):
-            max_over_mean[count] = {"mean": float(ratios.mean()), "max": float(ratios.max()), "steps": len(ratios)}
+            by_rows_per_rank[count] = {"mean": float(ratios.mean()), "max": float(ratios.max()), "steps": len(ratios)}
     halves = [float(half.mean() / cost.mean()) for half in np.array_split(cost, 2)]
     return {
         "rows": rows,
         "packing_efficiency": float(samples.tokens.sum() / (rows * budget.seq_length)),
-        "bound_over_rows": min_rows(samples.tokens, samples.tiles, budget.seq_length, budget.max_tiles) / rows,
-        "max_over_mean": max_over_mean,
+        "min_rows_over_rows": min_rows(samples.tokens, samples.tiles, budget.seq_length, budget.max_tiles) / rows,
+        "imbalance": by_rows_per_rank,
         "second_half_over_first": halves[1] / halves[0],
     }
 
@@ -111,20 +111,20 @@ def print_table(samples: Samples, results: dict[str, dict[str, Any]]) -> None:
     )
     lines = []
     for name, line in results.items():
-        balance = [f"{b['mean']:.4f} / {b['max']:.4f}" for b in line["max_over_mean"].values()]
+        balance = [f"{b['mean']:.4f} / {b['max']:.4f}" for b in line["imbalance"].values()]
         lines.append(
             [
                 name,
                 f"{line['rows']:,}",
                 f"{100 * line['packing_efficiency']:.2f} %",
-                f"{100 * line['bound_over_rows']:.2f} %",
+                f"{100 * line['min_rows_over_rows']:.2f} %",
                 *(balance + ["-"] * (len(ROWS_PER_RANK) - len(balance))),
                 f"{1e6 * line['cpu_seconds'] / len(samples.tokens):.1f}",
                 f"{line['added_bytes'] / 2**20:.0f}",
             ]
         )
-    columns = [f"max/mean, {count} per rank" for count in ROWS_PER_RANK]
-    header = ["algorithm", "rows", "packing efficiency", "bound / rows", *columns, "s per million", "MiB"]
+    columns = [f"imbalance, {count} per rank" for count in ROWS_PER_RANK]
+    header = ["algorithm", "rows", "packing efficiency", "min rows / rows", *columns, "s per million", "MiB"]
     print(table(header, lines), flush=True)
 
 

@@ -25,7 +25,7 @@ def test_every_sample_once_within_budgets(name: str) -> None:
     for samples in (mix, *hard_to_pack(mix, rng)):
         packed = PACKINGS[name](samples, BUDGET, 1)
         found = describe(samples, packed, BUDGET)  # raises if a sample is missing or a budget exceeded
-        assert 0.9 < found["bound_over_rows"] <= 1, samples.name
+        assert 0.9 < found["min_rows_over_rows"] <= 1, samples.name
 
 
 def test_an_invalid_packing_is_rejected() -> None:
