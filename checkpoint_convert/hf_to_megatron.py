@@ -50,9 +50,9 @@ def convert_vlm(folder: Path, save: Path, tokenizer: Path | None = None) -> None
         )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m checkpoint_convert.hf_to_megatron") -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m checkpoint_convert.hf_to_megatron", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(prog, description=DESCRIPTION)
     parser.add_argument("--model", type=Path, help="folder of a whole VLM: llava_next, llava_onevision, instellavl")
     parser.add_argument("--vision-model", type=Path, help="folder of a vision tower: CLIP or SigLIP")
     parser.add_argument("--language-model", type=Path, help="folder of a language model: OLMo, Llama, Mistral, Qwen2")

@@ -90,9 +90,9 @@ def _load_tokenizer(path: Path) -> Tokenizer:
         raise ConversionError(f"{error}; give the tokenizer of the training with --tokenizer") from error
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m checkpoint_convert.megatron_to_hf") -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m checkpoint_convert.megatron_to_hf", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(prog, description=DESCRIPTION)
     parser.add_argument("--load", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--save", type=Path, required=True, help="Hugging Face folder to create")
     parser.add_argument("--format", required=True, choices=FORMATS, help="format of the folder")

@@ -109,9 +109,9 @@ def _check_projector(tensors: SelectedTensors, source: Source, vision: VisionCon
         )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m checkpoint_convert.merge") -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m checkpoint_convert.merge", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(prog, description=DESCRIPTION)
     for part in PARTS:
         parser.add_argument(f"--{part}", type=Path, required=True, help=f"source of the {part} part")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder or .model file; default: the language part's")

@@ -222,9 +222,9 @@ def _describe_tokens(a: list[int], b: list[int]) -> str:
     return f"differ after {common}: {a[common : common + 3]} in A, {b[common : common + 3]} in B"
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m checkpoint_convert.verify") -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m checkpoint_convert.verify", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(prog, description=DESCRIPTION)
     for name in ("A", "B"):
         parser.add_argument(name, type=Path, help="Megatron checkpoint or Hugging Face folder")
     parser.add_argument(

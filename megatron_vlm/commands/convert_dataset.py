@@ -1,7 +1,7 @@
 """Convert another dataset to LLaVA annotations and image files.
 
-python tools/convert_dataset.py qa --input data.parquet --output annotations.jsonl --image-folder images
-python tools/convert_dataset.py KIND --help
+megatron-vlm convert-dataset qa --input data.parquet --output annotations.jsonl --image-folder images
+megatron-vlm convert-dataset KIND --help
 
 In an installed package the command is `megatron-vlm convert-dataset`. Input files are .json, .jsonl, .csv, .tsv or
 .parquet (as on Hugging Face, with image bytes inside). Rows that cannot be converted are counted by reason and listed
@@ -38,8 +38,8 @@ def _load_plugins(argv: list[str]) -> None:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for name, converter in CONVERTERS.items():
         about = (converter.__doc__ or "").splitlines()[0]
@@ -87,12 +87,12 @@ def convert(options: argparse.Namespace) -> tuple[int, int, Counter[str]]:
     return read, written, rejected
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Exit code: 0 rows were converted, 1 none, 2 error."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         _load_plugins(arguments)
-        options = _parser().parse_args(arguments)
+        options = _parser(prog).parse_args(arguments)
         read, written, rejected = convert(options)
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

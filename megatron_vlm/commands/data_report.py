@@ -1,6 +1,6 @@
 """Write a page that shows what is in the data: plots per data set, the packing, examples, suspicious samples.
 
-python tools/data_report.py MIX.yaml --output DIR --config RECIPE.yaml
+megatron-vlm data-report MIX.yaml --output DIR --config RECIPE.yaml
 
 The mixture, or any other data, comes first and takes the place of the recipe's data_path. All flags of training are
 understood (--tokenizer-model, --data-root, --image-folder, ...). Writes DIR/index.html, a page that needs no other file
@@ -196,10 +196,10 @@ def short_names(paths: list[str]) -> list[str]:
     return paths
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Exit code: 0, or 2 if the data cannot be opened."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--examples", type=int, default=12, metavar="N", help="samples shown in full; default: 12")

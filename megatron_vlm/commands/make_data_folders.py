@@ -1,6 +1,6 @@
 """Make the folders that the published mixes expect, and say where each data set comes from.
 
-python tools/make_data_folders.py --stage warmup --data-root DIR
+megatron-vlm make-data-folders --stage warmup --data-root DIR
 
 Put a set's annotations and images into DIR/raw/STAGE/NAME; --commands prints what makes shards of them all, at the
 paths that examples/instellavl/mixes/STAGE.yaml names below DIR. Without --data-root nothing is made.
@@ -13,7 +13,7 @@ import csv
 import shlex
 from pathlib import Path
 
-SETS = Path(__file__).parents[2] / "examples" / "instellavl" / "datasets.csv"
+SETS = Path(__file__).with_name("datasets.csv")
 STAGES = ("warmup", "pretrain", "instruct")
 
 
@@ -42,15 +42,15 @@ def commands(sets: list[dict[str, str]], root: str) -> list[str]:
     out = []
     for row in sets:
         raw = Path(root, "raw", row["stage"], row["name"])
-        words = ["python", "tools/prepare_shards.py", "--annotations", raw, "--image-folder", raw / "images",
+        words = ["megatron-vlm", "prepare-shards", "--annotations", raw, "--image-folder", raw / "images",
                  "--output", Path(root, row["stage"], row["name"])]  # fmt: skip
         out.append(shlex.join(map(str, words)))
     return out
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Exit code 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=STAGES, help="default: all three")
     parser.add_argument("--data-root", metavar="DIR", help="where folders are made")
     parser.add_argument("--commands", action="store_true", help="print the commands that make shards")

@@ -1,13 +1,13 @@
 """Write MDS shards from LLaVA-style annotations and image files, to a folder or to S3.
 
-python tools/prepare_shards.py --annotations train.json --image-folder images --output shards/train
+megatron-vlm prepare-shards --annotations train.json --image-folder images --output shards/train
 
 In an installed package the command is `megatron-vlm prepare-shards`. The same call resumes an interrupted run. --job
 splits a set over several jobs, for example a Slurm array of 8. --merge completes the set when all of them have
 finished:
 
-python tools/prepare_shards.py --annotations train.json --image-folder images --output s3://bucket/train --job 3/8
-python tools/prepare_shards.py --output s3://bucket/train --merge
+megatron-vlm prepare-shards --annotations train.json --image-folder images --output s3://bucket/train --job 3/8
+megatron-vlm prepare-shards --output s3://bucket/train --merge
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Exit code: 0 shards were written (some samples may be quarantined), 1 no sample is valid, 2 error, 130 Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--annotations", nargs="+", metavar="PATH", help=".json or .jsonl files, or folders")
     parser.add_argument("--image-folder", metavar="DIR", help="root of the image paths in annotations")
     parser.add_argument("--output", required=True, metavar="DIR|s3://…", help="shard set to write")

@@ -1,7 +1,7 @@
 """Print one sample as the model will see it: ids, labels, positions, tiles.
 
-python tools/show_sample.py --config RECIPE.yaml --index 17
-python tools/show_sample.py --config RECIPE.yaml --id some_id --json
+megatron-vlm show-sample --config RECIPE.yaml --index 17
+megatron-vlm show-sample --config RECIPE.yaml --id some_id --json
 
 All flags of training are understood (--data-path, --tokenizer-model, --image-aspect-ratio, ...).
 """
@@ -43,10 +43,10 @@ def describe(view: SampleView) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Exit code: 0, or 2 if there is no such sample or it would be refused."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--index", type=int, metavar="N", help="number among all samples of the data, from 0")

@@ -1,6 +1,6 @@
 """Upload a complete shard set to S3. Each object is verified, and objects that are already there are skipped.
 
-python tools/upload_shards.py shards/train s3://bucket/train
+megatron-vlm upload-shards shards/train s3://bucket/train
 
 In an installed package the command is `megatron-vlm upload-shards`. The shards may be ours or published ones. The index
 is uploaded last, so that the set becomes visible when it is complete.
@@ -61,9 +61,9 @@ def upload_shards(folder: Path, url: str, threads: int = 8) -> tuple[int, int]:
     return sum(sent), len(sent) - sum(sent)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Exit code: 0 the set is complete, 2 error, 130 Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a complete shard set")
     parser.add_argument("url", metavar="s3://BUCKET/PREFIX")
     parser.add_argument("--threads", type=int, default=8, metavar="N", help="concurrent uploads; default: 8")

@@ -13,7 +13,8 @@ from megatron_vlm.config.recipe import ABSENT_SETTINGS, Recipe, Setting, apply, 
 from megatron_vlm.config.values import without_none
 
 _INTRODUCTION = """\
-usage: python -m megatron_vlm.train --config RECIPE.yaml [--SETTING VALUE ...]
+usage: {prog} --config RECIPE.yaml [--SETTING VALUE ...]
+       torchrun --nproc-per-node N -m megatron_vlm.train --config RECIPE.yaml [--SETTING VALUE ...]
 
 Train a vision-language model. The command line overrides the recipe, and the recipe overrides the defaults.
 Switches can be written --bf16, --bf16 true, --bf16 false or --no-bf16. Lists take several values. `none` unsets one.
@@ -37,15 +38,19 @@ _FLAG_COLUMN = 43
 _METAVARS = {int: "N", float: "X", str: "TEXT", list[str]: "TEXT ...", list[list[int]]: "WxH ..."}
 
 
-def parse_command_line(argv: Sequence[str] | None = None) -> tuple[Recipe, argparse.Namespace]:
+def parse_command_line(
+    argv: Sequence[str] | None = None, prog: str = "megatron-vlm train"
+) -> tuple[Recipe, argparse.Namespace]:
     """The recipe that `argv` describes (without the program's name; default: sys.argv).
+
+    `prog` is the program's name in the help text.
 
     The namespace holds the options that are not settings: `config` (path or None) and `dry_run`. Raises ConfigError
     with all unknown flags, unknown keys and wrong values; `--help` prints the help and exits.
     """
     recipe = Recipe()
     settings = list(iter_settings(recipe))
-    parsed, unknown = _parser(settings).parse_known_args(sys.argv[1:] if argv is None else argv)
+    parsed, unknown = _parser(settings, prog).parse_known_args(sys.argv[1:] if argv is None else argv)
     options = argparse.Namespace(config=parsed.config, dry_run=parsed.dry_run)
 
     problems = _unknown_arguments(unknown, settings)
@@ -75,19 +80,19 @@ def flag(key: str) -> str:
 class _Parser(argparse.ArgumentParser):
     """An argument parser that prints one line per setting and raises ConfigError."""
 
-    def __init__(self, settings: list[Setting]) -> None:
-        super().__init__(allow_abbrev=False)
+    def __init__(self, settings: list[Setting], prog: str) -> None:
+        super().__init__(prog, allow_abbrev=False)
         self.settings = settings
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}. All flags: python -m megatron_vlm.train --help")
+        raise ConfigError(f"{message}. All flags: megatron-vlm train --help")
 
     def format_help(self) -> str:
-        return help_text(self.settings)
+        return help_text(self.settings, self.prog)
 
 
-def _parser(settings: list[Setting]) -> _Parser:
-    parser = _Parser(settings)
+def _parser(settings: list[Setting], prog: str) -> _Parser:
+    parser = _Parser(settings, prog)
     parser.add_argument("--config")
     parser.add_argument("--dry-run", action="store_true")
     for setting in settings:
@@ -133,19 +138,19 @@ def _unknown_arguments(arguments: list[str], settings: list[Setting]) -> list[st
         elif guess:
             remedy = f"Did you mean {flag(guess)}?"
         else:
-            remedy = "All flags: python -m megatron_vlm.train --help"
+            remedy = "All flags: megatron-vlm train --help"
         problems.append(f"{name}: there is no such flag. {remedy}")
     if arguments and not problems:
         problems.append(f"{arguments[0]}: a value without a flag. Write --SETTING VALUE.")
     return problems
 
 
-def help_text(settings: list[Setting]) -> str:
+def help_text(settings: list[Setting], prog: str) -> str:
     """The help text: one line per setting, grouped by section."""
     columns = [_invocation(setting) for setting in settings]
     # A few flags with many choices exceed the column, so that it stays narrow for the others.
     width = min(max(map(len, columns)), _FLAG_COLUMN)
-    lines = [_INTRODUCTION]
+    lines = [_INTRODUCTION.format(prog=prog)]
     for section, heading in _HEADINGS.items():
         lines += ["", heading]
         for setting, invocation in zip(settings, columns, strict=True):

@@ -147,7 +147,7 @@ def _right_name(key: str) -> str:
     keys = [setting.key for setting in iter_settings(Recipe())]
     keys += sorted({parent for known in keys if (parent := known.rpartition(".")[0])})
     guess = nearest_key(key, keys)
-    return f"Did you mean {guess}?" if guess else "All settings: python -m megatron_vlm.train --help"
+    return f"Did you mean {guess}?" if guess else "All settings: megatron-vlm train --help"
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

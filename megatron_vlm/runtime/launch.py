@@ -21,11 +21,6 @@ from megatron_vlm.runtime.device import collective_backend, on_gpu
 from megatron_vlm.runtime.process_groups import initialize_groups
 
 
-def world_size() -> int:
-    """Number of processes in the job; known before torch.distributed is initialised."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def local_rank() -> int:
     """Rank of this process on its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))

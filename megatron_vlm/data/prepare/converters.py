@@ -12,7 +12,7 @@ entry:
         def entry(self, row, images):
             return conversation(row["riddle"], row["solution"])
 
-Use it with `tools/convert_dataset.py riddles --plugin riddles.py ...`.
+Use it with `megatron-vlm convert-dataset riddles --plugin riddles.py ...`.
 """
 
 from __future__ import annotations

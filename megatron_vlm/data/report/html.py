@@ -1,4 +1,4 @@
-"""The page of tools/data_report.py: one HTML file that needs no network. All text of the data is escaped."""
+"""The page of megatron-vlm data-report: one HTML file that needs no network. All text of the data is escaped."""
 
 from __future__ import annotations
 

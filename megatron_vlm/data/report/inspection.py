@@ -1,4 +1,4 @@
-"""Samples as the model sees them, and numbers over all samples: what tools/show_sample.py and data_report.py show."""
+"""Samples as the model sees them, and numbers over all samples: for show-sample and data-report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plots of tools/data_report.py: arrays in, the bytes of a PNG out.
+"""The plots of megatron-vlm data-report: arrays in, the bytes of a PNG out.
 
 They need matplotlib, which the extra `data` installs.
 """

@@ -76,7 +76,7 @@ class ShardFolder:
             self._check_files()
 
     def _read_index(self) -> bytes:
-        advice = "it is not a shard folder, or it is incomplete. Write it with tools/prepare_shards.py."
+        advice = "it is not a shard folder, or it is incomplete. Write it with megatron-vlm prepare-shards."
         if self._remote:
             try:
                 return s3.read_bytes(s3.join(self.folder, INDEX))
@@ -95,7 +95,7 @@ class ShardFolder:
                 raise DataError(
                     f"shard folder {self.folder} has the columns {sorted(shard.encodings)}, expected "
                     f"{sorted(mds_format.COLUMNS)}, or {sorted(published_encodings.COLUMNS)} as published. "
-                    "Write it with tools/prepare_shards.py."
+                    "Write it with megatron-vlm prepare-shards."
                 )
 
     def _check_files(self) -> None:

@@ -173,7 +173,7 @@ class ShardSource(SampleSource):
             raise SampleError(
                 sample.id, self.name, "image count mismatch",
                 f"the annotation names {len(sample.image_names)} images, the shard has {len(record.images)}",
-                "Write the shards again with tools/prepare_shards.py.",
+                "Write the shards again with megatron-vlm prepare-shards.",
             )  # fmt: skip
         return sample
 
