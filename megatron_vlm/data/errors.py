@@ -27,5 +27,9 @@ class SampleError(DataError):
         return SampleError, (self.sample_id, self.file, self.reason, self.what, self.remedy)
 
 
+class ChangedOrderError(DataError):
+    """A resumed run whose rows would come in another order than those of its checkpoint."""
+
+
 class RowError(DataError):
     """A planned row that could not be built during training. The message names the row and the sample."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_vlm.data.errors import ChangedOrderError
 from megatron_vlm.data.packing.epoch_plan import PLAN_VERSION
 from megatron_vlm.data.packing.row_cost import row_cost
 
@@ -78,4 +79,25 @@ def describe_changes(current: dict[str, Any], saved: dict[str, Any], source_name
                 if new_item != old_item:
                     item = source_names[index] if name == _SOURCES else f"mixture entry {index}"
                     changes.append(f"{item} is {new_item} (was {old_item})")
+    return changes
+
+
+def check_order(
+    ours: dict[str, Any], theirs: dict[str, Any], names: Sequence[str], *, iteration: int, allow_changes: bool
+) -> list[str]:
+    """Check that a resumed run has the order of rows of its checkpoint.
+
+    `iteration` is the checkpoint's; the other arguments and the returned changes are those of describe_changes.
+
+    Raises:
+        ChangedOrderError: there are changes and `allow_changes` is False.
+    """
+    changes = describe_changes(ours, theirs, names)
+    if changes and not allow_changes:
+        raise ChangedOrderError(
+            f"the order of samples is not that of the checkpoint (iteration {iteration}): {'; '.join(changes)}. "
+            "Resuming would repeat some samples of the epoch and leave out others. Restore what changed; or start a "
+            "new stage with --pretrained-checkpoint and another --save; or accept the new order with "
+            "--allow-changed-order."
+        )
     return changes

@@ -1,8 +1,9 @@
-"""Generation straight from a Megatron checkpoint, without a conversion.
+"""Text generation from a Megatron checkpoint, without conversion to Hugging Face.
 
-    prompts and images -> one packed row -> its last logits -> a token per prompt -> a row of those -> ...
+    prompts and images -> one packed row -> logits of the prompts' last tokens -> a token per prompt -> next row -> ...
 
-The prompts are read as one row, as in training; each then grows by one token per step, with its keys and values kept.
+Prefill processes all prompts as one packed row, as in training. Each decoding step then adds one token per prompt, with
+a key/value cache.
 """
 
 from __future__ import annotations
@@ -32,29 +33,29 @@ from megatron_vlm.training.checkpoint import load_checkpoint, read_recipe, requi
 
 
 class GenerationEngine:
-    """Answers batches of prompts with a model of one process."""
+    """Generates answers to batches of prompts with an unsharded model."""
 
     def __init__(self, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.recipe = model.recipe
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
-        """The text of each answer, special tokens left out; arguments and errors as in `generate`."""
+        """The text of each answer, without special tokens; arguments and errors as in `generate`."""
         return [self.tokenizer.decode(ids) for ids in self.generate(prompts, max_new_tokens)]
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers, as ids.
+        """Greedy decoding.
 
         Args:
-            prompts: answered together; each gets the answer it would get alone.
-            max_new_tokens: an answer that has not ended by then is cut off.
+            prompts: one batch; each answer is the same as with a batch of one.
+            max_new_tokens: generation stops here if no end-of-sequence token came before.
 
         Returns:
-            New tokens of each prompt, the end-of-sequence id included where it came.
+            New token ids of each prompt, including the end-of-sequence id if there is one.
 
         Raises:
-            ValueError: a prompt that does not end with a question, or whose placeholders are not as many as its images.
+            ValueError: a prompt does not end with a question, or has not as many placeholders as images.
         """
         if not prompts or max_new_tokens < 1:
             return [[] for _ in prompts]
@@ -65,27 +66,27 @@ class GenerationEngine:
         hidden = self.model(batch, cache)
         last = torch.tensor(batch.cu_seqlens[1:], device=device) - 1
         answers: list[list[int]] = [[] for _ in prompts]
-        going = set(range(len(prompts)))
+        unfinished = set(range(len(prompts)))
         while True:
-            chosen = greedy(language.logits(hidden, last))
-            for number, token in enumerate(chosen.tolist()):
-                if number in going:
+            next_tokens = greedy(language.logits(hidden, last))
+            for number, token in enumerate(next_tokens.tolist()):
+                if number in unfinished:
                     answers[number].append(token)
                     if token == self.tokenizer.eos_id or len(answers[number]) == max_new_tokens:
-                        going.discard(number)
-            if not going:
+                        unfinished.discard(number)
+            if not unfinished:
                 return answers
             cache.advance(device)
             assert cache.lengths is not None
-            row = _row_of_single_tokens(chosen.cpu(), cache.lengths.cpu())
-            # Straight to the language model: a row without images would send a tile of zeros through the tower.
+            row = _row_of_single_tokens(next_tokens.cpu(), cache.lengths.cpu())
+            # Without model.embed, which would run the vision tower on a zero tile.
             embedded = language.embed(row.tokens.to(device))
             hidden = language.decode(embedded, self.model.packed_sequence(row, cache))
             last = torch.arange(len(prompts), device=device)
 
 
 def read_prompts(prompts: Sequence[Prompt], model: ModelConfig, aspect_ratio: str, tokenizer: Tokenizer) -> PackedBatch:
-    """The prompts as one packed row, a document each. Raises ValueError as `encode_prompt` does, naming the prompt."""
+    """The prompts as one packed row, a document each. Raises ValueError like `encode_prompt`, naming the prompt."""
     ids, positions, cu_seqlens = [], [], [0]
     tiles = []
     geometry = ImageGeometry.of(model, aspect_ratio)
@@ -116,14 +117,14 @@ def read_prompts(prompts: Sequence[Prompt], model: ModelConfig, aspect_ratio: st
 
 
 def _row_of_single_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> PackedBatch:
-    nothing = torch.empty(0, dtype=torch.int64)
+    empty = torch.empty(0, dtype=torch.int64)
     return PackedBatch(
         tokens=tokens,
         labels=torch.full_like(tokens, IGNORE_INDEX),
         positions=positions,
         cu_seqlens=list(range(len(tokens) + 1)),
-        feature_positions=nothing,
-        feature_sources=nothing,
+        feature_positions=empty,
+        feature_sources=empty,
         num_tiles=0,
         num_tokens=len(tokens),
     )
@@ -131,11 +132,11 @@ def _row_of_single_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> Pack
 
 @contextmanager
 def load_engine(folder: str | Path) -> Iterator[GenerationEngine]:
-    """An engine on the newest checkpoint in `folder`, and its own tokenizer, for the time of the block.
+    """An engine for the newest checkpoint in `folder`, with the tokenizer saved there; usable inside the block.
 
     Raises:
         CheckpointError: there is no finished checkpoint.
-        DataError: it has no tokenizer.
+        DataError: the folder has no tokenizer.
     """
     checkpoint, recipe = require_checkpoint(folder), read_recipe(folder)
     tokenizer = load_tokenizer(Path(folder) / "tokenizer")

@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Sampling of the next token."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """The likeliest token: logits [n, V] -> ids [n]. Of equals the first, as in transformers."""
+    """Greedy decoding, logits [n, V] -> ids [n]; the lowest id if several are equally likely, as in transformers."""
     return logits.argmax(dim=-1)

@@ -26,6 +26,17 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+@contextlib.contextmanager
+def local_rank0_first() -> Iterator[None]:
+    """Run the block on local rank 0 of every machine, then on the other ranks. Every rank of the world calls this."""
+    is_local_rank0 = local_rank() == 0
+    if not is_local_rank0:
+        dist.barrier()
+    yield
+    if is_local_rank0:
+        dist.barrier()
+
+
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -1,7 +1,7 @@
-"""Checkpoints in megatron-core's distributed format: written in one layout, read in any.
+"""Checkpoints in megatron-core's distributed format, which any parallel layout can load.
 
 SAVE/iter_0000010/            one complete state: weights, optimizer, schedule, data position, recipe.json
-SAVE/latest_checkpointed_iteration.txt    written last, so that what it names is whole
+SAVE/latest_checkpointed_iteration.txt    written last: it always names a complete state
 """
 
 from __future__ import annotations
@@ -27,22 +27,26 @@ RECIPE = "recipe.json"
 
 
 class CheckpointError(Exception):
-    """A checkpoint that is absent, incomplete or of another model; says which and what to do."""
+    """A checkpoint that is missing or incomplete, or that does not fit the recipe."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands: what a restart needs beside the weights."""
+    """Position of a run in its data, and what a resumed run is checked against."""
 
     iteration: int = 0
     consumed_rows: int = 0
     tokenizer_fingerprint: str = ""
     plan_inputs: str = ""
-    """What the order of rows follows from, as JSON; empty: a checkpoint of before this was kept."""
+    """What determines the order of rows, as JSON (data.plan_fingerprint); empty in checkpoints of older versions."""
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint in a save folder; None where none was ever finished."""
+    """The newest complete checkpoint in a save folder; None if there is none.
+
+    Raises:
+        CheckpointError: the tracker file names a checkpoint that is missing or incomplete.
+    """
     tracker = Path(folder) / TRACKER
     if not tracker.is_file():
         return None
@@ -55,7 +59,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def require_checkpoint(folder: str | Path) -> Path:
-    """Like latest_checkpoint, but a folder without one is an error."""
+    """Like latest_checkpoint, but raises CheckpointError if there is none."""
     found = latest_checkpoint(folder)
     if found is None:
         raise CheckpointError(f"{folder} holds no finished checkpoint (no {TRACKER}): is it a folder given as --save?")
@@ -63,13 +67,13 @@ def require_checkpoint(folder: str | Path) -> Path:
 
 
 def read_recipe(folder: str | Path) -> Recipe:
-    """The recipe that the newest checkpoint in a save folder was written with."""
+    """The recipe of the newest checkpoint in a save folder; errors as in require_checkpoint."""
     return recipe_from_dict(json.loads((require_checkpoint(folder) / RECIPE).read_text())["recipe"])
 
 
 def _check_same_model(checkpoint: Path, recipe: Recipe, fingerprint: str) -> None:
     stored = json.loads((checkpoint / RECIPE).read_text())
-    # by way of a recipe, so that what an older checkpoint does not say has its default
+    # Through a Recipe, so that settings which an older checkpoint lacks have their defaults.
     theirs = recipe_to_dict(recipe_from_dict(stored["recipe"]))["model"]
     ours = recipe_to_dict(recipe)["model"]
     wrong = [
@@ -83,23 +87,23 @@ def _check_same_model(checkpoint: Path, recipe: Recipe, fingerprint: str) -> Non
             f"model.image_token_index is {ours['image_token_index']} here, {theirs['image_token_index']} there"
         )
     if wrong:
-        raise CheckpointError(f"{checkpoint} is of another model: " + "; ".join(wrong))
+        raise CheckpointError(f"{checkpoint} holds a different model: " + "; ".join(wrong))
     known = stored.get("tokenizer_fingerprint")
     if known and fingerprint and known != fingerprint:
         raise CheckpointError(
             f"{checkpoint} was trained with another tokenizer (fingerprint {known[:12]}) than "
-            f"{recipe.data.tokenizer_model} ({fingerprint[:12]}): its ids would mean other words. Set "
+            f"{recipe.data.tokenizer_model} ({fingerprint[:12]}), which gives tokens other ids. Set "
             "--tokenizer-model to the one it was trained with."
         )
 
 
-def _check_same_parts(checkpoint: Path, recipe: Recipe) -> None:
+def _check_same_trainable(checkpoint: Path, recipe: Recipe) -> None:
     ours = sorted(recipe.training.trainable)
     theirs = sorted(recipe_from_dict(json.loads((checkpoint / RECIPE).read_text())["recipe"]).training.trainable)
     if ours != theirs:
         raise CheckpointError(
-            f"{checkpoint} cannot be gone on from: trainable is {', '.join(ours)} here and {', '.join(theirs)} there. "
-            "To train other parts is a stage of its own: start it with --pretrained-checkpoint, and another --save."
+            f"{checkpoint} cannot be resumed: trainable is {', '.join(ours)} here and {', '.join(theirs)} there. "
+            "Training other model parts is a new stage: start it with --pretrained-checkpoint and another --save."
         )
 
 
@@ -119,7 +123,10 @@ def save_checkpoint(
     optimizer: MegatronOptimizer | None = None,
     schedule: OptimizerParamScheduler | None = None,
 ) -> Path:
-    """Write a checkpoint; every rank calls this. Without an optimizer it holds weights alone."""
+    """Write a checkpoint; every rank calls this. Without an optimizer it holds only weights.
+
+    Returns the folder SAVE/iter_*.
+    """
     folder = Path(folder)
     target = folder / f"iter_{progress.iteration:07d}"
     if dist.get_rank() == 0:
@@ -145,7 +152,7 @@ def save_checkpoint(
 
 
 def _keep_tokenizer(recipe: Recipe, folder: Path) -> None:
-    """A checkpoint is of no use without its tokenizer: it travels along."""
+    """Copy the tokenizer into the save folder: inference and export need it."""
     source, kept = Path(recipe.data.tokenizer_model or "/nonexistent"), folder / "tokenizer"
     if kept.exists() or not source.exists():
         return
@@ -165,16 +172,18 @@ def load_checkpoint(
     optimizer: MegatronOptimizer | None = None,
     schedule: OptimizerParamScheduler | None = None,
 ) -> Progress:
-    """Fill the chunks, and optimizer and schedule where given, from `checkpoint` (an iter_* folder), in any layout.
+    """Load `checkpoint` (a folder SAVE/iter_*) into the chunks and, if given, the optimizer and the schedule.
 
-    Raises CheckpointError where the checkpoint is of another model or tokenizer, or lacks what is asked for.
+    Raises:
+        CheckpointError: the checkpoint was written with a different model, tokenizer or, if an optimizer is given,
+            `trainable`; or it has no optimizer state.
     """
     _check_same_model(checkpoint, recipe, tokenizer_fingerprint)
     state = _model_state(chunks)
     if optimizer is not None:
         if (dist_checkpointing.load_content_metadata(str(checkpoint)) or {}).get("weights_only"):
-            raise CheckpointError(f"{checkpoint} holds weights alone: start from it with --pretrained-checkpoint")
-        _check_same_parts(checkpoint, recipe)
+            raise CheckpointError(f"{checkpoint} holds only weights: start from it with --pretrained-checkpoint")
+        _check_same_trainable(checkpoint, recipe)
         rates = recipe_lrs(optimizer.param_groups)
         state["optimizer"] = _optimizer_state(optimizer, state, loading=True)
     loaded = dist_checkpointing.load(state, str(checkpoint))

@@ -1,4 +1,4 @@
-"""What a run would do, without doing it: `--dry-run`."""
+"""`--dry-run`: what a recipe would do."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from megatron_vlm.data.plan_fingerprint import plan_inputs
 
 
 def describe_run(recipe: Recipe, world_size: int) -> str:
-    """Layout, rows and samples per step, steps per epoch; opens the data and plans the first epoch, builds no model.
+    """Parallel layout, rows and samples per step, and steps per epoch, as text. Rejected samples go to the log.
 
-    What is refused, and the table of a mixture, go to the log. A row holds many samples: `global_batch_size` counts
-    rows, and published recipes count samples.
+    Opens the data and plans the first epoch, but builds no model. A row holds many samples: `global_batch_size` counts
+    rows, where published recipes count samples.
     """
     parallel, training = recipe.parallel, recipe.training
     opened = open_dataset(recipe, is_logging_rank=True)

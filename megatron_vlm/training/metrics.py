@@ -1,4 +1,4 @@
-"""What a run reports: a line for the person, TensorBoard, and metrics.jsonl, one JSON object per iteration."""
+"""Metrics of a run: a log line, TensorBoard, and metrics.jsonl with one JSON object per iteration."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch.distributed as dist
 from megatron_vlm.config import Recipe
 from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.runtime.device import current_device
+from megatron_vlm.runtime.json_lines import keep_lines
 from megatron_vlm.runtime.logging import log_rank0
 from megatron_vlm.runtime.process_groups import ParallelRanks
-from megatron_vlm.training.json_lines import keep_lines
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class RowCounter:
-    """Counts what passes through a rank's row iterator in a step; every data rank counts its own rows once."""
+    """Iterates over a rank's rows and counts them for the metrics; only one rank of those with the same rows counts."""
 
     def __init__(self, rows: Any, ranks: ParallelRanks) -> None:
-        self.rows, self.counts = rows, ranks.is_row_leader and ranks.is_first_stage
-        self.tokens = self.tiles = self.read = 0
-        self.waited = 0.0
+        self.rows, self.is_counting = rows, ranks.is_row_leader and ranks.is_first_stage
+        self.tokens = self.tiles = self.num_rows = 0
+        self.wait_seconds = 0.0
 
     def __iter__(self) -> RowCounter:
         return self
@@ -34,27 +34,30 @@ class RowCounter:
     def __next__(self) -> PackedBatch:
         started = time.perf_counter()
         batch: PackedBatch = next(self.rows)
-        self.waited += time.perf_counter() - started
-        if self.counts:
+        self.wait_seconds += time.perf_counter() - started
+        if self.is_counting:
             self.tokens += batch.num_tokens
             self.tiles += batch.num_tiles
-            self.read += 1
+            self.num_rows += 1
         return batch
 
     def collect(self) -> dict[str, float]:
-        """Totals of the step over all data ranks, and the longest any rank waited for data; then start anew."""
-        sums = torch.tensor([self.tokens, self.tiles, self.read], dtype=torch.double, device=current_device())
-        longest = torch.tensor([self.waited], dtype=torch.double, device=current_device())
+        """Totals over all data ranks, and the longest time that any rank waited for data, since the last call."""
+        sums = torch.tensor([self.tokens, self.tiles, self.num_rows], dtype=torch.double, device=current_device())
+        longest = torch.tensor([self.wait_seconds], dtype=torch.double, device=current_device())
         dist.all_reduce(sums)
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-        self.tokens = self.tiles = self.read = 0
-        self.waited = 0.0
+        self.tokens = self.tiles = self.num_rows = 0
+        self.wait_seconds = 0.0
         tokens, tiles, rows = sums.tolist()
         return {"tokens": tokens, "tiles": tiles, "rows": rows, "data_wait_ms": 1000 * longest.item()}
 
 
 class MetricsLog:
-    """Writes on rank 0; silent elsewhere."""
+    """Writes metrics to the save folder and the log on rank 0; does nothing on other ranks.
+
+    What a killed run wrote after `first_iteration`, the iteration of its checkpoint, is removed.
+    """
 
     def __init__(self, recipe: Recipe, first_iteration: int) -> None:
         self.recipe = recipe
@@ -63,13 +66,13 @@ class MetricsLog:
         if dist.get_rank() == 0 and recipe.training.save:
             folder = Path(recipe.training.save)
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = _open_after(folder / METRICS_FILE, first_iteration)
+            self.file = _open_truncated(folder / METRICS_FILE, first_iteration)
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_iteration + 1)
 
     def write(self, iteration: int, values: dict[str, Any]) -> None:
-        """Log one iteration; `values` are numbers by name."""
+        """Write the values of one iteration."""
         if self.file is not None:
             self.file.write(json.dumps({"iteration": iteration, **values}) + "\n")
             self.file.flush()
@@ -80,7 +83,7 @@ class MetricsLog:
             log_rank0(
                 f"iteration {iteration:>{len(str(total))}}/{total} | lm loss {values['lm_loss']:.4f} | "
                 f"grad norm {values['grad_norm']:.3f} | lr {values['learning_rate']:.2e} | "
-                f"fill {100 * values['pack_fill']:.1f} % | {values['tokens_per_second']:,.0f} tokens/s | "
+                f"packing {100 * values['pack_fill']:.1f} % | {values['tokens_per_second']:,.0f} tokens/s | "
                 f"data wait {values['data_wait_ms']:.0f} ms"
             )
 
@@ -90,8 +93,8 @@ class MetricsLog:
             self.tensorboard.close()
 
 
-def _open_after(path: Path, iteration: int) -> Any:
-    """The log, cut back to `iteration`: what a killed run wrote after its last checkpoint will be written again."""
+def _open_truncated(path: Path, iteration: int) -> Any:
+    """The file, opened for appending, without the lines after `iteration`."""
     if path.is_file():
         keep_lines(path, lambda line: line["iteration"] <= iteration)
     return path.open("a")

@@ -1,4 +1,4 @@
-"""Gradient buffers, optimizer and learning-rate schedule, all megatron-core's, set up from a recipe."""
+"""megatron-core's gradient buffers, optimizer and learning-rate schedule, built from a recipe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_vlm.model.vlm import VisionLanguageModel
 
 
 def wrap_for_data_parallel(chunks: list[VisionLanguageModel], recipe: Recipe) -> list[DistributedDataParallel]:
-    """Give each chunk its gradient buffers. What is trainable must be decided before."""
+    """Wrap each chunk in DDP, which allocates the gradient buffers; requires_grad must be set before."""
     parallel = recipe.parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -52,7 +52,7 @@ def _learning_rates_by_part(recipe: Recipe) -> dict[Any, Any]:
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], recipe: Recipe) -> MegatronOptimizer:
-    """megatron-core's optimizer over what is trainable, with the recipe's learning rate for each part."""
+    """megatron-core's optimizer over the trainable parameters, with the recipe's learning rate for each model part."""
     training = recipe.training
     config = OptimizerConfig(
         optimizer=training.optimizer,
@@ -69,13 +69,13 @@ def build_optimizer(chunks: list[DistributedDataParallel], recipe: Recipe) -> Me
         use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
         overlap_param_gather=recipe.parallel.overlap_param_gather,
     )
-    # Passing overrides replaces megatron-core's own (no weight decay on biases and norms), so they are merged.
+    # Overrides replace megatron-core's own (no weight decay on biases and norms), so both are passed.
     overrides = {**get_standard_config_overrides(config), **_learning_rates_by_part(recipe)}
     return get_megatron_optimizer(config, chunks, config_overrides=overrides)
 
 
 def build_schedule(optimizer: MegatronOptimizer, recipe: Recipe) -> OptimizerParamScheduler:
-    """Warm-up, then decay over the whole run; counted in iterations."""
+    """Linear warm-up, then decay to the last iteration; counted in iterations."""
     training = recipe.training
     return OptimizerParamScheduler(
         optimizer,
@@ -95,7 +95,7 @@ def build_schedule(optimizer: MegatronOptimizer, recipe: Recipe) -> OptimizerPar
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:
-    """The rate in force now for parameters without one of their own."""
+    """The current learning rate of parameters whose model part has no rate of its own."""
     groups = optimizer.param_groups
     default = [group["lr"] for group in groups if group.get("default_config", True)]
     return float(default[0] if default else groups[0]["lr"])

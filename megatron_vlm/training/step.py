@@ -1,4 +1,4 @@
-"""One optimizer step: the rows of the step through megatron-core's pipeline schedule, then the update."""
+"""The parts of a training step: forward and backward in megatron-core's pipeline schedule, loss, and update."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_vlm.runtime.device import current_device
 
 
 def _loss(batch: PackedBatch, model: Any, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """megatron-core's 3-tuple: sum of losses, number of loss tokens (both of this context slice), what to report."""
+    """megatron-core's 3-tuple: sum of losses, number of supervised tokens (both of this context slice), report."""
     labels = model.context_slice(batch.labels)
     count = (labels != IGNORE_INDEX).sum().to(device=output.device, dtype=torch.int)
     return output, count, {"loss": torch.stack([output.detach().double(), count.double()])}
@@ -33,7 +33,7 @@ def _forward(rows: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any
 
 
 def rows_for_chunks(rows: Iterator[PackedBatch], chunks: int) -> list[Iterator[PackedBatch]]:
-    """With virtual stages every model chunk asks for the row: it is read once and handed to all."""
+    """One iterator per model chunk (virtual stage) over the same rows, each of which is read once."""
     return list(itertools.tee(rows, chunks))
 
 
@@ -44,10 +44,17 @@ def forward_backward(
     *,
     forward_only: bool = False,
 ) -> torch.Tensor:
-    """Run the step's rows through this rank's chunks; gradients are left finished in the buffers.
+    """Run the step's rows through this rank's chunks; the gradient buffers then hold the reduced gradients.
 
-    Returns [sum of losses, number of loss tokens] over the rows of this data rank and this context slice, on the last
-    stage; zeros on the other stages. Gradients are those of the mean over the loss tokens of the whole step.
+    Args:
+        chunks: the model chunks of this rank.
+        rows: from `rows_for_chunks`.
+        recipe: its global_batch_size and seq_length are used.
+        forward_only: compute the loss only.
+
+    Returns:
+        fp64 [sum of losses, number of supervised tokens] over the rows of this data rank and this context slice, on the
+        last stage; zeros on the other stages. Gradients are those of the mean over the step's supervised tokens.
     """
     micro_batches = recipe.training.global_batch_size // parallel_state.get_data_parallel_world_size()
     if not forward_only:
@@ -68,9 +75,9 @@ def forward_backward(
 
 
 def global_loss(totals: torch.Tensor) -> tuple[float, int]:
-    """(mean loss over the loss tokens of the whole step, their number), on every rank of the world."""
+    """(mean loss over the supervised tokens of the whole step, their number), the same on every rank of the world."""
     if parallel_state.get_tensor_model_parallel_rank() != 0:
-        totals = torch.zeros_like(totals)  # tensor ranks hold the same loss: one of them counts
+        totals = torch.zeros_like(totals)  # tensor ranks hold the same loss: count it once
     totals = totals.to(current_device())
     dist.all_reduce(totals)
     loss, count = totals.tolist()
@@ -80,7 +87,7 @@ def global_loss(totals: torch.Tensor) -> tuple[float, int]:
 def update(optimizer: MegatronOptimizer) -> tuple[bool, float]:
     """Clip and step. Returns (whether the weights were updated, the gradient norm before clipping)."""
     updated, norm, _ = optimizer.step()
-    # Not only the buffers: an fp32 optimizer leaves each parameter's grad an alias of its buffer, and the next backward
-    # would be counted twice in its first micro-batch.
+    # Clearing the buffers is not enough: an fp32 optimizer leaves each parameter's grad as an alias of its buffer, and
+    # the next backward would then count its first micro-batch twice.
     optimizer.zero_grad()
     return bool(updated), float(norm if norm is not None else 0.0)

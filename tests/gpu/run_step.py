@@ -1,4 +1,4 @@
-"""Train a few steps of the test model alone on whatever device this process sees; keep what every step gave.
+"""Train the test model for a few steps in one process on the available device; save the results of each step.
 
 python run_step.py FILE.pt [bf16]
 """

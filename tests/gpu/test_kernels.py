@@ -1,4 +1,4 @@
-"""What only a GPU runs gives what the CPU's kernels give: attention at real lengths, and pixels bit for bit."""
+"""GPU kernels equal CPU kernels: attention at real lengths, and normalised pixels bit for bit."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 pytestmark = pytest.mark.gpu
 
 BF16 = 1e-2
-"""Of a tensor's norm: bf16 has 8 bits, and so do the probabilities that the kernel multiplies with."""
+"""Relative to a tensor's norm: bf16, which the kernel also uses for the probabilities, has 8 bits of precision."""
 
 
-def _bounds(lengths: list[int]) -> list[int]:
+def _cu_seqlens(lengths: list[int]) -> list[int]:
     return [0, *torch.tensor(lengths).cumsum(0).tolist()]
 
 
@@ -24,8 +24,8 @@ def test_variable_length_attention(lengths: list[int], heads: int, kv_heads: int
     from megatron_vlm.model.attention_kernels import attend, sdpa, varlen
     from megatron_vlm.model.packed_sequence import packed_sequence
 
-    cu_seqlens = _bounds(lengths)
-    layout = packed_sequence(cu_seqlens, causal=causal, device=torch.device("cuda"))
+    cu_seqlens = _cu_seqlens(lengths)
+    packed = packed_sequence(cu_seqlens, causal=causal, device=torch.device("cuda"))
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v, upstream = (
         torch.randn(cu_seqlens[-1], count, width, device="cuda", generator=generator)
@@ -33,12 +33,12 @@ def test_variable_length_attention(lengths: list[int], heads: int, kv_heads: int
     )
     half = [x.bfloat16().requires_grad_() for x in (q, k, v)]
     full = [x.detach().float().requires_grad_() for x in half]
-    out, expected = varlen(*half, layout), sdpa(*full, layout)
-    assert torch.equal(out, attend(*half, layout)), "attention does not take the variable-length kernel"
-    ours = [out, *torch.autograd.grad(out, half, upstream.bfloat16())]
-    theirs = [expected, *torch.autograd.grad(expected, full, upstream.bfloat16().float())]
-    for name, mine, other in zip(("output", "dq", "dk", "dv"), ours, theirs, strict=True):
-        difference = float((mine.detach().float() - other.detach()).norm() / other.detach().norm())
+    out, expected = varlen(*half, packed), sdpa(*full, packed)
+    assert torch.equal(out, attend(*half, packed)), "attend does not use the variable-length kernel"
+    actual = [out, *torch.autograd.grad(out, half, upstream.bfloat16())]
+    reference = [expected, *torch.autograd.grad(expected, full, upstream.bfloat16().float())]
+    for name, ours, theirs in zip(("output", "dq", "dk", "dv"), actual, reference, strict=True):
+        difference = float((ours.detach().float() - theirs.detach()).norm() / theirs.detach().norm())
         assert difference < BF16, (name, difference)
 
 
@@ -46,17 +46,17 @@ def test_pixels_are_normalised_to_the_same_bits() -> None:
     from megatron_vlm.data.processing.tiling import CLIP_MEAN, CLIP_STD, normalise_tiles
 
     pixels = torch.arange(256, dtype=torch.uint8).repeat(3 * 4).view(4, 3, 16, 16)
-    there = normalise_tiles(pixels.cuda(), CLIP_MEAN, CLIP_STD)
-    assert torch.equal(there.cpu(), normalise_tiles(pixels, CLIP_MEAN, CLIP_STD))
+    on_gpu = normalise_tiles(pixels.cuda(), CLIP_MEAN, CLIP_STD)
+    assert torch.equal(on_gpu.cpu(), normalise_tiles(pixels, CLIP_MEAN, CLIP_STD))
 
 
-def test_heads_of_any_width_are_attended_in_bf16() -> None:
-    """The variable-length kernel wants multiples of 8: others go another way."""
+def test_any_head_dimension_works_in_bf16() -> None:
+    """Head dimensions that are not multiples of 8 use SDPA."""
     import megatron_vlm.runtime.megatron_patches  # noqa: F401
     from megatron_vlm.model.attention_kernels import attend, sdpa
     from megatron_vlm.model.packed_sequence import packed_sequence
 
-    layout = packed_sequence(_bounds([3, 40, 7]), causal=True, device=torch.device("cuda"))
+    packed = packed_sequence(_cu_seqlens([3, 40, 7]), causal=True, device=torch.device("cuda"))
     q, k, v = (torch.randn(50, heads, 6, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
-    expected = sdpa(q.float(), k.float(), v.float(), layout)
-    assert float((attend(q, k, v, layout).float() - expected).norm() / expected.norm()) < BF16
+    expected = sdpa(q.float(), k.float(), v.float(), packed)
+    assert float((attend(q, k, v, packed).float() - expected).norm() / expected.norm()) < BF16

@@ -1,4 +1,4 @@
-"""What a GPU that is full says of itself."""
+"""The error message when a GPU is out of memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_vlm.runtime.out_of_memory import describe_out_of_memory, is_out_of
 pytestmark = pytest.mark.gpu
 
 
-def test_the_message_tells_what_the_gpu_has() -> None:
+def test_the_message_reports_the_memory_of_the_gpu() -> None:
     with pytest.raises(torch.OutOfMemoryError) as raised:
         torch.empty(2**50, dtype=torch.uint8, device="cuda")
     assert is_out_of_memory(raised.value)

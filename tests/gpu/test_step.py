@@ -1,4 +1,4 @@
-"""A GPU gives what the CPU gives, whose numbers the other tests hold against one process and against transformers."""
+"""A GPU has the gradients and losses of the CPU, which other tests compare with one process and with transformers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_fp32_gradients_are_the_cpus(on_cpu: list[dict[str, Any]], tmp_path: Path) -> None:
-    """The first step's: later ones start from weights that rounding has already moved apart."""
+    """Of the first step: in later ones the weights already differ by rounding."""
     result = _train(tmp_path, "gpu")
     assert result["device"] != "cpu"
     differences = relative_differences(result["steps"][0]["gradients"], on_cpu[0]["gradients"])

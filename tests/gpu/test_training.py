@@ -1,4 +1,4 @@
-"""The command line on a GPU: worker processes, pinned memory, checkpoints, and going on, also on the other device."""
+"""The command line on a GPU: worker processes, pinned memory, checkpoints, and resuming on either device."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_runs_cross_between_gpu_and_cpu(tmp_path: Path, monkeypatch: pytest.Monk
         assert _losses(tmp_path / name) == pytest.approx(expected, rel=FP32), name
 
 
-def test_bf16_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    """Master weights and moments travel: what is trained after a stop is what would have been."""
+def test_bf16_resumes_from_its_checkpoint(tmp_path: Path) -> None:
+    """Checkpoints hold master weights and moments: a resumed run has the losses of the uninterrupted one."""
     recipe = write_recipe(tmp_path, save_interval=3, bf16=True)
     run(recipe, tmp_path / "whole")
     run(recipe, _stop_after(tmp_path / "whole", tmp_path / "stopped", 3))

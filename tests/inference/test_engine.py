@@ -1,4 +1,4 @@
-"""The same answers from a Megatron checkpoint and from transformers on the folder exported from it."""
+"""The engine gives the same answers as transformers on the exported folder."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[GenerationEngine, Path]]:
+def engine_and_export(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[GenerationEngine, Path]]:
     folder = tmp_path_factory.mktemp("engine")
     reference = write_llava_next(folder / "source", language=GROUPED_QUERY_SIZES)
     with torch.no_grad():
-        reference.lm_head.weight[269] *= 3  # so that some answers end by themselves
+        reference.lm_head.weight[269] *= 3  # so that some answers end with it
     reference.save_pretrained(folder / "source")
     assert hf_to_megatron.main(["--model", str(folder / "source"), "--save", str(folder / "megatron")]) == 0
     export = ["--load", str(folder / "megatron"), "--save", str(folder / "exported"), "--format", "llava_next"]
@@ -46,8 +46,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[GenerationE
         yield engine, folder / "exported"
 
 
-# What a stranger does with the folder: no code of ours, no network.
-STRANGER = """
+# Stock transformers on the exported folder, without this project's code and without network.
+STOCK_SCRIPT = """
 import json, sys
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -58,29 +58,29 @@ prompts = json.load(sys.stdin)
 texts = [processor.apply_chat_template(p["messages"], add_generation_prompt=True) for p in prompts]
 images = [Image.open(path) for p in prompts for path in p["images"]]
 inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
-made = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[:, inputs["input_ids"].shape[1]:]
+generated = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[:, inputs["input_ids"].shape[1]:]
 print(json.dumps({
-    "answers": made.tolist(),
+    "answers": generated.tolist(),
     "eos": model.generation_config.eos_token_id,
     "classes": [type(model).__name__, type(processor).__name__],
     "not loaded": [list(keys) for keys in report.values()],
-    "ours": [name for name in sys.modules if name.startswith(("megatron", "checkpoint_convert"))],
+    "our modules": [name for name in sys.modules if name.startswith(("megatron", "checkpoint_convert"))],
 }))
 """
 
 
-def _ask_a_stranger(folder: Path, prompts: list[Prompt]) -> dict[str, Any]:
+def _generate_with_transformers(folder: Path, prompts: list[Prompt]) -> dict[str, Any]:
     roles = {"human": "user", "gpt": "assistant"}
-    asked = []
+    requests = []
     for number, prompt in enumerate(prompts):
         paths = [str(folder.parent / f"{number}-{k}.png") for k in range(len(prompt.images))]
         for image, path in zip(prompt.images, paths, strict=True):
             image.save(path)
         messages = [{"role": roles[turn.role], "content": turn.text} for turn in prompt.turns]
-        asked.append({"messages": messages, "images": paths})
+        requests.append({"messages": messages, "images": paths})
     done = subprocess.run(
-        [sys.executable, "-c", STRANGER, str(folder), str(NEW_TOKENS)],
-        input=json.dumps(asked),
+        [sys.executable, "-c", STOCK_SCRIPT, str(folder), str(NEW_TOKENS)],
+        input=json.dumps(requests),
         capture_output=True,
         text=True,
         timeout=200,
@@ -88,61 +88,61 @@ def _ask_a_stranger(folder: Path, prompts: list[Prompt]) -> dict[str, Any]:
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return told
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def _until_end(ids: list[int], eos: int) -> list[int]:
     return ids[: ids.index(eos) + 1] if eos in ids else ids
 
 
-def test_batch_gives_the_tokens_of_stock_transformers(both: tuple[GenerationEngine, Path]) -> None:
-    engine, folder = both
-    told = _ask_a_stranger(folder, PROMPTS)
-    assert told["classes"] == ["LlavaNextForConditionalGeneration", "LlavaNextProcessor"]
-    assert not any(told["not loaded"])
-    assert not told["ours"]
+def test_a_batch_has_the_tokens_of_stock_transformers(engine_and_export: tuple[GenerationEngine, Path]) -> None:
+    engine, folder = engine_and_export
+    stock = _generate_with_transformers(folder, PROMPTS)
+    assert stock["classes"] == ["LlavaNextForConditionalGeneration", "LlavaNextProcessor"]
+    assert not any(stock["not loaded"])
+    assert not stock["our modules"]
     answers = engine.generate(PROMPTS, NEW_TOKENS)
-    assert answers == [_until_end(ids, told["eos"]) for ids in told["answers"]]
+    assert answers == [_until_end(ids, stock["eos"]) for ids in stock["answers"]]
     lengths = {len(answer) for answer in answers}
-    assert NEW_TOKENS in lengths, "one answer is cut off"
-    assert min(lengths) < NEW_TOKENS, "one ends by itself"
+    assert NEW_TOKENS in lengths, "no answer reached the maximum length"
+    assert min(lengths) < NEW_TOKENS, "no answer ended with the end-of-sequence token"
 
 
-def test_alone_is_as_in_a_batch(both: tuple[GenerationEngine, Path]) -> None:
-    engine, _ = both
+def test_a_batch_of_one_has_the_same_answers(engine_and_export: tuple[GenerationEngine, Path]) -> None:
+    engine, _ = engine_and_export
     assert [engine.generate([prompt], NEW_TOKENS)[0] for prompt in PROMPTS] == engine.generate(PROMPTS, NEW_TOKENS)
 
 
 @torch.no_grad()
-def test_cache_gives_the_tokens_of_no_cache(both: tuple[GenerationEngine, Path]) -> None:
-    engine, _ = both
+def test_the_cache_does_not_change_tokens(engine_and_export: tuple[GenerationEngine, Path]) -> None:
+    engine, _ = engine_and_export
     for prompt in PROMPTS:
         assert _greedy_without_cache(engine, prompt) == engine.generate([prompt], NEW_TOKENS)[0]
 
 
 def _greedy_without_cache(engine: GenerationEngine, prompt: Prompt) -> list[int]:
-    """The whole row again for every token."""
+    """Process the whole row again for every token."""
     model, end = engine.model, engine.tokenizer.eos_id
     batch = read_prompts([prompt], engine.recipe.model, "anyres", engine.tokenizer)
-    made: list[int] = []
-    while len(made) < NEW_TOKENS and end not in made:
-        tokens = torch.cat([batch.tokens, torch.tensor(made, dtype=torch.int64)])
+    generated: list[int] = []
+    while len(generated) < NEW_TOKENS and end not in generated:
+        tokens = torch.cat([batch.tokens, torch.tensor(generated, dtype=torch.int64)])
         row = replace(batch, tokens=tokens, positions=torch.arange(len(tokens)), cu_seqlens=[0, len(tokens)])
         hidden = model.language_model.decode(model.embed(row), model.packed_sequence(row))
-        made.append(int(model.language_model.logits(hidden, torch.tensor([len(tokens) - 1])).argmax()))
-    return made
+        generated.append(int(model.language_model.logits(hidden, torch.tensor([len(tokens) - 1])).argmax()))
+    return generated
 
 
-def test_text_of_an_answer_has_no_special_tokens(both: tuple[GenerationEngine, Path]) -> None:
-    engine, _ = both
+def test_answers_have_no_special_tokens(engine_and_export: tuple[GenerationEngine, Path]) -> None:
+    engine, _ = engine_and_export
     answers = engine.answer(PROMPTS, NEW_TOKENS)
     assert len(answers) == len(PROMPTS)
     assert not any("IP_ADDRESS" in answer for answer in answers)
     assert engine.generate([], NEW_TOKENS) == []
 
 
-def test_a_wrong_prompt_is_named(both: tuple[GenerationEngine, Path]) -> None:
-    engine, _ = both
+def test_a_wrong_prompt_is_named(engine_and_export: tuple[GenerationEngine, Path]) -> None:
+    engine, _ = engine_and_export
     with pytest.raises(ValueError, match="prompt 1: 1 <image> placeholders for 0 images"):
         engine.generate([PROMPTS[1], Prompt([Turn("human", "<image>\nWhat?")])], NEW_TOKENS)

@@ -1,4 +1,4 @@
-"""Full gradient tensors of a model in any layout, under layout-independent names."""
+"""Full gradient tensors of a model in any parallel layout, under names that do not depend on the layout."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from megatron_vlm.model.initialize import all_sharded_tensors
 from megatron_vlm.model.sharding import model_sharded_state_dict
 
 Shard = tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]
-"""Name, global shape, global offset, and the shard [1, ..., local shape] as it lies in the whole tensor."""
+"""Name, global shape, global offset, and the shard, with as many dimensions as the whole tensor."""
 
 
 def _gather_reduced_buffers(chunk: Any) -> None:
-    """The distributed optimizer leaves each data rank with its share of the reduced gradients: share them all."""
+    """All-gather the reduced gradients, which the distributed optimizer leaves sharded over data ranks."""
     if not chunk.ddp_config.use_distributed_optimizer:
         return
     for group in chunk.bucket_groups:
         for bucket in group.buckets:
             ranks = group.intra_distributed_optimizer_instance_group
             if ranks.size() > 1:
-                share = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
-                dist.all_gather_into_tensor(bucket.grad_data, share, group=ranks)
+                shard = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=ranks)
 
 
 def local_gradients(chunks: list[Any]) -> list[Shard]:
-    """This rank's shards of the finished gradients (before clipping), frozen parameters left out."""
+    """This rank's shards of the reduced gradients, before clipping, without frozen parameters."""
     shards: list[Shard] = []
     for chunk in chunks:
         _gather_reduced_buffers(chunk)
         state = model_sharded_state_dict(chunk)
-        trained = {id(p): p for p in chunk.parameters() if p.requires_grad}
+        trainable = {id(p): p for p in chunk.parameters() if p.requires_grad}
         kept: dict[str, Any] = {}
         for name, entry in state.items():
-            parameter = trained.get(id(getattr(entry, "data", None)))
+            parameter = trainable.get(id(getattr(entry, "data", None)))
             if parameter is not None:
                 entry.data = parameter.main_grad
                 kept[name] = entry
@@ -51,23 +51,23 @@ def _shard(tensor: ShardedTensor) -> Shard:
 
 
 def assemble(shards: list[Shard]) -> dict[str, torch.Tensor]:
-    """Whole tensors from everybody's shards. A place nobody holds stays nan; copies must agree bit for bit nearly."""
+    """Whole tensors from the shards of all ranks. Elements without a shard stay nan; replicas must agree to 1e-5."""
     whole: dict[str, torch.Tensor] = {}
     for name, shape, offset, data in shards:
         tensor = whole.setdefault(name, torch.full(shape, float("nan")))
-        place = tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))
-        known = tensor[place]
+        where = tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))
+        known = tensor[where]
         if not known.isnan().any():
             scale = float(known.norm()) + 1e-30
-            apart = float((known - data).norm()) / scale
-            if apart > 1e-5:
-                raise AssertionError(f"two ranks hold different gradients of {name} at {offset}: {apart:.1e}")
-        tensor[place] = data
+            difference = float((known - data).norm()) / scale
+            if difference > 1e-5:
+                raise AssertionError(f"two ranks hold different gradients of {name} at {offset}: {difference:.1e}")
+        tensor[where] = data
     return whole
 
 
 def relative_differences(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> dict[str, float]:
-    """|ours - reference| / |reference| for every tensor; nan where one side lacks it or a part of it."""
+    """|ours - reference| / |reference| for every tensor; nan if one side lacks it or some of its elements."""
     names = ours.keys() | reference.keys()
     differences = {}
     for name in names:

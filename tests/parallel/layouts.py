@@ -1,4 +1,4 @@
-"""The layouts that are shown equal to one process, by the number of ranks they take."""
+"""The parallel layouts that are compared with one process, by world size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_vlm.config import ParallelConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """One case: parallel degrees, where the tower is, and the optimizer."""
+    """One case: parallel sizes, `vision_parallel`, optimizer, trainable parts and model family."""
 
     tp: int = 1
     pp: int = 1
@@ -26,16 +26,16 @@ class Layout:
 
     @property
     def name(self) -> str:
-        degrees = [f"{name}{size}" for name, size in self._degrees().items() if size > 1] or ["dp"]
+        sizes = [f"{name}{size}" for name, size in self._sizes().items() if size > 1] or ["dp"]
         extra = [self.vision] if self.vision != "data" else []
         extra += [self.optimizer] if self.optimizer != "adam" else []
         extra += ["-".join(self.trainable)] if len(self.trainable) < 3 else []
         extra += [name for name, on in (("bf16", self.bf16), ("overlap", self.overlap)) if on]
         extra += [f"recompute-{self.recompute}"] if self.recompute else []
         extra += [self.family] if self.family != "clip-olmo" else []
-        return "_".join(degrees + extra)
+        return "_".join(sizes + extra)
 
-    def _degrees(self) -> dict[str, int]:
+    def _sizes(self) -> dict[str, int]:
         return {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp}
 
     def parallel(self) -> ParallelConfig:
@@ -53,18 +53,18 @@ class Layout:
 
 
 def _with_sgd(layouts: list[Layout]) -> list[Layout]:
-    """Adam hides a wrong scale, so that each layout also runs with SGD."""
+    """Each layout with SGD too, because Adam hides a gradient of the wrong scale."""
     return layouts + [replace(layout, optimizer="sgd") for layout in layouts]
 
 
 WARM_UP = ("projector",)
-# With one and with two key and value heads: fewer than TP * CP, so that ranks share or repeat them.
+# One and two key/value heads: fewer than TP * CP, so that ranks replicate them.
 SIGLIP_QWEN2, CLIP_MISTRAL = "siglip-qwen2", "clip-mistral"
 
 
-def _family(family: str, **degrees: Any) -> Layout:
-    """With SGD: biases start at zero, and Adam makes steps of full size of what is rounding in their gradients."""
-    return Layout(family=family, optimizer="sgd", **degrees)
+def _family(family: str, **sizes: Any) -> Layout:
+    """With SGD: some gradients of the zero biases are rounding errors, which Adam would turn into full steps."""
+    return Layout(family=family, optimizer="sgd", **sizes)
 
 
 LAYOUTS: dict[int, list[Layout]] = {

@@ -1,4 +1,4 @@
-"""Rows for the layout tests: images of several tile counts, text only, several turns, no loss token at all."""
+"""Rows for the layout tests: with and without images, with several turns, without supervised tokens."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from megatron_vlm.config import (
 )
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch, tile_range
 
-SEQ_LENGTH, VOCABULARY, IMAGE_TOKEN = 96, 256, 250
-
+SEQ_LENGTH, VOCAB_SIZE, IMAGE_TOKEN = 96, 256, 250
 
 _VISION: dict[str, Any] = {
     "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 15,
@@ -27,7 +26,7 @@ _VISION: dict[str, Any] = {
 }  # fmt: skip
 _LANGUAGE: dict[str, Any] = {
     "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 4, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": SEQ_LENGTH,
+    "num_key_value_heads": 2, "vocab_size": VOCAB_SIZE, "max_position_embeddings": SEQ_LENGTH,
 }  # fmt: skip
 _SIGLIP: dict[str, Any] = {
     "model_type": "siglip_vision_model", "class_token": False, "pre_norm": False, "patch_bias": True,
@@ -44,11 +43,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "siglip-qwen2": (_SIGLIP, _QWEN2),
     "clip-mistral": ({}, _MISTRAL),
 }
-"""What each family of tower and decoder changes."""
+"""Settings of vision tower and language model in each model family that differ from the first one's."""
 
 
 def tiny_recipe(parallel: ParallelConfig, family: str = "clip-olmo", **training: object) -> Recipe:
-    """The smallest model with every part of the real one; odd numbers where parallelism allows them."""
+    """The smallest model with every part of the real one; sizes are odd where parallelism allows it."""
     of_vision, of_language = FAMILIES[family]
     vision, language = VisionConfig(**(_VISION | of_vision)), LanguageConfig(**(_LANGUAGE | of_language))
     return Recipe(
@@ -66,7 +65,7 @@ def tiny_recipe(parallel: ParallelConfig, family: str = "clip-olmo", **training:
 
 
 def _documents(generator: torch.Generator) -> list[int]:
-    """Lengths that fill a row but for a tail of padding (sometimes none)."""
+    """Document lengths of a row, which leave 0 to 8 tokens of padding."""
     lengths, left = [], SEQ_LENGTH - int(torch.randint(0, 9, (), generator=generator))
     while left > 0:
         length = min(left, int(torch.randint(7, 45, (), generator=generator)))
@@ -76,7 +75,7 @@ def _documents(generator: torch.Generator) -> list[int]:
 
 
 def make_row(index: int) -> PackedBatch:
-    """Row `index` of an endless, fixed sequence; all its tiles are in `tiles`."""
+    """Row `index` of a fixed, infinite sequence, with all of its tiles."""
     generator = torch.Generator().manual_seed(1000 + index)
     vision = tiny_recipe(ParallelConfig()).model.vision
     tokens = torch.randint(0, IMAGE_TOKEN, (SEQ_LENGTH,), generator=generator)
@@ -87,19 +86,19 @@ def make_row(index: int) -> PackedBatch:
     for length in _documents(generator):
         start, end = cu_seqlens[-1], cu_seqlens[-1] + length
         positions[start:end] = torch.arange(length)
-        answers = torch.rand(length - 1, generator=generator) < 0.4  # several answered stretches: turns
+        answers = torch.rand(length - 1, generator=generator) < 0.4  # several supervised spans, like turns
         if with_labels:
             labels[start : end - 1][answers] = tokens[start + 1 : end][answers]
         room = length - 3
         if with_images and room > vision.patches_per_tile:
             count = min(room, vision.patches_per_tile + 4)
-            places = torch.arange(start + 1, start + 1 + count)
-            where.append(places)
+            image_positions = torch.arange(start + 1, start + 1 + count)
+            where.append(image_positions)
             first = tiles * vision.patches_per_tile
-            chosen = first + torch.randperm(2 * vision.patches_per_tile, generator=generator)[:count].sort()[0]
-            chosen[vision.patches_per_tile // 2] = -1  # a newline among them
-            sources.append(chosen)
-            tokens[places] = IMAGE_TOKEN
+            features = first + torch.randperm(2 * vision.patches_per_tile, generator=generator)[:count].sort()[0]
+            features[vision.patches_per_tile // 2] = -1  # one newline
+            sources.append(features)
+            tokens[image_positions] = IMAGE_TOKEN
             tiles += 2
         cu_seqlens.append(end)
     if cu_seqlens[-1] < SEQ_LENGTH:
@@ -121,16 +120,16 @@ def make_row(index: int) -> PackedBatch:
     )
 
 
-def rows_of(data_rank: int, data_size: int, encoding: tuple[int, int] | None) -> Iterator[PackedBatch]:
-    """This data rank's share of the rows, with the tiles that member `encoding` = (rank, size) is dealt."""
+def rows_of(data_rank: int, data_size: int, tile_shard: tuple[int, int] | None) -> Iterator[PackedBatch]:
+    """The rows of a data rank, with the tiles of shard `tile_shard` = (rank, size)."""
     index = data_rank
     while True:
         row = make_row(index)
-        if encoding is None:
+        if tile_shard is None:
             row.tiles = None
         else:
             assert row.tiles is not None
-            start, stop = tile_range(row.num_tiles, *encoding)
+            start, stop = tile_range(row.num_tiles, *tile_shard)
             row.tiles = row.tiles[start:stop]
         yield row
         index += data_size

@@ -1,8 +1,7 @@
-"""Run every layout of this world size in one set of ranks; report how far each is from one process.
+"""Run all parallel layouts of this world size in one launch, and compare each with one process.
 
-python run_layouts.py FOLDER                                 one process: the reference first, into FOLDER/*.pt
-torchrun --nproc-per-node N run_layouts.py FOLDER            one world: all its layouts, into FOLDER/world_N.json
-torchrun --nproc-per-node N run_layouts.py FOLDER tp2_cp2    some layouts only, by Layout.name; for a look at one
+torchrun --nproc-per-node N run_layouts.py FOLDER            all layouts of one world size, to FOLDER/world_N.json
+python run_layouts.py FOLDER                                 the references, to FOLDER/*.pt, then as above
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ STEPS = 3
 
 
 def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, Any]]:
-    """Train a few steps in `layout`; what every step gave: loss, gradient norm and, on rank 0, the whole gradients."""
+    """Train STEPS steps in `layout`. Returns each step's loss, gradient norm and, on rank 0, full gradients."""
     recipe = tiny_recipe(
         layout.parallel(),
         layout.family,
@@ -54,19 +53,19 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
     frozen = [(p, p.detach().clone()) for chunk in chunks for p in chunk.parameters() if not p.requires_grad]
     wrapped = wrap_for_data_parallel(chunks, recipe)
     optimizer = build_optimizer(wrapped, recipe)
-    here = parallel_ranks()
-    encoding = tile_shard_rank(recipe.parallel) if here.is_first_stage else None
-    rows = rows_for_chunks(rows_of(here.data, here.data_size, encoding), len(chunks))
+    ranks = parallel_ranks()
+    tile_shard = tile_shard_rank(recipe.parallel) if ranks.is_first_stage else None
+    rows = rows_for_chunks(rows_of(ranks.data, ranks.data_size, tile_shard), len(chunks))
     steps = []
     for _ in range(STEPS):
         totals = forward_backward(wrapped, rows, recipe)
         loss, loss_tokens = global_loss(totals)
         shards = local_gradients(wrapped)
         shards = [(*s[:3], s[3] / 2) if s[0] == break_gradient_of else s for s in shards]
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, shards)
+        all_shards: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(all_shards, shards)
         _, norm = update(optimizer)
-        gradients = assemble([s for rank in everyone for s in rank]) if dist.get_rank() == 0 else {}
+        gradients = assemble([s for rank in all_shards for s in rank]) if dist.get_rank() == 0 else {}
         steps.append({"loss": loss, "loss_tokens": loss_tokens, "grad_norm": norm, "gradients": gradients})
     steps[-1]["frozen_changed"] = sum(not torch.equal(p, before) for p, before in frozen)
     destroy_groups()
@@ -74,20 +73,20 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
 
 
 def reference_name(layout: Layout) -> str:
-    """Layouts that must agree share a reference: same model, same optimizer, same trainable parts."""
+    """File of the reference; layouts with the same model, optimizer and trainable parts share one."""
     return f"reference_{layout.family}_{layout.optimizer}_{'-'.join(layout.trainable)}.pt"
 
 
 def compare(steps: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, Any]:
-    """The worst of each kind of difference, with the tensor and step it was seen in."""
+    """The largest difference of each kind; of gradients, with its tensor and step."""
     worst: dict[str, Any] = {"gradient": (0.0, "", -1), "loss": 0.0, "grad_norm": 0.0, "first_step": 0.0}
-    for number, (ours, theirs) in enumerate(zip(steps, reference, strict=True)):
+    for step, (ours, theirs) in enumerate(zip(steps, reference, strict=True)):
         differences = relative_differences(ours["gradients"], theirs["gradients"])
         for name, difference in differences.items():
-            if not difference <= worst["gradient"][0]:  # also true of nan
-                worst["gradient"] = (difference, name, number)
+            if not difference <= worst["gradient"][0]:  # also if it is nan
+                worst["gradient"] = (difference, name, step)
         worst["tensors"] = len(differences)
-        worst["first_step"] = worst["gradient"][0] if number == 0 else worst["first_step"]
+        worst["first_step"] = worst["gradient"][0] if step == 0 else worst["first_step"]
         for key in ("loss", "grad_norm"):
             worst[key] = max(worst[key], abs(ours[key] - theirs[key]) / abs(theirs[key]))
         worst["same_tokens"] = ours["loss_tokens"] == theirs["loss_tokens"]
@@ -110,7 +109,7 @@ def main(folder: Path, names: set[str]) -> None:
         for layout in chosen[world]:
             started = time.monotonic()
             steps = run(layout)
-            gc.collect()  # models hold their groups, and each other in circles; gloo's threads end with the last holder
+            gc.collect()  # models hold process groups in reference cycles; gloo's threads end with the last reference
             if dist.get_rank() == 0:
                 reference = torch.load(folder / reference_name(layout))
                 results[layout.name] = compare(steps, reference)
@@ -118,7 +117,7 @@ def main(folder: Path, names: set[str]) -> None:
         if world == 2 and not names:
             steps = run(Layout(tp=2), break_gradient_of="projector.linear_1.weight")
             if dist.get_rank() == 0:
-                results["bite"] = compare(steps, torch.load(folder / reference_name(Layout())))
+                results["broken"] = compare(steps, torch.load(folder / reference_name(Layout())))
         if dist.get_rank() == 0:
             (folder / f"world_{world}.json").write_text(json.dumps(results))
 

@@ -1,6 +1,6 @@
-"""I1: every layout gives the single process's full gradients before clipping, at every step, and its losses.
+"""Every parallel layout has the full gradients (before clipping) and the losses of one process, at every step.
 
-Ranks are started once per world size and run all layouts of that size (run_layouts.py); the tests read what they found.
+Each world size is launched once and runs all of its layouts (run_layouts.py); the tests read the results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCRIPT = Path(__file__).parent / "run_layouts.py"
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Differences of every layout of a world size from one process; each world runs once, the reference first."""
+    """World size -> differences of its layouts from one process; world size 1 runs first and writes the references."""
     folder = tmp_path_factory.mktemp("layouts")
 
     @cache
@@ -46,30 +46,30 @@ CASES = [pytest.param(world, layout, id=f"{world}-{layout.name}") for world in L
 def test_layout_equals_one_process(results: Any, world: int, layout: Layout) -> None:
     found = results(world)[layout.name]
     difference, tensor, step = found["gradient"]
-    assert found["same_tokens"], "not the same number of loss tokens: the rows differ"
+    assert found["same_tokens"], "the number of supervised tokens differs, so the rows differ"
     if layout.bf16:
         assert found["loss"] < BF16 and found["grad_norm"] < BF16
         return
     assert difference < GRADIENTS, f"gradient of {tensor} at step {step} is off by {difference:.1e} of its norm"
     assert found["loss"] < LOSSES
-    assert found["grad_norm"] < LOSSES, "the norm that clipping goes by is not the single process's"
+    assert found["grad_norm"] < LOSSES, "the gradient norm, which clipping uses, differs"
 
 
 @pytest.mark.parametrize(("world", "layout"), CASES)
 def test_frozen_parameters_do_not_change(results: Any, world: int, layout: Layout) -> None:
-    """I7: bit for bit, in every layout."""
+    """Bit for bit, in every layout."""
     assert results(world)[layout.name]["frozen_changed"] == 0
 
 
-def test_the_comparison_bites(results: Any) -> None:
-    """A gradient that is wrong by 1/2 in one tensor is found, and named."""
-    difference, tensor, _ = results(2)["bite"]["gradient"]
+def test_the_comparison_finds_a_wrong_gradient(results: Any) -> None:
+    """A gradient that is halved in one tensor is reported with its name."""
+    difference, tensor, _ = results(2)["broken"]["gradient"]
     assert difference == pytest.approx(0.5, rel=1e-3)
     assert tensor == "projector.linear_1.weight"
 
 
 def test_every_part_is_compared(results: Any) -> None:
-    """All trained tensors of the tiny model take part: 22 of tower and projector, 5 of the language model."""
+    """All trainable tensors of the tiny model: 22 in vision tower and projector, 5 in the language model."""
     assert results(2)["tp2"]["tensors"] == 27
     assert results(2)["tp2_projector"]["tensors"] == 5
     assert results(2)["tp2_tensor_sgd_siglip-qwen2"]["tensors"] == 29, "20 and 9"

@@ -1,4 +1,4 @@
-"""`--dry-run` says what a run would do: its data with the table of the mixture, rows, steps."""
+"""`--dry-run` reports what a run would do: its data with the table of the mixture, rows, steps."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def test_a_mixture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     )
     recipe.parallel = ParallelConfig()
     with caplog.at_level(logging.INFO):
-        told = describe_run(recipe, world_size=2)
-    assert "41 samples, 40 usable, rejected {'missing image': 1}, too long 0" in told and "2 ranks = data 2" in told
+        report = describe_run(recipe, world_size=2)
+    assert "41 samples, 40 usable, rejected {'missing image': 1}, too long 0" in report and "2 ranks = data 2" in report
     (table,) = [message for message in caplog.messages if message.startswith("samples of the first epoch:")]
     assert [line.split()[1:4] for line in table.splitlines()[2:4]] == [
         ["repeat:2", "20", "40"],

@@ -1,4 +1,4 @@
-"""What goes wrong ends the job: soon, with a message, on every rank."""
+"""A failure ends the whole job soon, with a message."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def test_a_killed_rank_ends_the_others(tmp_path: Path, layout: str) -> None:
         assert len(ranks) == 2
         ranks[1].send_signal(signal.SIGKILL)
         assert job.wait(timeout=A_MINUTE) != 0
-        gone, alive = psutil.wait_procs(ranks, timeout=5)
+        _, alive = psutil.wait_procs(ranks, timeout=5)
         assert not alive
     finally:
         for process in [*psutil.Process().children(recursive=True)]:
             process.kill()
 
 
-def test_an_image_that_broke_after_indexing_names_the_sample(tmp_path: Path) -> None:
-    """The length index has seen it whole; at training time it is garbage: an error with its sample, not a hang."""
+def test_an_image_damaged_after_indexing_names_the_sample(tmp_path: Path) -> None:
+    """Images that were valid when lengths were measured and cannot be decoded in training: an error, not a hang."""
     recipe = write_recipe(tmp_path)
     run(recipe, None, "--train-iters", "1")
     for image in (tmp_path / "data" / "images").iterdir():
@@ -61,7 +61,7 @@ def test_an_image_that_broke_after_indexing_names_the_sample(tmp_path: Path) -> 
     assert "RowError" in done.stdout and "'s" in done.stdout
 
 
-def test_an_empty_dataset_and_a_folder_without_index_are_told(tmp_path: Path) -> None:
+def test_an_empty_dataset_and_a_folder_without_index_are_reported(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     (tmp_path / "empty.json").write_text(json.dumps([]))
     done = run(recipe, None, "--data-path", str(tmp_path / "empty.json"), check=False)
@@ -71,7 +71,7 @@ def test_an_empty_dataset_and_a_folder_without_index_are_told(tmp_path: Path) ->
     assert done.returncode != 0 and "index.json" in done.stdout and "Traceback" not in done.stdout
 
 
-def test_every_wrong_setting_is_told_at_once(tmp_path: Path) -> None:
+def test_all_wrong_settings_are_reported_together(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     flags = ("--tensor-model-parallel-size", "3", "--global-batch-size", "0", "--lr", "-1")
     done = run(recipe, None, *flags, check=False)

@@ -1,4 +1,4 @@
-"""Real jobs, killed at all kinds of moments: in the end every sample was trained on as often as its share says."""
+"""Jobs killed at various moments and resumed: every sample is trained on as often as the mixture says."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ import yaml
 from megatron_vlm.config import load_recipe
 from megatron_vlm.data.loader import RowLoader, build_loader
 from megatron_vlm.data.prepare.shard_writer import prepare_shards
-from megatron_vlm.training.sample_log import read_samples
+from megatron_vlm.data.sample_log import read_samples
 from tests.data.helpers import mixed_folder
 from tests.support.launch import ROOT
 from tests.training.tiny_run import LAYOUTS, metrics, run, write_recipe
 
-PATIENCE = 300
+TIMEOUT_SECONDS = 300
 
 
 @dataclass
 class Job:
-    """One start of the run, each with other ranks than the last."""
+    """One start of the run; each has another number of ranks than the previous one."""
 
     data_ranks: int
     rows_per_step: int
     workers: int
     layout: str = "dp2"
-    """No other parallelism; the others double the ranks."""
+    """`dp2` has data parallelism only; the other layouts double the number of ranks."""
     killed_while: str = "training"
-    """training: some steps after the checkpoint; saving: a checkpoint is being written; starting: data is being opened
+    """training: some steps after a checkpoint; saving: while a checkpoint is written; starting: while data is opened
     and planned, or workers start.
     """
 
@@ -55,7 +55,7 @@ class Job:
 
 
 TWO = [Job(2, 6, 2, killed_while="saving"), Job(1, 5, 0), Job(2, 4, 1)]
-"""Of each of these lists the last job is not killed."""
+"""The last job of each list is not killed."""
 TEN = [
     Job(2, 4, 2, killed_while="starting"),
     Job(2, 4, 2),
@@ -72,7 +72,7 @@ TEN = [
 
 
 def _write_recipe(folder: Path) -> Path:
-    """An epoch of about 30 rows: a file, more shards than are shuffled together one and a half times, a few drawn."""
+    """An epoch of about 30 rows: a whole file, shards one and a half times, and a few sampled entries of a file."""
     recipe = write_recipe(folder, distributed_timeout_minutes=5)
     whole, sharded, chosen = (mixed_folder(folder / name, count) for name, count in SETS.items())
     for name, data in zip(SETS, (whole, sharded, chosen), strict=True):
@@ -100,7 +100,7 @@ SETS, CHOSEN = {"whole": 13, "sharded": 24, "chosen": 20}, 7
 
 
 def _check_shares(epoch: list[str]) -> frozenset[str]:
-    """An epoch has every sample as often as the mixture says. Returns those that were drawn."""
+    """Assert that an epoch has every sample as often as the mixture says. Returns the sampled ones."""
     times = Counter(epoch)
     per_set = {name: {k: n for k, n in times.items() if k.startswith(name)} for name in SETS}
     assert per_set["whole"] == {f"whole{number}": 1 for number in range(SETS["whole"])}
@@ -116,33 +116,33 @@ def _tracked(save: Path) -> int:
 
 
 def _saving(save: Path) -> bool:
-    """Whether there is a checkpoint that is not finished: newer than the one to go on from."""
+    """Whether there is an unfinished checkpoint, newer than the one to resume from."""
     newest = max((int(path.name.removeprefix("iter_")) for path in save.glob("iter_*")), default=0)
     return newest > _tracked(save)
 
 
 def _reached(save: Path) -> int:
-    """The last iteration a run has logged; the file may be being written to at this moment."""
+    """The last iteration that a run has logged; the file may be written to at the same time."""
     try:
         return len(metrics(save))
     except (FileNotFoundError, ValueError):
         return 0
 
 
-def _start_and_kill(recipe: Path, job: Job, save: Path, draw: random.Random) -> None:
-    """Start a job, wait for its moment, and kill all its processes at once."""
+def _start_and_kill(recipe: Path, job: Job, save: Path, generator: random.Random) -> None:
+    """Start a job, wait for the moment `job.killed_while`, and kill all its processes at once."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.ranks),
         "-m", "megatron_vlm.train", "--config", str(recipe), *job.flags(save, 1000),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    log, target, saved = save.parent / "log", _tracked(save) + draw.randint(2, 5), _tracked(save)
+    log, target, saved = save.parent / "log", _tracked(save) + generator.randint(2, 5), _tracked(save)
 
     def is_time() -> bool:
-        told = log.read_text()
+        output = log.read_text()
         if job.killed_while == "starting":
-            return "starting from" in told or "going on after" in told
-        if "data: " not in told:  # a run that goes on cuts its logs back first: what was reached before does not count
+            return "starting from" in output or "resuming after" in output
+        if "data: " not in output:  # a resumed run first truncates its logs: until then they show the previous run
             return False
         if job.killed_while == "saving":
             return _tracked(save) > saved and _saving(save)
@@ -153,10 +153,10 @@ def _start_and_kill(recipe: Path, job: Job, save: Path, draw: random.Random) -> 
     started = time.monotonic()
     try:
         while not is_time():
-            assert launcher.poll() is None and time.monotonic() - started < PATIENCE, log.read_text()[-3000:]
+            assert launcher.poll() is None and time.monotonic() - started < TIMEOUT_SECONDS, log.read_text()[-3000:]
             time.sleep(0.005)
         if job.killed_while != "saving":
-            time.sleep(draw.random() * 0.5)
+            time.sleep(generator.random() * 0.5)
     finally:
         processes = [*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)]
         for process in processes:
@@ -171,13 +171,13 @@ def _uninterrupted(recipe: Path) -> RowLoader:
     return build_loader(read, dp_rank=0, dp_size=1, consumed_rows=0, need_tiles=False)
 
 
-def _go_on_after_kills(folder: Path, jobs: list[Job], seed: int) -> None:
-    draw = random.Random(seed)
+def _resume_after_kills(folder: Path, jobs: list[Job], seed: int) -> None:
+    generator = random.Random(seed)
     recipe, save = _write_recipe(folder), folder / "run"
     unfinished = 0
     *killed, last = jobs
     for job in killed:
-        _start_and_kill(recipe, job, save, draw)
+        _start_and_kill(recipe, job, save, generator)
         unfinished += job.killed_while == "saving" and _saving(save)
     assert unfinished or not any(job.killed_while == "saving" for job in killed)
     run(recipe, None, *last.flags(save, _tracked(save) + 6), ranks=last.ranks)
@@ -188,21 +188,21 @@ def _go_on_after_kills(folder: Path, jobs: list[Job], seed: int) -> None:
     epochs: dict[int, list[str]] = {}
     for number, ids in done:
         epochs.setdefault(loader.plan.row(number).epoch, []).extend(ids)
-    drawn = [_check_shares(ids) for ids in list(epochs.values())[:-1]]
-    assert drawn and all(a != b for a, b in pairwise(drawn))
+    sampled = [_check_shares(ids) for ids in list(epochs.values())[:-1]]
+    assert sampled and all(a != b for a, b in pairwise(sampled))
     samples = sum(len(ids) for _, ids in done)
     print(
         f"{len(killed)} kills ({dict(Counter(job.killed_while for job in killed))}, {unfinished} left a checkpoint "
-        f"unfinished): {len(done)} rows, {samples} samples, {len(drawn)} whole epochs"
+        f"unfinished): {len(done)} rows, {samples} samples, {len(sampled)} whole epochs"
     )
 
 
 @pytest.mark.timeout(600)
 def test_two_kills(tmp_path: Path) -> None:
-    _go_on_after_kills(tmp_path, TWO, seed=0)
+    _resume_after_kills(tmp_path, TWO, seed=0)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(2400)
 def test_ten_kills(tmp_path: Path) -> None:
-    _go_on_after_kills(tmp_path, TEN, seed=1)
+    _resume_after_kills(tmp_path, TEN, seed=1)

@@ -1,4 +1,4 @@
-"""A run whose shards come from an S3 store, stopped by SIGKILL twice: the samples and losses of a run from disk."""
+"""A run on shards in an S3 store, killed twice, has the samples and losses of a run on local shards."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from megatron_vlm.data.prepare.shard_writer import prepare_shards
+from megatron_vlm.data.sample_log import read_samples
 from megatron_vlm.data.shards.cache import ShardCache
-from megatron_vlm.training.sample_log import read_samples
 from tests.data.helpers import mixed_folder
 from tests.support.launch import ROOT
 from tests.support.s3_server import BUCKET, Fault, put_folder, store, wait_for
@@ -26,7 +26,7 @@ COMPARED = ("iteration", "lm_loss", "grad_norm", "tokens", "loss_tokens", "tiles
 
 
 def kept(save: Path) -> list[dict[str, Any]]:
-    """What counts of each iteration; of one that was done again after a kill, the last."""
+    """The compared metrics of each iteration; the last line of those that were repeated after a kill."""
     lines = {line["iteration"]: {name: line[name] for name in COMPARED} for line in metrics(save)}
     return [lines[number] for number in sorted(lines)]
 
@@ -52,12 +52,12 @@ def killed_after(recipe: Path, save: Path, log: Path, iterations: int, *flags: s
 
 
 @pytest.mark.timeout(900)
-def test_a_run_from_s3_killed_twice_is_the_run_from_disk(tmp_path: Path) -> None:
+def test_a_run_from_s3_killed_twice_equals_the_run_from_disk(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, train_iters=ITERATIONS, save_interval=3)
     data = mixed_folder(tmp_path / "many", 240)
     prepare_shards([data.write()], data.images, tmp_path / "shards", 1, size_limit=6000, samples_per_part=60)
     files = list((tmp_path / "shards").rglob("*.mds"))
-    held = sum(file.stat().st_size for file in files)
+    total_bytes = sum(file.stat().st_size for file in files)
     run(recipe, tmp_path / "from_disk", "--data-path", str(tmp_path / "shards"), "--log-samples")
     with store() as proxy:
         put_folder(tmp_path / "shards", f"s3://{BUCKET}/set")
@@ -65,7 +65,7 @@ def test_a_run_from_s3_killed_twice_is_the_run_from_disk(tmp_path: Path) -> None
         settings["data"] |= {
             "data_path": [f"s3://{BUCKET}/set"],
             "cache_dir": str(tmp_path / "cache"),
-            "cache_limit": f"{held // 3}b",
+            "cache_limit": f"{total_bytes // 3}b",
             "log_samples": True,
         }
         recipe.write_text(yaml.safe_dump(settings))
@@ -74,14 +74,14 @@ def test_a_run_from_s3_killed_twice_is_the_run_from_disk(tmp_path: Path) -> None
         killed_after(recipe, save, tmp_path / "log1", 5)
         killed_after(recipe, save, tmp_path / "log2", 12)
         run(recipe, save)
-        fetched = [path for method, path in proxy.requests if method == "GET" and path.endswith(".mds")]
-    times = Counter(fetched)
-    again = sum(n - 1 for path, n in times.items() if not any(fault.part in path for fault in proxy.faults))
-    assert len(files) > 20 and again > 5  # what the cache had let go was fetched again, faults apart
-    assert 0 < ShardCache(tmp_path / "cache" / "shards").used <= held // 3
+        downloads = [path for method, path in proxy.requests if method == "GET" and path.endswith(".mds")]
+    times = Counter(downloads)
+    repeated = sum(n - 1 for path, n in times.items() if not any(fault.part in path for fault in proxy.faults))
+    assert len(files) > 20 and repeated > 5  # evicted shards were downloaded again, injected faults not counted
+    assert 0 < ShardCache(tmp_path / "cache" / "shards").used <= total_bytes // 3
     assert kept(save) == kept(tmp_path / "from_disk") and len(kept(save)) == ITERATIONS
     assert read_samples(save) == read_samples(tmp_path / "from_disk") and len(read_samples(save)) == 4 * ITERATIONS
     print(
-        f"{ITERATIONS} iterations, {len(files)} shards of {held} bytes through a cache of {held // 3}: {len(fetched)} "
-        f"fetched, {again} of them again"
+        f"{ITERATIONS} iterations, {len(files)} shards of {total_bytes} bytes, cache of {total_bytes // 3} bytes: "
+        f"{len(downloads)} downloads, {repeated} of them repeated"
     )

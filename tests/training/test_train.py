@@ -1,4 +1,4 @@
-"""The command line, end to end on real files: layouts agree, a run goes on in another layout, bad input is told."""
+"""The command line end to end: parallel layouts agree, a run resumes in another layout, wrong input is reported."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ EQUAL = 1e-5
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A recipe and one run of it at TP2 that saved after iterations 3 and 6."""
+    """A folder with a recipe and its run at TP 2, saved after iterations 3 and 6."""
     folder = tmp_path_factory.mktemp("train")
     recipe = write_recipe(folder, save_interval=3)
     run(recipe, folder / "tp2", *LAYOUTS["tp2"], ranks=2)
     return folder
 
 
-def _equal(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine["iteration"] == other["iteration"]
+def _assert_equal(lines: list[dict[str, Any]], expected_lines: list[dict[str, Any]]) -> None:
+    for line, expected in zip(lines, expected_lines, strict=True):
+        assert line["iteration"] == expected["iteration"]
         for exact in ("tokens", "loss_tokens", "tiles", "learning_rate"):
-            assert mine[exact] == other[exact], exact
-        assert mine["lm_loss"] == pytest.approx(other["lm_loss"], rel=EQUAL)
+            assert line[exact] == expected[exact], exact
+        assert line["lm_loss"] == pytest.approx(expected["lm_loss"], rel=EQUAL)
 
 
-def test_metrics_hold_what_a_run_is_judged_by(work: Path) -> None:
+def test_metrics_have_all_keys(work: Path) -> None:
     for line in metrics(work / "tp2"):
         assert {
             "iteration", "lm_loss", "grad_norm", "learning_rate", "tokens", "loss_tokens", "tiles", "pack_fill",
@@ -42,34 +42,34 @@ def test_metrics_hold_what_a_run_is_judged_by(work: Path) -> None:
         assert 0 < line["loss_tokens"] < line["tokens"]
 
 
-def test_eight_ranks_give_the_losses_of_one_process(work: Path) -> None:
+def test_eight_ranks_have_the_losses_of_one_process(work: Path) -> None:
     run(work / "recipe.yaml", work / "one")
     flags = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--context-parallel-size", "2")
     run(work / "recipe.yaml", work / "eight", *flags, ranks=8)
-    _equal(metrics(work / "eight"), metrics(work / "one"))
-    _equal(metrics(work / "tp2"), metrics(work / "one"))
+    _assert_equal(metrics(work / "eight"), metrics(work / "one"))
+    _assert_equal(metrics(work / "tp2"), metrics(work / "one"))
 
 
 @pytest.mark.parametrize("layout", ["pp2", "cp2", "dp2"])
-def test_checkpoint_of_tp2_goes_on_in_another_layout(work: Path, layout: str) -> None:
-    """Weights, optimizer, schedule and data order: the losses are those of the run that was not stopped."""
+def test_checkpoint_of_tp2_resumes_in_another_layout(work: Path, layout: str) -> None:
+    """Weights, optimizer, schedule and order of rows: the losses are those of the uninterrupted run."""
     stopped = work / f"stopped_{layout}"
     shutil.copytree(work / "tp2", stopped)
     (stopped / "latest_checkpointed_iteration.txt").write_text("3")
     run(work / "recipe.yaml", stopped, *LAYOUTS[layout], ranks=2)
-    _equal(metrics(stopped), metrics(work / "tp2"))
+    _assert_equal(metrics(stopped), metrics(work / "tp2"))
 
 
-def test_weights_of_one_stage_start_the_next(work: Path) -> None:
-    """A projector warm-up from a whole checkpoint, in another layout, with nothing to train on the second stage."""
+def test_a_stage_starts_from_the_weights_of_another(work: Path) -> None:
+    """A projector warm-up from a full checkpoint in another layout, with no trainable parameter on the second stage."""
     flags = ("--pretrained-checkpoint", str(work / "tp2"), "--trainable", "projector", "--train-iters", "2")
     done = run(work / "recipe.yaml", work / "warm", *flags, *LAYOUTS["pp2"], ranks=2)
     assert "starting from the weights of" in done.stdout
     again = run(work / "recipe.yaml", work / "warm", *flags, "--train-iters", "3", *LAYOUTS["tp2"], ranks=2)
-    assert "going on after iteration 2" in again.stdout
+    assert "resuming after iteration 2" in again.stdout
 
 
-def test_wrong_tokenizer_is_refused(work: Path, tmp_path: Path) -> None:
+def test_wrong_tokenizer_is_rejected(work: Path, tmp_path: Path) -> None:
     other = tiny_tokenizer_folder(tmp_path / "other")
     description = json.loads((other / "tokenizer.json").read_text())
     description["added_tokens"][0]["content"] = "<|another|>"
@@ -84,7 +84,7 @@ def test_wrong_tokenizer_is_refused(work: Path, tmp_path: Path) -> None:
     assert "was trained with another tokenizer" in done.stdout and "Traceback" not in done.stdout
 
 
-def test_wrong_model_and_missing_checkpoint_are_refused(work: Path) -> None:
+def test_wrong_model_and_missing_checkpoint_are_rejected(work: Path) -> None:
     flags = ("--pretrained-checkpoint", str(work / "tp2"), "--model.language.intermediate-size", "80")
     done = run(work / "recipe.yaml", None, *flags, check=False)
     assert done.returncode == 1 and "intermediate_size is 80 here and 72 there" in done.stdout

@@ -1,4 +1,4 @@
-"""A small training run through the command line: real files, real ranks, seconds long."""
+"""A small training run of seconds through the command line, with real files and ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODEL = {
 
 
 def write_recipe(folder: Path, **training: Any) -> Path:
-    """Data, tokenizer and recipe.yaml in `folder`: images of several sizes, text-only samples, one to three turns."""
+    """Write data (images of several sizes, text-only samples, one to three turns), tokenizer and recipe.yaml."""
     data = mixed_folder(folder / "data")
     recipe = {
         "model": MODEL,

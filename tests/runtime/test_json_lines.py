@@ -1,4 +1,4 @@
-"""Lines of runs that were killed at any moment."""
+"""JSON Lines of runs that were killed at any moment."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.training.json_lines import keep_lines, read_lines
+from megatron_vlm.runtime.json_lines import keep_lines, read_lines
 
 WHOLE = '{"n": 1, "loss": 0.1}\n{"n": 2, "loss": NaN}\n'
 
 
 @pytest.mark.parametrize("end", ["", '{"n": 3', '{"n": 3, "loss": 0.3', "\n"])
-def test_a_line_that_was_not_finished_does_not_count(tmp_path: Path, end: str) -> None:
+def test_an_unfinished_line_is_ignored(tmp_path: Path, end: str) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_text(WHOLE + end)
     assert [entry["n"] for entry in read_lines(path)] == [1, 2]
@@ -22,7 +22,7 @@ def test_a_line_that_was_not_finished_does_not_count(tmp_path: Path, end: str) -
     assert path.read_text() == WHOLE.splitlines(keepends=True)[0]
 
 
-def test_killed_while_it_cuts_back(tmp_path: Path) -> None:
+def test_killed_while_lines_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_text(WHOLE)
     killed = KeyboardInterrupt()

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line that a run adds to until it is killed."""
+"""JSON Lines files that a run appends to and may be killed while it writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_vlm.runtime.atomic_files import atomic_file
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file, without one that a killed process did not finish."""
+    """The objects of a file; a line that a killed process left unfinished is ignored."""
     with path.open("rb") as file:
         for line in file:
             try:
@@ -21,7 +21,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Take all other lines out of a file. Who is killed meanwhile leaves it as it was."""
+    """Rewrite a file with the wanted lines only, atomically: a process killed meanwhile leaves it unchanged."""
     with atomic_file(path) as kept:
         for entry in read_lines(path):
             if wanted(entry):
