@@ -65,7 +65,7 @@ def merge_image_features(
         hidden: [s, 1, H] embeddings of the slice of the row that starts at `first_position`.
         features: [padded tiles, patches, H] from `encode_tiles`; the row's tiles come first.
         newline: [H], the learned newline feature.
-        batch: says which feature each image token takes. Bilinear blends are computed in the dtype of `hidden`.
+        batch: says which feature each image token takes. Interpolated features have the dtype of `hidden`.
         first_position: of the slice in the row.
 
     Returns:
@@ -79,7 +79,7 @@ def merge_image_features(
     if batch.bilinear_sources is not None and batch.bilinear_weights is not None:
         weights = batch.bilinear_weights.to(table)
         table = torch.cat([table, (table[batch.bilinear_sources.to(table.device)] * weights[..., None]).sum(1)])
-    sources = torch.where(sources < 0, newline_row - 1 - sources, sources)  # -1 is the newline, -2 - b is blend b
+    sources = torch.where(sources < 0, newline_row - 1 - sources, sources)  # -1 newline, -2 - b interpolated
     merged = hidden.index_put((rows, torch.zeros_like(rows)), table[sources])
     # Weight 0 keeps unused features in the graph: otherwise a row without images would give parameters no gradient.
     return merged + 0.0 * table.sum(0)

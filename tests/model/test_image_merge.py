@@ -21,7 +21,7 @@ def document(size: tuple[int, int]) -> Document:
     return Document("d", EncodedConversation(ids, np.full(len(ids), -100), [1]), [size])
 
 
-def test_blends_are_merged_and_pass_gradients_in_every_slice() -> None:
+def test_bilinear_features_are_merged_and_pass_gradients_in_every_slice() -> None:
     geometry = ImageGeometry.of(tiny_model(), MODE)
     sizes = [(16, 16), (5, 5), (24, 8)]
     batch = assemble_row([document(size) for size in sizes], 60, 0, geometry)
@@ -42,8 +42,8 @@ def test_blends_are_merged_and_pass_gradients_in_every_slice() -> None:
             elif source == -1:
                 value = newline
             else:
-                blend = torch.from_numpy(sources[-2 - source]) + 4 * first
-                value = torch.from_numpy(weights[-2 - source]) @ table[blend]
+                indices = torch.from_numpy(sources[-2 - source]) + 4 * first
+                value = torch.from_numpy(weights[-2 - source]) @ table[indices]
             expected[start + 1 + position] = value
         first += {(16, 16): 5, (5, 5): 2, (24, 8): 4}[size]
     torch.testing.assert_close(whole[:, 0], expected)

@@ -92,13 +92,13 @@ def make_row(index: int) -> PackedBatch:
         room = length - 3
         if with_images and room > vision.patches_per_tile:
             count = min(room, vision.patches_per_tile + 4)
-            image_positions = torch.arange(start + 1, start + 1 + count)
-            where.append(image_positions)
+            span = torch.arange(start + 1, start + 1 + count)
+            where.append(span)
             first = tiles * vision.patches_per_tile
             features = first + torch.randperm(2 * vision.patches_per_tile, generator=generator)[:count].sort()[0]
             features[vision.patches_per_tile // 2] = -1  # one newline
             sources.append(features)
-            tokens[image_positions] = IMAGE_TOKEN
+            tokens[span] = IMAGE_TOKEN
             tiles += 2
         cu_seqlens.append(end)
     if cu_seqlens[-1] < SEQ_LENGTH:
