@@ -83,7 +83,7 @@ def describe_changes(current: dict[str, Any], saved: dict[str, Any], source_name
 
 
 def check_order(
-    ours: dict[str, Any], theirs: dict[str, Any], names: Sequence[str], *, iteration: int, allow_changes: bool
+    current: dict[str, Any], saved: dict[str, Any], source_names: Sequence[str], *, iteration: int, allow_changes: bool
 ) -> list[str]:
     """Check that a resumed run has the order of rows of its checkpoint.
 
@@ -92,7 +92,7 @@ def check_order(
     Raises:
         ChangedOrderError: there are changes and `allow_changes` is False.
     """
-    changes = describe_changes(ours, theirs, names)
+    changes = describe_changes(current, saved, source_names)
     if changes and not allow_changes:
         raise ChangedOrderError(
             f"the order of samples is not that of the checkpoint (iteration {iteration}): {'; '.join(changes)}. "
