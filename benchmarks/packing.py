@@ -30,8 +30,8 @@ from benchmarks.packing_lengths import Samples, hard_to_pack, read_lengths, samp
 from benchmarks.packing_peers import PEERS
 from benchmarks.packing_plan import measure_plan
 from benchmarks.report import RESULTS, save, table
+from megatron_vlm.data.packing.distribution import min_rows
 from megatron_vlm.data.packing.epoch_plan import Budget, plan_epoch
-from megatron_vlm.data.packing.exchange import min_rows
 
 RANKS, ROWS_PER_RANK = 256, (1, 4, 16)
 OURS = "megatron-vlm"

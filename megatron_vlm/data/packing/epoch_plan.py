@@ -1,12 +1,12 @@
 """The plan of an epoch: which samples share a row, and in which order rows come, from lengths alone.
 
-An epoch's samples, in the order the mixture gives, are cut into windows; each window is packed by itself into rows
-that hold both budgets and cost the same (`balance.py`). What cost is left to differ is met by the order of the rows:
-over a window it rises once and falls once, and the next window begins where it ended, with the cheapest rows. So rows
-next to each other, which are rows that run at the same time, cost about the same, whatever the number of data ranks
-and of rows per step; and every window has all the costs, so that nothing drifts.
+The samples of an epoch, in the order of the mixture, are split into windows. Each window is packed by itself into rows
+within both budgets that cost the same (`exchange.py`). The rows of a window are ordered by their remaining differences
+in cost: from the cheapest up to the most expensive and back down. The next window then starts with its cheapest rows
+too. So consecutive rows, which run at the same time on different ranks, cost about the same for any number of
+data-parallel ranks and rows per step, and the mean cost does not drift over the epoch.
 
-All of it follows from (seed, epoch): every machine finds the same plan.
+The plan depends on lengths, budgets, seed and epoch only: every machine computes the same.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from megatron_vlm.data.packing.exchange import Lengths, balance_rows
 from megatron_vlm.data.packing.row_cost import RowCost, cost_of_model
 
 PLAN_VERSION = 4
-"""Of the rule by which rows are found: a run that goes on under another would see other rows."""
+"""Version of the packing algorithm. A run that resumes under another version would see other rows."""
 
 
 @dataclass
 class Budget:
-    """What a row holds at most, how many samples are packed together, and what a row costs."""
+    """The budgets of a row, the number of samples in a window, and the cost model."""
 
     seq_length: int
     max_tiles: int
@@ -38,49 +38,49 @@ class EpochPlan:
     """The rows of one epoch."""
 
     row_starts: np.ndarray
-    """[rows + 1] int64: row r has the members row_starts[r] to row_starts[r + 1]."""
+    """[rows + 1] int64: row r has members[row_starts[r] : row_starts[r + 1]]."""
     members: np.ndarray
-    """[samples] int64: sample numbers, row after row."""
+    """[samples] int64: global sample numbers, row by row."""
     packing_efficiency: float
-    """Tokens over places, 0 to 1."""
+    """Fraction of the rows' positions that hold tokens, 0 to 1."""
 
     @property
     def rows(self) -> int:
         return len(self.row_starts) - 1
 
     def row(self, index: int) -> np.ndarray:
-        """Sample numbers of a row."""
+        """[documents] int64: global sample numbers of a row."""
         return self.members[self.row_starts[index] : self.row_starts[index + 1]]
 
 
 def pack_window(
     tokens: np.ndarray, tiles: np.ndarray, budget: Budget, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Share samples out to rows, and put the rows in order.
+    """Pack the n samples of a window into rows, and order the rows.
 
     Args:
-        tokens: [n] of each sample, at most the budget's.
-        tiles: [n] of each sample, at most the budget's.
+        tokens: [n] tokens of each sample, at most budget.seq_length.
+        tiles: [n] tiles of each sample, at most budget.max_tiles.
         budget: of a row.
-        rng: decides among what is alike.
+        rng: for everything the budgets and costs leave open.
 
     Returns:
-        (members [n]: sample numbers, row after row; counts [rows]: samples of each row).
+        (members [n]: indices into the window, row by row; counts [rows]: number of samples of each row).
     """
     cost = budget.cost.quantized(tokens, tiles, budget.seq_length, budget.max_tiles)
     lengths = Lengths.of(tokens, tiles, cost, budget.seq_length, budget.max_tiles)
     rows = balance_rows(lengths, rng.permutation(len(tokens)), rng)
     rows = rows[_rise_and_fall(lengths.cost[rows].sum(1))]
-    # Within a row, any order: the free places go to the end and are left out.
+    # Samples of a row come in random order. Empty slots are sorted to the end and dropped.
     keys = rng.random(rows.shape)
     keys[rows == lengths.empty] = 2
     rows = np.take_along_axis(rows, np.argsort(keys, axis=1, kind="stable"), 1)
-    taken = rows != lengths.empty
-    return rows[taken], taken.sum(1)
+    filled = rows != lengths.empty
+    return rows[filled], filled.sum(1)
 
 
 def _rise_and_fall(cost: np.ndarray) -> np.ndarray:
-    """An order of rows in which the cost rises to the highest and falls again."""
+    """[rows] an order of rows in which the cost rises to its maximum and falls again."""
     ascending = np.argsort(cost, kind="stable")
     return np.concatenate([ascending[::2], ascending[1::2][::-1]])
 
@@ -88,13 +88,13 @@ def _rise_and_fall(cost: np.ndarray) -> np.ndarray:
 def plan_epoch(
     samples: np.ndarray, tokens: np.ndarray, tiles: np.ndarray, budget: Budget, seed: int, epoch: int
 ) -> EpochPlan:
-    """Cut into windows, pack, order.
+    """Split an epoch into windows, pack each, and order its rows.
 
     Args:
-        samples: numbers of the epoch's samples in the order they come, some perhaps more than once.
-        tokens: tokens by sample number.
-        tiles: tiles by sample number.
-        budget: none of the samples exceeds it.
+        samples: [m] global sample numbers of the epoch in the order of the mixture; a number may occur several times.
+        tokens: [n] tokens of all samples, by global sample number.
+        tiles: [n] tiles of all samples, by global sample number.
+        budget: of a row; no sample exceeds it.
         seed: of the data order.
         epoch: from 0.
     """
@@ -106,5 +106,5 @@ def plan_epoch(
         counts.append(rows)
     flat = np.concatenate(members)
     starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
-    places = max((len(starts) - 1) * budget.seq_length, 1)
-    return EpochPlan(starts, flat, float(tokens[flat].sum(dtype=np.int64)) / places)
+    capacity = max((len(starts) - 1) * budget.seq_length, 1)
+    return EpochPlan(starts, flat, float(tokens[flat].sum(dtype=np.int64)) / capacity)

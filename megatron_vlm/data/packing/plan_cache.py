@@ -1,8 +1,8 @@
-"""Plans of epochs on disk: made once on a machine, mapped into memory by all its ranks, the next one made ahead.
+"""Epoch plans on disk: computed once per machine, memory-mapped by all its ranks, the next epoch computed ahead.
 
-A plan is kept under a name made of everything it follows from. The first process that needs it makes it while the
-others wait at a lock; a process that was killed leaves the lock and nothing else. Without a folder that can be written
-every process makes its own plans, which are the same. Files of a folder may be deleted at any time.
+The name of a file is a hash of everything the plan depends on. The first process that needs a plan computes it while
+the others wait for a file lock, which the system releases when a process ends or is killed. If the folder cannot be
+written, every process computes its own plans, which are the same. Files may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -29,61 +29,62 @@ _NICENESS = 10
 
 
 class PlanCache:
-    """Gives the plan of an epoch, from its file if there is one."""
+    """Returns the plan of an epoch, from its file if it is cached."""
 
     def __init__(self, folder: Path, key: str, compute: Callable[[int], EpochPlan]) -> None:
         """
         Args:
-            folder: where plans are kept.
-            key: names everything that plans follow from, besides the epoch.
-            compute: makes the plan of an epoch.
+            folder: the cache folder.
+            key: hash of everything that plans depend on, except the epoch.
+            compute: computes the plan of an epoch.
         """
         self._folder, self._key, self._compute = folder, key, compute
         self._ahead: Connection | None = None
 
     def __call__(self, epoch: int) -> EpochPlan:
-        """The plan of an epoch; asks for the next one to be made."""
+        """The plan of an epoch. Starts computing the next one if there is a helper process."""
         plan = self._get(epoch)
         if self._ahead is not None:
             try:
                 self._ahead.send(epoch + 1)
-            except OSError:  # the helper is gone: plans are made when they are needed
+            except OSError:  # the helper process ended: plans are computed when they are needed
                 self._ahead = None
         return plan
 
     def plan_ahead(self) -> None:
-        """Start a process that makes the plan after each one that is asked for; it ends with this process."""
-        ours, theirs = multiprocessing.Pipe()
-        helper = multiprocessing.get_context("fork").Process(target=self._serve, args=(ours, theirs), daemon=True)
+        """Start a helper process that computes the plan after each requested one. It ends with this process."""
+        parent_end, helper_end = multiprocessing.Pipe()
+        args = (parent_end, helper_end)
+        helper = multiprocessing.get_context("fork").Process(target=self._serve, args=args, daemon=True)
         helper.start()
-        theirs.close()
-        self._ahead = ours
-        weakref.finalize(self, ours.close)
+        helper_end.close()
+        self._ahead = parent_end
+        weakref.finalize(self, parent_end.close)
 
-    def _serve(self, ours: Connection, theirs: Connection) -> None:
-        ours.close()  # or the end of the process that asks would go unnoticed
+    def _serve(self, parent_end: Connection, helper_end: Connection) -> None:
+        parent_end.close()  # as long as it is open here, recv() does not notice that the parent ended
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         os.nice(_NICENESS)
         while True:
             try:
-                epoch = theirs.recv()
+                epoch = helper_end.recv()
             except (EOFError, OSError):
                 os._exit(0)
-            self._make(epoch, wait=False)
+            self._compute_and_write(epoch, wait=False)
 
     def _path(self, epoch: int) -> Path:
         return self._folder / f"plan-{self._key}-{epoch}.arrays"
 
     def _get(self, epoch: int) -> EpochPlan:
-        plan = self._open(epoch) or self._make(epoch, wait=True) or self._open(epoch)
+        plan = self._read(epoch) or self._compute_and_write(epoch, wait=True) or self._read(epoch)
         assert plan is not None
         return plan
 
-    def _make(self, epoch: int, wait: bool) -> EpochPlan | None:
-        """Make a plan and keep it; returns it where it cannot be kept. Without `wait`, None if another is at it."""
+    def _compute_and_write(self, epoch: int, wait: bool) -> EpochPlan | None:
+        """Compute and cache a plan; returns None if another process did, or without `wait`, if one does so now."""
         try:
-            with self._lock(epoch, wait) as mine:
-                if not mine or self._open(epoch) is not None:
+            with self._lock(epoch, wait) as locked:
+                if not locked or self._read(epoch) is not None:
                     return None
                 plan = self._compute(epoch)
                 fill = np.array([plan.packing_efficiency])
@@ -91,13 +92,13 @@ class PlanCache:
         except OSError as error:
             if not wait:
                 return None
-            logger.warning("plans cannot be kept in %s (%s): every process makes its own", self._folder, error)
+            logger.warning("plans cannot be cached in %s (%s): every process computes its own", self._folder, error)
             return self._compute(epoch)
-        return self._open(epoch)
+        return self._read(epoch)
 
     @contextmanager
     def _lock(self, epoch: int, wait: bool) -> Iterator[bool]:
-        """Whether this process has the lock of an epoch's plan. The system gives it back when a process ends."""
+        """Yield whether this process has the lock of an epoch's plan."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._path(epoch).with_suffix(".lock")
         with path.open("w") as file:
@@ -109,12 +110,12 @@ class PlanCache:
             yield True
             path.unlink(missing_ok=True)
 
-    def _open(self, epoch: int) -> EpochPlan | None:
+    def _read(self, epoch: int) -> EpochPlan | None:
         try:
             arrays = map_arrays(self._path(epoch))
             return EpochPlan(arrays["row_starts"], arrays["members"], float(arrays["fill"][0]))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError) as error:
-            logger.warning("plan %s is damaged (%s) and is made anew", self._path(epoch), error)
+            logger.warning("plan %s is damaged (%s) and is computed again", self._path(epoch), error)
             return None

@@ -1,7 +1,7 @@
-"""The rows of a whole run, epoch after epoch, addressed by one number.
+"""The rows of a whole run, epoch after epoch, addressed by one index.
 
-Training counts the rows it has consumed since its start; epoch and row follow from that count by adding up the rows of
-the epochs before, whatever the number of data-parallel ranks was.
+The row_index of a row is the number of rows that all ranks together consume before it. Its epoch follows from adding up
+the rows of the epochs before, so it does not depend on the number of data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -18,52 +18,52 @@ from megatron_vlm.data.packing.epoch_plan import EpochPlan
 
 @dataclass
 class PlannedRow:
-    """One row to be built."""
+    """One row to build."""
 
     row_index: int
-    """Rows consumed before it since the start of training."""
+    """Index of the row in the run."""
     epoch: int
     members: np.ndarray
-    """[documents] int64: sample numbers"""
+    """[documents] int64: global sample numbers"""
 
 
 class RowPlan:
-    """All rows of a training run, without end."""
+    """All rows of a training run, without end. Raises DataError if an epoch has no row."""
 
     def __init__(self, plan_of_epoch: Callable[[int], EpochPlan]) -> None:
         """
         Args:
-            plan_of_epoch: the plan of an epoch, from its number alone.
+            plan_of_epoch: returns the plan of an epoch.
         """
         self._plan_of_epoch = plan_of_epoch
         self._ends: list[int] = []
-        """Rows up to the end of each epoch planned so far."""
+        """Number of rows up to the end of each epoch planned so far."""
         self._epoch = -1
         self.current: EpochPlan = self._plan(0)
-        """The epoch of the row asked for last."""
+        """The epoch of the last requested row."""
 
     @property
     def rows(self) -> int:
-        """Rows of the current epoch."""
+        """Number of rows of the current epoch."""
         return self.current.rows
 
     @property
     def packing_efficiency(self) -> float:
-        """Tokens over places of the current epoch, 0 to 1."""
+        """Fraction of the current epoch's positions that hold tokens, 0 to 1."""
         return self.current.packing_efficiency
 
     def _plan(self, epoch: int) -> EpochPlan:
         if epoch != self._epoch:
             plan = self._plan_of_epoch(epoch)
             if not plan.rows:
-                raise DataError("the dataset is empty: no sample is left to train on")
+                raise DataError("the dataset is empty: no sample is usable. Check data_path and its sampling rules.")
             if epoch == len(self._ends):
                 self._ends.append((self._ends[-1] if self._ends else 0) + plan.rows)
             self.current, self._epoch = plan, epoch
         return self.current
 
     def row(self, row_index: int) -> PlannedRow:
-        """The row that comes after `row_index` others."""
+        """The row of the run with this index."""
         while row_index >= self._ends[-1]:
             self._plan(len(self._ends))
         epoch = bisect_right(self._ends, row_index)
@@ -71,7 +71,7 @@ class RowPlan:
         return PlannedRow(row_index, epoch, np.array(self._plan(epoch).row(row_index - start)))
 
     def rows_of_rank(self, consumed_rows: int, rank: int, size: int) -> Iterator[PlannedRow]:
-        """Every size-th row from `consumed_rows` + `rank` on, for ever: what one of `size` data ranks reads."""
+        """The rows of data-parallel rank `rank` of `size`: every size-th row from `consumed_rows` + `rank` on."""
         row_index = consumed_rows + rank
         while True:
             yield self.row(row_index)

@@ -1,4 +1,4 @@
-"""The plan: nothing lost, nothing twice, budgets held, rows full, and one counter that says it all."""
+"""Epoch plans: every sample once, rows within budgets, full, and ordered so that the cost of steps is balanced."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Lengths = tuple[np.ndarray, np.ndarray, Budget]
 
 
 def photos(n: int, rng: np.random.Generator) -> Lengths:
-    """Photographs of many shapes with short conversations, at the real model's sizes."""
+    """Photographs of many aspect ratios with short conversations, at the sizes of the real model."""
     geometry = ImageGeometry.of(ModelConfig(), "anyres")
     sizes = [(int(w), int(h)) for w, h in rng.integers(200, 2000, (n, 2))]
     tokens = np.array([num_image_tokens(size, geometry) for size in sizes]) + rng.integers(20, 400, n)
@@ -51,12 +51,12 @@ def mixed(n: int, rng: np.random.Generator) -> Lengths:
 
 
 def lone(n: int, rng: np.random.Generator) -> Lengths:
-    """More than half a row each: every sample is a row, and costs what it costs."""
+    """More than half a row each: every sample is a row, so row costs differ."""
     return rng.integers(16_500, 32_000, n), np.full(n, 5), Budget(32768, 64, 50_000)
 
 
 def awkward(n: int, rng: np.random.Generator) -> Lengths:
-    """More than half a row each, or the tile budget used up by one."""
+    """More than half a row each, or the whole tile budget."""
     return rng.choice([60, 61, 100], n), rng.choice([0, 4], n), Budget(100, 4, 97)
 
 
@@ -74,43 +74,43 @@ def test_every_sample_once_within_budgets(case: Callable[[int, np.random.Generat
         assert plan.packing_efficiency >= 0.99, plan.packing_efficiency
 
 
-def test_a_budget_of_tiles_is_filled_where_it_binds() -> None:
+def test_rows_are_full_of_tiles_if_tiles_are_the_tighter_budget() -> None:
     rng = np.random.default_rng(0)
     tiles = rng.integers(2, 6, 5000)
     plan = plan_epoch(np.arange(5000), tiles * 10, tiles, Budget(1000, 40, 50_000), seed=1, epoch=0)
     assert tiles.sum() / (plan.rows * 40) >= 0.99
 
 
-def test_repeated_samples_are_packed_as_often() -> None:
+def test_a_repeated_sample_is_packed_as_often_as_it_occurs() -> None:
     samples = np.array([3, 3, 3, 5, 0, 0])
     plan = plan_epoch(samples, np.full(6, 40), np.zeros(6, int), Budget(100, 4, 50), seed=1, epoch=0)
     assert Counter(plan.members.tolist()) == Counter(samples.tolist()) and plan.rows == 3
 
 
 @pytest.mark.parametrize("case", [photos, small, text, long, mixed, awkward])
-def test_no_sample_moves_further_than_its_window(case: Callable[[int, np.random.Generator], Lengths]) -> None:
-    """What is packed together comes together, so that a bounded cache suffices; no row is of two windows."""
+def test_samples_stay_in_their_window(case: Callable[[int, np.random.Generator], Lengths]) -> None:
+    """So a bounded shard cache suffices. No row has samples of two windows."""
     rng = np.random.default_rng(0)
     tokens, tiles, budget = case(1050, rng)
     budget.window = 100
     order = rng.permutation(1050)
     plan = plan_epoch(order, tokens, tiles, budget, seed=1, epoch=0)
-    place = np.argsort(order)[plan.members]
+    position = np.argsort(order)[plan.members]
     windows = np.concatenate([np.full(len(w), i) for i, w in enumerate(np.array_split(np.arange(1050), 11))])
-    assert (windows[place] == windows).all() and abs(place - np.arange(1050)).max() < 100
+    assert (windows[position] == windows).all() and abs(position - np.arange(1050)).max() < 100
     assert all(len(set(windows[slice(*plan.row_starts[i : i + 2])])) == 1 for i in range(plan.rows))
 
 
-def test_the_end_of_an_epoch_is_packed_like_the_rest() -> None:
-    """What is left over is spread over all windows, not put into a last small one."""
+def test_the_last_rows_of_an_epoch_are_full_too() -> None:
+    """The samples are split into windows of equal size, without a small last one."""
     tokens, tiles, budget = photos(1001, np.random.default_rng(0))
     budget.window = 500
     plan = plan_epoch(np.arange(1001), tokens, tiles, budget, seed=1, epoch=0)
-    filled = np.add.reduceat(tokens[plan.members], plan.row_starts[:-1]) / budget.seq_length
-    assert filled[-10:].min() > 0.9
+    efficiency = np.add.reduceat(tokens[plan.members], plan.row_starts[:-1]) / budget.seq_length
+    assert efficiency[-10:].min() > 0.9
 
 
-def test_plans_follow_from_seed_and_epoch() -> None:
+def test_plans_depend_on_seed_and_epoch() -> None:
     tokens, tiles, budget = small(500, np.random.default_rng(0))
 
     def plan(seed: int, epoch: int) -> list[int]:
@@ -134,15 +134,15 @@ print(PLAN_VERSION, hashlib.sha256(plan.members.tobytes() + plan.row_starts.toby
 """
 
 
-def test_every_process_finds_the_same_plan() -> None:
-    """With as many threads as it likes. Where another digest is right, PLAN_VERSION must be another too."""
-    found = set()
+def test_every_process_computes_the_same_plan() -> None:
+    """With any number of threads. If a change of the algorithm changes the digest, raise PLAN_VERSION too."""
+    digests = set()
     for threads in ("1", "4"):
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
         command = [sys.executable, "-c", _DIGEST_OF_A_PLAN]
         done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120)
-        found.add(done.stdout.strip())
-    assert found == {"4 e8c2558a467dcec0"}
+        digests.add(done.stdout.strip())
+    assert digests == {"4 e8c2558a467dcec0"}
 
 
 def _row_costs(plan: EpochPlan, tokens: np.ndarray, tiles: np.ndarray, budget: Budget) -> np.ndarray:
@@ -150,14 +150,14 @@ def _row_costs(plan: EpochPlan, tokens: np.ndarray, tiles: np.ndarray, budget: B
 
 
 def _imbalance(costs: np.ndarray, ranks: int, rows_per_rank: int) -> np.ndarray:
-    """Of each step the cost of the rank that has most to do over the mean: row m * ranks + r goes to rank r."""
+    """[steps] cost of the slowest rank over the mean of all ranks. Row m * ranks + r goes to rank r."""
     steps = len(costs) // (ranks * rows_per_rank)
-    shared = costs[: steps * ranks * rows_per_rank].reshape(steps, rows_per_rank, ranks).sum(1)
-    return shared.max(1) / shared.mean(1)
+    per_rank = costs[: steps * ranks * rows_per_rank].reshape(steps, rows_per_rank, ranks).sum(1)
+    return per_rank.max(1) / per_rank.mean(1)
 
 
 @pytest.mark.parametrize("case", [photos, mixed])
-def test_rows_that_run_at_the_same_time_cost_the_same(case: Callable[[int, np.random.Generator], Lengths]) -> None:
+def test_the_ranks_of_a_step_have_the_same_cost(case: Callable[[int, np.random.Generator], Lengths]) -> None:
     tokens, tiles, budget = case(20_000, np.random.default_rng(0))
     plan = plan_epoch(np.arange(20_000), tokens, tiles, budget, seed=1, epoch=0)
     costs = _row_costs(plan, tokens, tiles, budget)
@@ -165,8 +165,8 @@ def test_rows_that_run_at_the_same_time_cost_the_same(case: Callable[[int, np.ra
         assert np.median(_imbalance(costs, ranks, rows_per_rank)) < at_most
 
 
-def test_unequal_rows_stand_beside_their_like() -> None:
-    """Only the order can help."""
+def test_consecutive_rows_have_similar_costs() -> None:
+    """Rows of one sample each differ in cost: only their order can balance a step."""
     tokens, tiles, budget = lone(20_000, np.random.default_rng(0))
     plan = plan_epoch(np.arange(20_000), tokens, tiles, budget, seed=1, epoch=0)
     costs = _row_costs(plan, tokens, tiles, budget)
@@ -174,16 +174,16 @@ def test_unequal_rows_stand_beside_their_like() -> None:
     assert _imbalance(costs, 256, 1).max() < 1.05 and _imbalance(costs, 16, 1).max() < 1.01
 
 
-def test_from_window_to_window_costs_do_not_jump() -> None:
-    """Of rows that run at the same time some may be of one window and some of the next."""
+def test_costs_are_continuous_between_windows() -> None:
+    """The rows of one step may come from two windows."""
     tokens, tiles, budget = lone(20_000, np.random.default_rng(0))
     budget.window = 2000
     plan = plan_epoch(np.arange(20_000), tokens, tiles, budget, seed=1, epoch=0)
     assert _imbalance(_row_costs(plan, tokens, tiles, budget), 16, 1).max() < 1.05
 
 
-def test_half_of_them_twice_as_dear() -> None:
-    """Of samples near half a row some pair up and some cannot: few steps have rows of both kinds."""
+def test_few_steps_mix_rows_of_one_and_two_samples() -> None:
+    """Of samples near half a row, some pair up and some cannot, so some rows cost twice as much as others."""
     tokens = np.random.default_rng(0).integers(16_000, 18_000, 20_000)
     budget = Budget(32768, 64, 50_000)
     plan = plan_epoch(np.arange(20_000), tokens, np.full(20_000, 5), budget, seed=1, epoch=0)
@@ -200,13 +200,13 @@ def test_cost_does_not_drift_over_the_epoch(case: Callable[[int, np.random.Gener
     budget.window = 2000
     plan = plan_epoch(rng.permutation(24_000), tokens, tiles, budget, seed=1, epoch=0)
     costs = _row_costs(plan, tokens, tiles, budget)
-    parts = [part.mean() / costs.mean() for part in np.array_split(costs, 4)]
-    assert max(parts) < 1.02 and min(parts) > 0.98
-    from_first_to_last = np.polyfit(np.linspace(0, 1, len(costs)), costs / costs.mean(), 1)[0]
-    assert abs(from_first_to_last) < 0.03
+    quarters = [quarter.mean() / costs.mean() for quarter in np.array_split(costs, 4)]
+    assert max(quarters) < 1.02 and min(quarters) > 0.98
+    slope = np.polyfit(np.linspace(0, 1, len(costs)), costs / costs.mean(), 1)[0]
+    assert abs(slope) < 0.03
 
 
-def test_the_longest_sample_does_not_always_lead_its_row() -> None:
+def test_the_longest_sample_is_not_always_first_in_its_row() -> None:
     tokens, tiles, budget = long(2000, np.random.default_rng(0))
     plan = plan_epoch(np.arange(2000), tokens, tiles, budget, seed=1, epoch=0)
     first = np.array([tokens[plan.row(i)[0]] == tokens[plan.row(i)].max() for i in range(plan.rows)])
@@ -218,8 +218,8 @@ def test_an_empty_epoch() -> None:
     assert plan.rows == 0 and len(plan.members) == 0
 
 
-def test_no_row_is_opened_for_a_few_tokens() -> None:
-    """With a tenth of a row to spare in some 3,470, which the first swaps leave a few samples too many for."""
+def test_no_additional_row_for_a_few_tokens() -> None:
+    """About 3,470 rows have a tenth of a row to spare in total. After the first swaps, a few samples do not fit."""
     samples = sample_mix(52_000, np.random.default_rng(1))
     rows = np.cumsum(samples.tokens)[49_000:50_000] / 32768
     count = 49_001 + int(np.where(rows % 1 < 0.9, rows % 1, 0).argmax())

@@ -1,4 +1,4 @@
-"""The cost of a row is what the model computes for it."""
+"""The cost model equals the operations that the model executes for a row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.parallel.rows import tiny_recipe
 
 
 def _row(length: int, tiles: int) -> PackedBatch:
-    """One document with one loss token, and tiles of which a few features are used."""
+    """One document with one supervised token, and tiles of which a few features are used."""
     vision = tiny_recipe(ParallelConfig()).model.vision
     labels = torch.full((length,), IGNORE_INDEX)
     labels[-2] = 1
@@ -38,8 +38,8 @@ ALL = ("vision", "projector", "language")
 @pytest.mark.parametrize(
     "trainable", [ALL, ("projector",), ("projector", "language"), ("language",), ("vision", "projector")], ids="+".join
 )
-def test_what_torch_counts_in_the_real_modules(one_process: None, trainable: tuple[str, ...]) -> None:
-    """Forward and backward of a row; two more lengths and another number of tiles give the three coefficients."""
+def test_cost_equals_the_operations_that_torch_counts(one_process: None, trainable: tuple[str, ...]) -> None:
+    """Forward and backward passes of rows of three lengths and two numbers of tiles give the three coefficients."""
     from megatron_vlm.model.build import build_model
     from megatron_vlm.model.initialize import initialize_weights
 
@@ -48,7 +48,7 @@ def test_what_torch_counts_in_the_real_modules(one_process: None, trainable: tup
     initialize_weights(chunks, recipe)
 
     def operations(length: int, tiles: int) -> int:
-        # torch counts the products inside this kernel one by one, and those of masked places too.
+        # In this kernel torch counts each matrix product, masked positions included.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(_row(length, tiles)).backward()
         return counter.get_total_flops()
@@ -57,19 +57,19 @@ def test_what_torch_counts_in_the_real_modules(one_process: None, trainable: tup
     squared = (long - 2 * middle + short) / (2 * 16**2)
     linear = (middle - short) / 16 - squared * (16 + 32)
     cost = cost_of_model(recipe.model, trainable)
-    assert squared == 2 * cost.per_token_squared  # of which half is masked
+    assert squared == 2 * cost.per_token_squared  # half of the scores are masked
     assert linear == cost.per_token
     assert operations(16, 3) - short == 2 * cost.per_tile
 
 
-def test_what_is_frozen_costs_less() -> None:
-    whole, warm_up = cost_of_model(ModelConfig()), cost_of_model(ModelConfig(), ("projector",))
-    assert warm_up.per_token_squared == whole.per_token_squared
-    assert warm_up.per_token == pytest.approx(whole.per_token * 2 / 3)
-    assert warm_up.per_tile < whole.per_tile * 0.4
+def test_frozen_parts_cost_less() -> None:
+    full, warm_up = cost_of_model(ModelConfig()), cost_of_model(ModelConfig(), ("projector",))
+    assert warm_up.per_token_squared == full.per_token_squared
+    assert warm_up.per_token == pytest.approx(full.per_token * 2 / 3)
+    assert warm_up.per_tile < full.per_tile * 0.4
 
 
-def test_settings_replace_what_is_counted() -> None:
+def test_settings_replace_counted_operations() -> None:
     recipe: Recipe = load_recipe(None, {"data": {"cost_per_tile": 0.0, "cost_per_token": 5.0}})
     cost, counted = row_cost(recipe), cost_of_model(recipe.model)
     assert (cost.per_tile, cost.per_token) == (0.0, 5.0)
