@@ -253,7 +253,7 @@ class HuggingFaceTensors(StoredTensors):
 def to_megatron(
     entries: list[Entry], tensors: Mapping[str, torch.Tensor], source: str
 ) -> Iterable[tuple[str, torch.Tensor]]:
-    """(Megatron name, tensor) for every entry, one at a time; errors, at once, as in MegatronTensors."""
+    """(Megatron name, tensor) for every entry, one at a time; errors as in MegatronTensors, before the first one."""
     return MegatronTensors(entries, tensors, source).items()
 
 

@@ -55,7 +55,7 @@ def test_tensors_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class _Watched(StoredTensors):
-    """Forty tensors, and how many were in memory at once, of all that share the list `created`."""
+    """Forty tensors; counts how many were in memory at once, over all objects that share the list `created`."""
 
     most = 0
 

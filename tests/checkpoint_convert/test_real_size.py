@@ -1,4 +1,4 @@
-"""Conversion of 1,486,569,472 parameters: bit for bit, in every layout, and the logits are transformers'.
+"""Conversion of 1,486,569,472 parameters: bit for bit, in every parallel layout, with logits equal to transformers'.
 
 Needs about 8 GB of memory and 25 GB of disk; the two models are never in memory together.
 """
@@ -36,8 +36,8 @@ WORLDS = {1: ["1,1"], 2: ["2,1", "1,2"], 4: ["4,1", "1,4", "2,2"]}
 def write_real_folder(folder: Path, dtype: torch.dtype) -> Path:
     """FOLDER/hf: a random model with a tokenizer."""
     model = ModelConfig()
-    model.image_token_index = write_tokenizer(folder / "words")
-    assert write_random_folder(folder / "hf", folder / "words", model, dtype) == PARAMETERS
+    model.image_token_index = write_tokenizer(folder / "tokenizer")
+    assert write_random_folder(folder / "hf", folder / "tokenizer", model, dtype) == PARAMETERS
     return folder / "hf"
 
 

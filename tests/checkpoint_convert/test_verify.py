@@ -89,8 +89,8 @@ def _swap(tensors: dict[str, torch.Tensor]) -> None:
 
 def _other_tokenizer(folder: Path) -> None:
     definition = json.loads((folder / "tokenizer.json").read_text())
-    words = definition["model"]["vocab"]
-    words["a"], words["b"] = words["b"], words["a"]
+    vocab = definition["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (folder / "tokenizer.json").write_text(json.dumps(definition))
 
 

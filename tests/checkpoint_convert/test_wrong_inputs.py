@@ -39,8 +39,8 @@ def small_model() -> ModelConfig:
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `hf`, in several files, and `megatron`, the checkpoint of it."""
     folder, model = tmp_path_factory.mktemp("sound"), small_model()
-    model.image_token_index = write_tokenizer(folder / "words")
-    write_random_folder(folder / "whole", folder / "words", model, torch.float32)
+    model.image_token_index = write_tokenizer(folder / "tokenizer")
+    write_random_folder(folder / "whole", folder / "tokenizer", model, torch.float32)
     tensors = FolderTensors(folder / "whole", "llava")
     shutil.copytree(folder / "whole", folder / "hf", ignore=shutil.ignore_patterns("*.safetensors"))
     plan = [TensorSpec(name, tensors.shape(name), torch.float32) for name in tensors]

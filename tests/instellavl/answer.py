@@ -1,7 +1,7 @@
-"""Run under any version of transformers: the published snippets, and stock transformers, on two exports of one model.
+"""Run with any version of transformers: the published snippets and stock transformers on two exports of one model.
 
 python tests/instellavl/answer.py FOLDER with FOLDER/instellavl, FOLDER/llava_next and FOLDER/images/*.png; writes
-FOLDER/answers.json. Needs transformers, torch and Pillow, and the package instellavl to be found.
+FOLDER/answers.json. Needs transformers, torch, Pillow and the package instellavl.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WITHOUT_IMAGE = (
     ('question = DEFAULT_IMAGE_TOKEN + "\\n" + query', "question = query"),
     ("[image.size]", "[]"),
 )
-"""The snippet's own comment says what it takes: no image, and `question = text`."""
+"""Edits that the snippet's own comment describes: no image, and `question = text`."""
 QUESTIONS = {"hugging_face": "Describe the image.", "local_checkpoint": "Describe this image."}
 
 
@@ -79,7 +79,7 @@ class Stock:
         self.processor = AutoProcessor.from_pretrained(folder / "llava_next")
 
     def answer(self, question: str, image: Path | None) -> str:
-        """Greedy, special tokens spelled out."""
+        """The greedy answer, with special tokens."""
         from PIL import Image
 
         text = question if image is None else f"<image>\n{question}"
@@ -92,7 +92,7 @@ class Stock:
 
 
 def batch(folder: Path, images: list[Path | None]) -> list[str]:
-    """Answers to one question about each image, all in one `generate` of the remote code."""
+    """Answers to one question about each image, all from one `generate` of the remote code."""
     from PIL import Image
     from transformers import AutoModelForCausalLM, AutoProcessor
 
@@ -108,7 +108,7 @@ def batch(folder: Path, images: list[Path | None]) -> list[str]:
 
 
 def main(folder: Path) -> None:
-    """All answers to all images, by the name of the image; "text" is the question without any."""
+    """Write all answers, by the name of the image; "text" is the question without an image."""
     images: dict[str, Path | None] = {file.stem: file for file in sorted((folder / "images").glob("*.png"))}
     images["text"] = None
     stock = Stock(folder)
@@ -128,6 +128,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"  # whatever wants to be fetched is an error
-    os.environ["HF_MODULES_CACHE"] = str(Path(sys.argv[1]) / "modules")  # where transformers puts an export's code
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a download is an error
+    os.environ["HF_MODULES_CACHE"] = str(Path(sys.argv[1]) / "modules")  # where transformers copies an export's code
     main(Path(sys.argv[1]))

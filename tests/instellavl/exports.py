@@ -1,4 +1,4 @@
-"""One random model as two exports, `instellavl` and `llava_next`, and images to ask it about."""
+"""One random model as two exports, `instellavl` and `llava_next`, and images for questions."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ SIZES = {"single": (20, 20), "tall": (25, 80), "wide": (90, 31), "larger than an
 """(width, height)"""
 NEWLINE = 200
 SEED, NEWLINE_FACTOR = 23, 3.5
-"""With these most answers have several lines, and all differ."""
+"""With these values most answers have several lines, and all differ."""
 ENDING = {"exponential_decay_length_penalty": [40, 1.5]}
-"""For generation_config.json: answers of a random model seldom end; after 40 tokens these do."""
+"""For generation_config.json: answers of a random model seldom end; with this they end after 40 tokens."""
 
 
 def write_exports(root: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> ModelConfig:
-    """root/instellavl, root/llava_next and root/words (the tokenizer) of a model with its own output weight."""
-    words = write_tokenizer(root / "words")
+    """Write root/instellavl, root/llava_next and root/tokenizer, for a model with an untied output weight."""
+    vocab_size = write_tokenizer(root / "tokenizer")
     settings = {"language": GROUPED_QUERY_SIZES, "seed": SEED, **settings}
-    reference = llava_next_model(image_token_index=words, **settings)
+    reference = llava_next_model(image_token_index=vocab_size, **settings)
     with torch.no_grad():
         reference.lm_head.weight[NEWLINE] *= NEWLINE_FACTOR
-    model, tokenizer = model_config(reference), load_tokenizer(root / "words")
+    model, tokenizer = model_config(reference), load_tokenizer(root / "tokenizer")
     tensors = {name: tensor.to(dtype) for name, tensor in canonical_tensors(reference).items()}
     for name in ("instellavl", "llava_next"):
         (root / name).mkdir()
@@ -47,7 +47,7 @@ def write_exports(root: Path, dtype: torch.dtype = torch.float32, **settings: An
 
 
 def make_answers_end(root: Path) -> None:
-    """Both exports, under whatever they are asked with."""
+    """Change the generation config of both exports."""
     for file in root.glob("*/generation_config.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | ENDING))
 

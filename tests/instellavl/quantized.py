@@ -1,4 +1,4 @@
-"""Run where bitsandbytes is installed: what 8 and 4 bits make of an export.
+"""Run where bitsandbytes is installed: an export quantized in 8 and 4 bits.
 
 python tests/instellavl/quantized.py FOLDER with FOLDER/instellavl and FOLDER/image.png; writes FOLDER/quantized.json.
 """
@@ -25,11 +25,11 @@ QUANTIZED = {"load_8bit": "model_name, True, False", "load_4bit": "model_name, F
 
 
 def dequantized(layer: torch.nn.Module) -> torch.Tensor | None:
-    """The weight that a layer computes with; None of a layer that is not quantized."""
+    """The dequantized weight of a layer; None if the layer is not quantized."""
     if isinstance(layer, Linear4bit):
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     if isinstance(layer, Linear8bitLt):
-        return layer.weight.data.float() * layer.weight.SCB[:, None] / 127  # the largest of a row is 127
+        return layer.weight.data.float() * layer.weight.SCB[:, None] / 127  # a row's largest value is 127
     return None
 
 
@@ -43,7 +43,7 @@ def new_ids(model: Any, inputs: tuple[Any, ...]) -> list[int]:
 
 
 def report(folder: Path, how: str, inputs: tuple[Any, ...]) -> dict[str, Any]:
-    """Which layers are quantized, whether the others are as they were, and how far logits are from two references."""
+    """Which layers are quantized, which others changed, and the distance of the logits from two references."""
     full = load_pretrained_model(str(folder / "instellavl"))[1]
     model = load_pretrained_model(str(folder / "instellavl"), **{how: True})[1]
     reference, before = full(*inputs).logits, dict(full.named_parameters())

@@ -1,4 +1,4 @@
-"""What `pip install '.[inference]'` brings, and what it leaves out."""
+"""`pip install '.[inference]'` installs what exports need, and not the trainer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TRAINERS = ("megatron", "streaming", "boto3", "botocore", "tensorboard", "senten
 
 
 @pytest.mark.full
-def test_trainer_is_left_out(inference: Environment) -> None:
+def test_trainer_is_not_installed(inference: Environment) -> None:
     code = f"from importlib.util import find_spec; print([name for name in {TRAINERS} if find_spec(name)])"
     assert inference.run("-c", code).stdout.strip() == "[]"
     imported = inference.run("-c", "import instellavl.model.builder, requests; print(instellavl.__file__)")

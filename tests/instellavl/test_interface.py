@@ -93,7 +93,7 @@ def test_preprocess_gives_the_tiles_of_every_image(loaded: tuple[Any, Any, Any, 
 
 
 @pytest.mark.parametrize("question", ["Is it red?", "What is\nit?  ", f"a {END} b <|padding|> c"])
-def test_prompts_are_those_of_training(folder: Path, processor: InstellaVLProcessor, question: str) -> None:
+def test_prompts_equal_those_of_training(folder: Path, processor: InstellaVLProcessor, question: str) -> None:
     tokenizer = load_tokenizer(folder)
     for images, text in ((0, question), (1, f"<image>\n{question}"), (2, f"<image>\n<image>\n{question}")):
         wanted = encode_prompt([Turn("human", text)], tokenizer, [1] * images, IMAGE_TOKEN_INDEX).ids.tolist()
@@ -102,7 +102,7 @@ def test_prompts_are_those_of_training(folder: Path, processor: InstellaVLProces
         assert len(encoded["image_tensor"]) == len(encoded["image_sizes"]) == images
 
 
-def test_conversation_of_several_turns_is_that_of_training(folder: Path, loaded: tuple[Any, Any, Any, int]) -> None:
+def test_conversation_of_several_turns_equals_that_of_training(folder: Path, loaded: tuple[Any, Any, Any, int]) -> None:
     conversation = conv_templates["instella"].copy()
     user, assistant = conversation.roles
     turns = [(user, "<image>\nA dog?"), (assistant, " yes\n"), (user, " Sure? "), (assistant, "yes")]
@@ -134,7 +134,9 @@ def test_a_bare_newline_does_not_stop(loaded: tuple[Any, Any, Any, int]) -> None
     for shown in (answer, torch.cat([prompt, answer], dim=1)):  # with and without the prompt
         assert KeywordsStoppingCriteria(["\n"], tokenizer, prompt)(shown).tolist() == [False]
         assert KeywordsStoppingCriteria(["\n", "no"], tokenizer, prompt)(shown).tolist() == [True]
-        assert KeywordsStoppingCriteria(["Is"], tokenizer, prompt)(shown).tolist() == [False], "that is the prompt"
+        assert KeywordsStoppingCriteria(["Is"], tokenizer, prompt)(shown).tolist() == [False], (
+            "the prompt is not searched"
+        )
     with_end = torch.cat([answer, torch.tensor([[tokenizer.eos_token_id]])], dim=1)
     assert KeywordsStoppingCriteria([END + "\n"], tokenizer, prompt)(with_end).tolist() == [True]
     assert tokenizer("\n").input_ids == [NEWLINE]
@@ -183,10 +185,10 @@ def test_logits_of_a_prompt_do_not_depend_on_the_batch(
         assert (right[number, -len(alone) :] - alone).abs().max() < 1e-5
 
 
-def test_items_of_a_batch_are_questions_alone(
+def test_items_of_a_batch_are_separate_questions(
     loaded: tuple[Any, Any, Any, int], processor: InstellaVLProcessor
 ) -> None:
-    """As published: a list, each item for a `generate` of its own."""
+    """As published: a list, each item the arguments of one `generate`."""
     questions, images = ["A dog?", "Is it red?", "Describe this image."], [picture((25, 80)), None, picture((90, 31))]
     encoded = processor.batch_encode(questions, images)
     for one, question, image in zip(encoded, questions, images, strict=True):
@@ -219,7 +221,7 @@ def test_wrong_inputs_are_named(loaded: tuple[Any, Any, Any, int], processor: In
         processor.decode(torch.zeros(2, 3, dtype=torch.long))
 
 
-def test_what_cannot_be_loaded_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_errors_are_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("instellavl.model.builder.importlib.util.find_spec", lambda name: None)
     for bits in (8, 4):
         with pytest.raises(LoadError, match=f"load_{bits}bit needs bitsandbytes and accelerate: pip install"):
@@ -243,7 +245,7 @@ def test_export_has_the_published_format(tmp_path: Path) -> None:
         names = set(file.keys())
     tower = "model.vision_tower.vision_tower.vision_model."
     assert {"model.embed_tokens.weight", "model.image_newline", "model.mm_projector.2.bias"} <= names
-    assert {f"{tower}encoder.layers.4.mlp.fc1.weight", f"{tower}post_layernorm.bias"} <= names, "the unused ones too"
+    assert {f"{tower}encoder.layers.4.mlp.fc1.weight", f"{tower}post_layernorm.bias"} <= names, "unused layers too"
     assert "lm_head.weight" not in names, "tied"
     assert {"tokenizer.json", "processor_config.json", *REMOTE_CODE} <= {file.name for file in folder.iterdir()}
     config = json.loads((folder / "config.json").read_text())
@@ -266,11 +268,11 @@ def test_the_published_config_is_read() -> None:
 
 
 def test_other_families_are_rejected(tmp_path: Path) -> None:
-    words = write_tokenizer(tmp_path / "words")
-    model = ModelConfig(image_token_index=words)
+    vocab_size = write_tokenizer(tmp_path / "tokenizer")
+    model = ModelConfig(image_token_index=vocab_size)
     model.vision = VisionConfig(model_type="siglip_vision_model", class_token=False, pre_norm=False, patch_bias=True)
     with pytest.raises(ConversionError, match="export with --format llava_next"):
-        write_configs(tmp_path, model, load_tokenizer(tmp_path / "words"), torch.float32, "anyres")
+        write_configs(tmp_path, model, load_tokenizer(tmp_path / "tokenizer"), torch.float32, "anyres")
 
 
 def test_package_needs_neither_megatron_nor_streaming() -> None:
@@ -285,7 +287,7 @@ def test_names_of_folders() -> None:
     assert get_model_name_from_path("runs/instellavl/checkpoint-20") == "instellavl_checkpoint-20"
 
 
-def test_photos_are_turned_upright(processor: InstellaVLProcessor, tmp_path: Path) -> None:
+def test_photos_are_rotated_upright(processor: InstellaVLProcessor, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     picture((25, 80)).save(tmp_path / "photo.jpg", exif=exif)

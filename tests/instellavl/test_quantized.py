@@ -1,4 +1,4 @@
-"""load_8bit and load_4bit, with bitsandbytes on a CPU: the decoder alone is quantized, and answers stay close."""
+"""load_8bit and load_4bit with bitsandbytes on a CPU: only the decoder is quantized, and answers stay close."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_decoder_is_quantized_and_nothing_else(tmp_path: Path, quantizing: Envir
     picture((25, 80)).save(tmp_path / "image.png")
     done = quantizing.run(ROOT / "tests" / "instellavl" / "quantized.py", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr[-6000:]
-    assert "will be cast" not in done.stderr, "a line for every product"
+    assert "will be cast" not in done.stderr, "a warning per layer"
     reports = json.loads((tmp_path / "quantized.json").read_text())
     layers = [f"model.layers.{layer}." for layer in range(model.language.num_hidden_layers)]
     attention = [f"self_attn.{name}_proj" for name in "qkvo"]
@@ -37,7 +37,7 @@ def test_decoder_is_quantized_and_nothing_else(tmp_path: Path, quantizing: Envir
         assert report["quantized"] == sorted(decoder)
         assert report["others changed"] == []
         assert report["snippet"]
-    # 4 bits are those of the weights alone, 8 bits those of the activations too.
+    # 4 bits quantize only the weights, 8 bits the activations too.
     assert reports["load_4bit"]["from its own weights"] < 1e-5
     assert reports["load_4bit"]["ids"] == reports["load_4bit"]["ids of its own weights"]
     assert reports["load_4bit"]["from the model"] < 0.3

@@ -1,4 +1,4 @@
-"""Both published snippets run on an export, and give stock transformers' answers."""
+"""Both published snippets run on an export, and give the answers of stock transformers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def read_answers(folder: Path) -> Any:
 
 
 def ask(folder: Path) -> Any:
-    """What answer.py says under the Python that runs the tests."""
+    """The answers of answer.py in this environment."""
     launch(ANSWER, folder, ranks=1, timeout=280)
     return read_answers(folder)
 
 
 def ask_in(environment: Environment, folder: Path) -> Any:
-    """What answer.py says where only the environment's packages are found, ours among them."""
+    """The answers of answer.py in another environment, with this project installed."""
     done = environment.run(ANSWER, folder)
     assert done.returncode == 0, done.stdout + done.stderr[-6000:]
     return read_answers(folder)
@@ -42,7 +42,7 @@ def exports(folder: Path) -> Path:
 
 
 def compare(answers: Any) -> None:
-    """That every snippet says what stock transformers says, to the end, and a batch what its prompts say alone."""
+    """Assert that every snippet gives stock transformers' complete answers, and a batch those of single prompts."""
     for snippet, stock in answers["stock"].items():
         assert answers[snippet].keys() == stock.keys()
         for name, answer in answers[snippet].items():
@@ -52,20 +52,20 @@ def compare(answers: Any) -> None:
 
 
 def compare_varied(answers: Any) -> None:
-    """The same, where answers depend on the image and have several lines."""
+    """The same, and that answers depend on the image and have several lines."""
     compare(answers)
     single = answers["hugging_face"].values()
-    assert any("\n" in answer for answer in single), "a newline did not come up"
+    assert any("\n" in answer for answer in single), "no answer has a newline"
     assert len(set(single)) > 3, "the answers do not depend on the image"
 
 
-def test_snippets_say_what_stock_transformers_says(tmp_path: Path) -> None:
+def test_snippets_give_the_answers_of_stock_transformers(tmp_path: Path) -> None:
     compare_varied(ask(exports(tmp_path)))
 
 
 @pytest.mark.full
 def test_under_transformers_4_and_5(tmp_path: Path, inference: Environment, older: Environment) -> None:
-    """Each in an environment of its own, which holds what the extra `inference` installs and no more."""
+    """Each in a separate environment with only the packages of the extra `inference`."""
     folder = exports(tmp_path)
     said = [ask_in(environment, folder) for environment in (inference, older)]
     assert [answers.pop("transformers") for answers in said] == ["5.23.0", "4.57.6"]

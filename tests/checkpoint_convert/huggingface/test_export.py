@@ -26,11 +26,11 @@ from tests.support.random_models import GROUPED_QUERY_SIZES, llava_next_model
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, ModelConfig]:
     """An exported folder, the transformers model with the same weights, and our config of it."""
-    folder, words = tmp_path_factory.mktemp("exported"), tmp_path_factory.mktemp("words")
-    reference = llava_next_model(language=GROUPED_QUERY_SIZES, image_token_index=write_tokenizer(words))
+    folder, tokenizer = tmp_path_factory.mktemp("exported"), tmp_path_factory.mktemp("tokenizer")
+    reference = llava_next_model(language=GROUPED_QUERY_SIZES, image_token_index=write_tokenizer(tokenizer))
     model = model_config(reference)
     entries = param_map(model)
-    write_configs(folder, model, load_tokenizer(words), torch.float32)
+    write_configs(folder, model, load_tokenizer(tokenizer), torch.float32)
     megatron = dict(to_megatron(entries, canonical_tensors(reference), "the reference"))
     write_weights(to_hf(entries, megatron, "the reference"), folder)
     return folder, reference, model

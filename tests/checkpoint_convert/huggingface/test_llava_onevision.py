@@ -42,7 +42,7 @@ def write_onevision(folder: Path, case: str) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     vision, language = (dict(part) for part in CASES[case])
-    words = write_tokenizer(folder)
+    vocab_size = write_tokenizer(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_special_tokens([AddedToken("<image>", normalized=False), AddedToken("<video>", normalized=False)])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -54,8 +54,8 @@ def write_onevision(folder: Path, case: str) -> Any:
     config = LlavaOnevisionConfig(
         vision_config=tower,
         text_config=text,
-        image_token_index=words,
-        video_token_index=words + 1,
+        image_token_index=vocab_size,
+        video_token_index=vocab_size + 1,
         image_grid_pinpoints=PINPOINTS,
         vision_aspect_ratio="anyres_max_2",
         vision_feature_select_strategy=TOWERS[tower.model_type].select_strategy,

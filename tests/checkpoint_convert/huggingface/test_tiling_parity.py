@@ -50,10 +50,10 @@ PUBLISHED = {
 
 def write_processor(folder: Path, pinpoints: list[list[int]] | None = None) -> ModelConfig:
     """An exported processor in `folder`, by default with the published resolutions; returns the model it is for."""
-    words = write_tokenizer(folder / "words")
-    model = ModelConfig(image_token_index=words)
+    vocab_size = write_tokenizer(folder / "tokenizer")
+    model = ModelConfig(image_token_index=vocab_size)
     model.image_grid_pinpoints = pinpoints or model.image_grid_pinpoints
-    write_configs(folder, model, load_tokenizer(folder / "words"), torch.float32)
+    write_configs(folder, model, load_tokenizer(folder / "tokenizer"), torch.float32)
     return model
 
 
@@ -80,7 +80,7 @@ def test_tiles_and_image_tokens(processor: Any, size: tuple[int, int]) -> None:
 
 
 def test_a_single_pixel(processor: Any) -> None:
-    """transformers 4.57 takes its rows for color channels; 5 does not."""
+    """transformers 4.57 takes its rows for colour channels; 5 does not."""
     image = picture((1, 1))
     assert_same(image, ModelConfig(), *tiles_and_image_tokens(processor, image))
 

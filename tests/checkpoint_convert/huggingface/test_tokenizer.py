@@ -33,18 +33,18 @@ def _sentencepiece_model(folder: Path, **settings: Any) -> Path:
     (folder / "corpus.txt").write_text("\n".join(f"{line} {n}" for n in range(60) for line in _CORPUS))
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "corpus.txt"),
-        model_prefix=str(folder / "words"),
+        model_prefix=str(folder / "tokenizer"),
         pad_id=3,
         minloglevel=2,
         hard_vocab_limit=False,
         **settings,
     )
-    return folder / "words.model"
+    return folder / "tokenizer.model"
 
 
 def _model_of(tokenizer: Tokenizer) -> ModelConfig:
-    words = len(tokenizer)
-    return ModelConfig(language=LanguageConfig(vocab_size=words + 10), image_token_index=words)
+    vocab_size = len(tokenizer)
+    return ModelConfig(language=LanguageConfig(vocab_size=vocab_size + 10), image_token_index=vocab_size)
 
 
 def _assert_same_ids(tokenizer: Tokenizer, folder: Path) -> None:
@@ -85,7 +85,7 @@ def _assert_same_ids(tokenizer: Tokenizer, folder: Path) -> None:
     ids=["unigram", "bpe with bytes", "unigram as is"],
 )
 def test_sentencepiece_model_exports_with_its_ids(tmp_path: Path, settings: dict[str, Any]) -> None:
-    source = _sentencepiece_model(tmp_path / "words", **settings)
+    source = _sentencepiece_model(tmp_path / "tokenizer", **settings)
     tokenizer = import_tokenizer(source, tmp_path / "imported")
     assert tokenizer.fingerprint == load_tokenizer(source).fingerprint
     (tmp_path / "exported").mkdir()
@@ -93,11 +93,11 @@ def test_sentencepiece_model_exports_with_its_ids(tmp_path: Path, settings: dict
 
 
 def test_byte_level_tokenizer_exports_with_its_ids(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path / "words")
+    write_tokenizer(tmp_path / "tokenizer")
     (tmp_path / "exported").mkdir()
-    _assert_same_ids(load_tokenizer(tmp_path / "words"), tmp_path / "exported")
+    _assert_same_ids(load_tokenizer(tmp_path / "tokenizer"), tmp_path / "exported")
     back = import_tokenizer(tmp_path / "exported", tmp_path / "back")
-    assert back.fingerprint == load_tokenizer(tmp_path / "words").fingerprint
+    assert back.fingerprint == load_tokenizer(tmp_path / "tokenizer").fingerprint
 
 
 def test_published_tokenizer_exports_with_its_ids(tmp_path: Path) -> None:
@@ -111,8 +111,8 @@ def test_published_tokenizer_exports_with_its_ids(tmp_path: Path) -> None:
 
 
 def test_image_token_must_be_the_next_id(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path / "words")
-    tokenizer = load_tokenizer(tmp_path / "words")
+    write_tokenizer(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
     model = _model_of(tokenizer)
     model.image_token_index += 1
     with pytest.raises(ConversionError, match=r"image_token_index of this checkpoint is 271.*has 270 tokens"):
