@@ -25,7 +25,7 @@ from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.data.processing.conversation import Turn
 from megatron_vlm.data.processing.tiling import image_to_tiles
 from megatron_vlm.data.processing.tokenizer import Tokenizer
-from megatron_vlm.inference.engine import GenerationEngine, Prompt, read_prompts
+from megatron_vlm.inference.engine import Engine, Prompt, read_prompts
 from megatron_vlm.model.build import build_model
 from megatron_vlm.runtime.launch import distributed
 
@@ -90,14 +90,14 @@ def _run_megatron(source: Source, tokenizer: Tokenizer, prompts: dict[str, Promp
         (model,) = build_model(recipe)
         for name, tensor in tensors_of(model).items():
             tensor.copy_(stored[name])
-        engine = GenerationEngine(model, tokenizer)
         outputs = {}
-        for name, prompt in tqdm(prompts.items(), desc="running megatron_vlm", disable=None):
-            batch = read_prompts([prompt], recipe.model, source.aspect_ratio, tokenizer)
-            hidden = model.language_model.decode(model.embed(batch), model.packed_sequence(batch))
-            logits = model.language_model.logits(hidden, _probed_positions(batch, recipe.model.image_token_index))
-            (tokens,) = engine.generate([prompt], NEW_TOKENS)
-            outputs[name] = ProbeOutput(logits.float().cpu(), tokens)
+        with Engine(model, tokenizer) as engine:
+            for name, prompt in tqdm(prompts.items(), desc="running megatron_vlm", disable=None):
+                batch = read_prompts([prompt], recipe.model, source.aspect_ratio, tokenizer)
+                hidden = model.language_model.decode(model.embed(batch), model.packed_sequence(batch))
+                logits = model.language_model.logits(hidden, _probed_positions(batch, recipe.model.image_token_index))
+                (tokens,) = engine.generate([prompt], NEW_TOKENS)
+                outputs[name] = ProbeOutput(logits.float().cpu(), tokens)
         return outputs
 
 

@@ -1,54 +1,108 @@
 """Text generation from a Megatron checkpoint, without conversion to Hugging Face.
 
-    prompts and images -> one packed row -> logits of the prompts' last tokens -> a token per prompt -> next row -> ...
+    submit (any thread) -> queue -> scheduler -> step plan -> all ranks -> logits -> sampling -> handles
 
-Prefill processes all prompts as one packed row, as in training. Each decoding step then adds one token per prompt, with
-a key/value cache.
+One thread runs the loop: it admits requests, runs a step, and gives each request of the step its next token.
 """
 
 from __future__ import annotations
 
+import random
+import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (prepares the process before megatron.core is imported)
-from megatron_vlm.config import ModelConfig, ParallelConfig
-from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
-from megatron_vlm.data.processing.conversation import encode_prompt
-from megatron_vlm.data.processing.image_tokens import RowFeatures, num_image_tokens
-from megatron_vlm.data.processing.tiling import ImageGeometry, extract_tiles
+from megatron_vlm.config import InferenceConfig, ParallelConfig, check_inference
+from megatron_vlm.data.processing.tiling import ImageGeometry
 from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
-from megatron_vlm.inference.kv_cache import KVCache
-from megatron_vlm.inference.request import Prompt
-from megatron_vlm.inference.sampling import greedy
+from megatron_vlm.inference.block_allocator import BlockAllocator
+from megatron_vlm.inference.counters import EngineCounters
+from megatron_vlm.inference.detokenizer import Detokenizer
+from megatron_vlm.inference.model_runner import ROW_MULTIPLE
+from megatron_vlm.inference.prompts import EncodedPrompt, encode
+from megatron_vlm.inference.prompts import read_prompts as read_prompts
+from megatron_vlm.inference.ranks import max_sequence_length, prepare_rank, serve_rank
+from megatron_vlm.inference.request import (
+    AnyPrompt,
+    EngineError,
+    EngineStats,
+    Handle,
+    PromptTooLong,
+    QueueFull,
+    SamplingParams,
+    TokenOutput,
+)
+from megatron_vlm.inference.request import Prompt as Prompt
+from megatron_vlm.inference.scheduler import Request, Scheduler, Step
+from megatron_vlm.inference.step_results import next_tokens
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.vlm import VisionLanguageModel
-from megatron_vlm.runtime.device import current_device
+from megatron_vlm.runtime.device import on_gpu
 from megatron_vlm.runtime.launch import distributed
 from megatron_vlm.training.checkpoint import load_checkpoint, read_recipe, require_checkpoint
 
+_CONTEXT_TOKENS = 8
+"""Last tokens of a prompt without chat template that the answer is decoded after: its first space depends on them."""
 
-class GenerationEngine:
-    """Generates answers to batches of prompts with an unsharded model."""
 
-    def __init__(self, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.recipe = model.recipe
+class Engine:
+    """Generates answers on rank 0; the other ranks run `serve_rank`. Close it, or use it as a context manager."""
 
-    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
-        """The text of each answer, without special tokens; arguments and errors as in `generate`."""
-        return [self.tokenizer.decode(ids) for ids in self.generate(prompts, max_new_tokens)]
+    def __init__(self, model: VisionLanguageModel, tokenizer: Tokenizer, config: InferenceConfig | None = None) -> None:
+        """Start the engine's thread. `model` is this rank's stage; process groups must exist (runtime.launch).
 
-    @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
+        Raises ConfigError for wrong settings, or if the ranks hold more than one copy of the model.
+        """
+        self.config = config or InferenceConfig()
+        check_inference(self.config)
+        self.model, self.tokenizer, self.recipe = model, tokenizer, model.recipe
+        self._channel, self._runner, num_blocks = prepare_rank(model, self.config)
+        tensor_ranks = self.recipe.parallel.tensor_model_parallel_size
+        self._scheduler = Scheduler(self.config, BlockAllocator(num_blocks), ROW_MULTIPLE * tensor_ranks)
+        self._geometry = ImageGeometry.of(self.recipe.model, self.recipe.data.image_aspect_ratio)
+        self.max_sequence_length = max_sequence_length(model, self.config)
+        """Prompt and generated tokens of a request at most."""
+        self._condition = threading.Condition()
+        self._incoming: deque[Request] = deque()
+        self._closing, self._drain = False, True
+        self._failure: BaseException | None = None
+        self._counters = EngineCounters()
+        self._thread = threading.Thread(target=self._loop, name="generation engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close(drain=exception[0] is None)
+
+    # ---- called from any thread ----
+
+    def submit(self, prompt: AnyPrompt, params: SamplingParams | None = None) -> Handle:
+        """Queue a request. Its prompt is encoded, and its images are tiled, in the calling thread.
+
+        Raises:
+            ValueError: the prompt is invalid (see prompts.encode).
+            PromptTooLong: prompt and new tokens exceed the longest sequence or the cache.
+            QueueFull: too many requests are waiting.
+            EngineError: the engine is closed.
+        """
+        self._check_open()
+        encoded = encode(prompt, self.tokenizer, self._geometry, self.recipe.model)
+        context = [] if isinstance(prompt, Prompt) else encoded.ids[-_CONTEXT_TOKENS:]
+        return self._submit(encoded, params or SamplingParams(), context)
+
+    def generate(self, prompts: Sequence[AnyPrompt], max_new_tokens: int) -> list[list[int]]:
         """Greedy decoding.
 
         Args:
-            prompts: one batch; each answer is the same as with a batch of one.
+            prompts: each answer is the same as for the prompt alone.
             max_new_tokens: generation stops here if no end-of-sequence token came before.
 
         Returns:
@@ -56,92 +110,204 @@ class GenerationEngine:
 
         Raises:
             ValueError: a prompt does not end with a question, or has not as many placeholders as images.
+            PromptTooLong, EngineError: as in `submit`.
         """
-        if not prompts or max_new_tokens < 1:
+        if max_new_tokens < 1:
             return [[] for _ in prompts]
-        batch = read_prompts(prompts, self.recipe.model, self.recipe.data.image_aspect_ratio, self.tokenizer)
-        lengths = np.diff(batch.cu_seqlens).tolist()
-        cache, device = KVCache(lengths, max_new_tokens), current_device()
-        language = self.model.language_model
-        hidden = self.model(batch, cache)
-        last = torch.tensor(batch.cu_seqlens[1:], device=device) - 1
-        answers: list[list[int]] = [[] for _ in prompts]
-        unfinished = set(range(len(prompts)))
-        while True:
-            next_tokens = greedy(language.logits(hidden, last))
-            for number, token in enumerate(next_tokens.tolist()):
-                if number in unfinished:
-                    answers[number].append(token)
-                    if token == self.tokenizer.eos_id or len(answers[number]) == max_new_tokens:
-                        unfinished.discard(number)
-            if not unfinished:
-                return answers
-            cache.advance(device)
-            assert cache.lengths is not None
-            row = _row_of_single_tokens(next_tokens.cpu(), cache.lengths.cpu())
-            # Without model.embed, which would run the vision tower on a zero tile.
-            embedded = language.embed(row.tokens.to(device))
-            hidden = language.decode(embedded, self.model.packed_sequence(row, cache))
-            last = torch.arange(len(prompts), device=device)
+        encoded = []
+        for number, prompt in enumerate(prompts):
+            try:
+                encoded.append(encode(prompt, self.tokenizer, self._geometry, self.recipe.model))
+                self._check_length(encoded[-1], max_new_tokens)
+            except ValueError as error:
+                raise type(error)(f"prompt {number}: {error}") from error
+        params = SamplingParams(max_new_tokens)
+        answers: list[list[int]] = []
+        handles: deque[Handle] = deque()
+        for prompt_ids in encoded:
+            while True:
+                try:
+                    handles.append(self._submit(prompt_ids, params, []))
+                    break
+                except QueueFull:
+                    if not handles:  # other callers fill the queue
+                        time.sleep(0.05)
+                    else:
+                        answers.append(_token_ids(handles.popleft()))
+        return answers + [_token_ids(handle) for handle in handles]
 
+    def answer(self, prompts: Sequence[AnyPrompt], max_new_tokens: int) -> list[str]:
+        """The text of each answer, without special tokens; arguments and errors as in `generate`."""
+        return [self.tokenizer.decode(ids) for ids in self.generate(prompts, max_new_tokens)]
 
-def read_prompts(prompts: Sequence[Prompt], model: ModelConfig, aspect_ratio: str, tokenizer: Tokenizer) -> PackedBatch:
-    """The prompts as one packed row, a document each. Raises ValueError like `encode_prompt`, naming the prompt."""
-    ids, positions, cu_seqlens = [], [], [0]
-    tiles = []
-    geometry = ImageGeometry.of(model, aspect_ratio)
-    features = RowFeatures(geometry)
-    for number, prompt in enumerate(prompts):
-        lengths = [num_image_tokens(image.size, geometry) for image in prompt.images]
+    def stats(self) -> EngineStats:
+        """State and counts, for metrics."""
+        allocator, counters = self._scheduler.allocator, self._counters
+        return EngineStats(
+            running=len(self._scheduler.running),
+            waiting=self._num_waiting(),
+            total_blocks=allocator.total,
+            free_blocks=allocator.free,
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            generated_tokens=counters.generated_tokens,
+            tokens_per_second=counters.tokens_per_second(),
+            finished=dict(counters.finished),
+            prefill_seconds=counters.prefill_seconds,
+            decode_seconds=counters.decode_seconds,
+        )
+
+    def close(self, drain: bool = True) -> None:
+        """Reject new requests and stop, after all requests are finished (`drain`) or at once (they are cancelled)."""
+        with self._condition:
+            self._closing, self._drain = True, self._drain and drain
+            self._condition.notify_all()
+        self._thread.join()
+
+    # ---- submission ----
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise EngineError(f"The engine has failed: {self._failure}") from self._failure
+        if self._closing:
+            raise EngineError("The engine is closed.")
+
+    def _check_length(self, prompt: EncodedPrompt, max_new_tokens: int) -> None:
+        total = len(prompt.ids) + max_new_tokens
+        capacity = self._scheduler.allocator.total * self._scheduler.block_size
+        limit = min(self.max_sequence_length, capacity)
+        if total > limit:
+            what = "a sequence has at most" if self.max_sequence_length <= capacity else "the key/value cache holds"
+            raise PromptTooLong(
+                f"The prompt has {len(prompt.ids)} tokens (image tokens included) and max_new_tokens is "
+                f"{max_new_tokens}: {total} in all, but {what} {limit}."
+            )
+
+    def _submit(self, prompt: EncodedPrompt, params: SamplingParams, context: list[int]) -> Handle:
+        self._check_length(prompt, params.max_new_tokens)
+        for token in params.stop_token_ids:
+            if not 0 <= token < self.recipe.model.language.vocab_size:
+                raise ValueError(f"stop_token_ids has {token}, which is no token id of the model.")
+        handle = Handle(prompt.ids, self._wake)
+        image_id = self.recipe.model.image_token_index
+        request = Request(
+            handle=handle,
+            params=params,
+            prompt=prompt,
+            detokenizer=Detokenizer(self.tokenizer, params.stop, [token for token in context if token != image_id]),
+            generator=torch.Generator().manual_seed(random.getrandbits(62) if params.seed is None else params.seed),
+            ids=list(prompt.ids),
+            submitted=time.monotonic(),
+        )
+        if params.prompt_logprobs:
+            handle.prompt_logprobs = [None]
+        with self._condition:
+            self._check_open()
+            waiting = self._num_waiting()
+            if waiting >= self.config.max_queued_requests:
+                raise QueueFull(max(1.0, self._counters.request_seconds * waiting / self.config.inference_max_requests))
+            self._incoming.append(request)
+            self._condition.notify_all()
+        return handle
+
+    def _num_waiting(self) -> int:
+        return len(self._incoming) + len(self._scheduler.waiting)
+
+    def _wake(self) -> None:
+        with self._condition:
+            self._condition.notify_all()
+
+    # ---- the engine's thread ----
+
+    def _loop(self) -> None:
         try:
-            encoded = encode_prompt(prompt.turns, tokenizer, lengths, model.image_token_index)
-        except ValueError as error:
-            raise ValueError(f"prompt {number}: {error}") from error
-        for image, start in zip(prompt.images, encoded.image_starts, strict=True):
-            tiles.append(extract_tiles(image, geometry))
-            features.add(image.size, cu_seqlens[-1] + start)
-        ids.append(encoded.ids)
-        positions.append(np.arange(len(encoded.ids)))
-        cu_seqlens.append(cu_seqlens[-1] + len(encoded.ids))
-    tokens = torch.from_numpy(np.concatenate(ids))
-    return PackedBatch(
-        tokens=tokens,
-        labels=torch.full_like(tokens, IGNORE_INDEX),
-        positions=torch.from_numpy(np.concatenate(positions)),
-        cu_seqlens=cu_seqlens,
-        num_tiles=features.num_tiles,
-        **features.fields(),
-        tiles=torch.from_numpy(np.concatenate(tiles)) if tiles else None,
-        num_tokens=cu_seqlens[-1],
-    )
+            if on_gpu():
+                torch.cuda.set_device(self._runner.device)
+            while self._collect_requests():
+                step = self._scheduler.next_step()
+                if step is not None:
+                    self._run(step)
+            self._channel.broadcast(None)
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _collect_requests(self) -> bool:
+        """Wait until there is work; False when the engine is closed and nothing is left to do."""
+        with self._condition:
+            while True:
+                self._scheduler.waiting.extend(self._incoming)
+                self._incoming.clear()
+                for request in [*self._scheduler.running, *self._scheduler.waiting]:
+                    if request.handle.cancelled or (self._closing and not self._drain):
+                        self._put(request, TokenOutput(None, "", finish_reason="cancelled"))
+                if self._scheduler.running or self._scheduler.waiting:
+                    return True
+                if self._closing:
+                    return False
+                self._condition.wait()
+
+    def _run(self, step: Step) -> None:
+        started = time.perf_counter()
+        self._channel.broadcast(step.plan)
+        logits = self._runner.run(step.plan)
+        assert logits is not None  # rank 0 has them
+        for part in step.parts:
+            if part.is_prefill and part.request.computed == part.request.handle.cached_tokens:
+                self._counters.add_admitted(part.request)
+        self._scheduler.complete(step)
+        outputs = next_tokens(step, logits, self.tokenizer.eos_id)
+        self._counters.add_step(step, outputs, time.perf_counter() - started)
+        for request, output in outputs:
+            self._put(request, output)
+
+    def _put(self, request: Request, output: TokenOutput) -> None:
+        if output.finish_reason is not None:
+            self._scheduler.remove(request)
+            self._counters.add_finished(request, output.finish_reason)
+        request.handle.put(output)
+
+    def _fail(self, error: BaseException) -> None:
+        """Report an error of the loop to everybody who waits."""
+        with self._condition:
+            self._failure = error
+            for request in [*self._scheduler.running, *self._scheduler.waiting, *self._incoming]:
+                request.handle.put(EngineError(f"The engine has failed: {error}"))
 
 
-def _row_of_single_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> PackedBatch:
-    empty = torch.empty(0, dtype=torch.int64)
-    return PackedBatch(
-        tokens=tokens,
-        labels=torch.full_like(tokens, IGNORE_INDEX),
-        positions=positions,
-        cu_seqlens=list(range(len(tokens) + 1)),
-        feature_positions=empty,
-        feature_sources=empty,
-        num_tiles=0,
-        num_tokens=len(tokens),
-    )
+def _token_ids(handle: Handle) -> list[int]:
+    return [output.token_id for output in handle if output.token_id is not None]
+
+
+GenerationEngine = Engine
+"""The engine's name before it served several requests at once."""
 
 
 @contextmanager
-def load_engine(folder: str | Path) -> Iterator[GenerationEngine]:
+def load_engine(
+    folder: str | Path, config: InferenceConfig | None = None, parallel: ParallelConfig | None = None
+) -> Iterator[Engine | None]:
     """An engine for the newest checkpoint in `folder`, with the tokenizer saved there; usable inside the block.
+
+    The checkpoint may have been written in any parallel layout. `parallel` sets that of the engine, tensor x pipeline
+    parallel size processes. On ranks other than 0, the block begins after the engine of rank 0 is closed, with None.
 
     Raises:
         CheckpointError: there is no finished checkpoint.
         DataError: the folder has no tokenizer.
+        ConfigError: wrong settings, or the number of processes does not match `parallel`.
     """
     checkpoint, recipe = require_checkpoint(folder), read_recipe(folder)
     tokenizer = load_tokenizer(Path(folder) / "tokenizer")
-    recipe.parallel = ParallelConfig()
+    recipe.parallel = parallel or ParallelConfig()
+    config = config or InferenceConfig()
+    check_inference(config)
     with distributed(recipe.parallel):
         chunks = build_model(recipe)
         load_checkpoint(checkpoint, chunks, recipe, tokenizer_fingerprint=tokenizer.fingerprint)
-        yield GenerationEngine(chunks[0], tokenizer)
+        if torch.distributed.get_rank():
+            serve_rank(chunks[0], config)
+            yield None
+        else:
+            with Engine(chunks[0], tokenizer, config) as engine:
+                yield engine

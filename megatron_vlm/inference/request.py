@@ -215,8 +215,6 @@ class EngineStats:
     """Generated tokens per second over the last 10 s."""
     finished: dict[str, int]
     """Finish reason -> number of requests."""
-    preemptions: int
-    """Requests whose blocks were taken away for older ones; they are computed again."""
     prefill_seconds: float
     """Time of steps, split between prefill and decode by their tokens."""
     decode_seconds: float

@@ -43,7 +43,7 @@ class PackedSequence(PackedSeqParams):
     restore: torch.Tensor | None = None
     """[S] permutes the concatenated outputs of the groups to the row's order; None if they are in order."""
     cache: Any = None
-    """A key/value cache (inference.kv_cache.KVCache) whose `attend` replaces the kernel during generation."""
+    """A key/value cache (inference.kv_cache.PagedKVCache) whose `attend` replaces the kernel during generation."""
 
 
 def packed_sequence(
@@ -57,7 +57,7 @@ def packed_sequence(
 ) -> PackedSequence:
     """Describe a row of S tokens whose documents are bounded by `cu_seqlens`: first 0, last S.
 
-    cos and sin [S, 1, head_dim / 2] come from `rotary_tables`; `cache` is a KVCache during generation.
+    cos and sin [S, 1, head_dim / 2] come from `rotary_tables`; `cache` is a PagedKVCache during generation.
     """
     cumulative = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
     longest = max(end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False))

@@ -114,7 +114,7 @@ class VisionLanguageModel(MegatronModule):
 
         Args:
             batch: the whole row.
-            cache: a KVCache during generation.
+            cache: a PagedKVCache during generation.
 
         Returns:
             The hidden states [s / tp, 1, H]; on the last stage, without a `cache`, the sum of the losses of this

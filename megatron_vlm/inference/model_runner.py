@@ -1,0 +1,132 @@
+"""Runs the plan of a step on this rank: one pipeline stage of the model with its part of the key/value cache.
+
+    first stage: embedding, image features -> layers -> hidden states to the next stage -> ... -> logits to rank 0
+
+Every image is encoded by itself and every request is attended by itself. Matrix products have a number of rows for
+which BLAS computes each row alike, so answers do not depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_vlm.config.inference import InferenceConfig
+from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch, tile_range
+from megatron_vlm.data.processing.image_tokens import RowFeatures
+from megatron_vlm.data.processing.tiling import ImageGeometry
+from megatron_vlm.inference.kv_cache import PagedKVCache
+from megatron_vlm.inference.step_plan import ImageToEncode, StepPlan
+from megatron_vlm.model.image_merge import encode_tiles, merge_image_features
+from megatron_vlm.model.packed_sequence import PackedSequence, rotary_tables
+from megatron_vlm.model.vlm import VisionLanguageModel
+from megatron_vlm.runtime.device import current_device
+from megatron_vlm.runtime.process_groups import tile_shard_rank
+
+ROW_MULTIPLE = 8
+"""Matrix products have a multiple of this number of rows. With MKL in fp32, the result of a row is then bitwise the
+same for any number of rows; without this, its last bits depend on the number of rows."""
+
+
+class ModelRunner:
+    """This rank's stage and its caches of keys, values and image features."""
+
+    def __init__(self, model: VisionLanguageModel, config: InferenceConfig, num_blocks: int) -> None:
+        self.model, self.recipe = model.eval(), model.recipe
+        self.device = current_device()
+        self._cache = PagedKVCache(num_blocks, config.inference_dynamic_batching_block_size)
+        self._geometry = ImageGeometry.of(self.recipe.model, self.recipe.data.image_aspect_ratio)
+        self._features: dict[bytes, torch.Tensor] = {}
+        """Digest -> [image tokens, H], newlines included."""
+        self._dtype = next(model.parameters()).dtype
+
+    @torch.no_grad()
+    def run(self, plan: StepPlan) -> torch.Tensor | None:
+        """Compute a step. On rank 0, returns the fp32 logits [n, V] at plan.logit_positions."""
+        self._cache.start_step(plan, self.device)
+        if self.model.pre_process:
+            hidden = self._embed(plan)
+        else:
+            hidden = self._receive(len(plan.tokens))
+            self.model.set_input_tensor(hidden)
+        hidden = self.model.language_model.decode(hidden, self._packed_sequence(plan))
+        if not self.model.post_process:
+            dist.send(hidden, parallel_state.get_pipeline_model_parallel_next_rank())
+            return self._receive_logits(plan) if dist.get_rank() == 0 else None
+        logits = self._logits(hidden, plan)
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            if parallel_state.get_tensor_model_parallel_rank() == 0 and len(logits):
+                dist.send(logits.contiguous(), 0)
+            return None
+        return logits
+
+    def _packed_sequence(self, plan: StepPlan) -> PackedSequence:
+        language = self.recipe.model.language
+        positions = torch.from_numpy(plan.positions).to(self.device)
+        cos, sin = rotary_tables(positions, language.head_width, language.rope_theta)
+        return PackedSequence(qkv_format="thd", cos=cos, sin=sin, cache=self._cache)
+
+    def _logits(self, hidden: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+        """[n, V] fp32"""
+        count = len(plan.logit_positions)
+        if not count:
+            return hidden.new_empty(0, self.recipe.model.language.vocab_size, dtype=torch.float32)
+        padding = -count % ROW_MULTIPLE
+        where = torch.tensor(plan.logit_positions + [0] * padding, device=self.device)
+        return self.model.language_model.logits(hidden, where)[:count]
+
+    def _receive(self, length: int) -> torch.Tensor:
+        """Hidden states [s / tp, 1, H] of the previous stage."""
+        config = self.model.config
+        slices = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        hidden = torch.empty(length // slices, 1, config.hidden_size, dtype=self._dtype, device=self.device)
+        dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+        return hidden
+
+    def _receive_logits(self, plan: StepPlan) -> torch.Tensor:
+        shape = len(plan.logit_positions), self.recipe.model.language.vocab_size
+        logits = torch.empty(shape, dtype=torch.float32, device=self.device)
+        if len(logits):
+            dist.recv(logits, parallel_state.get_pipeline_model_parallel_last_rank())
+        return logits
+
+    def _embed(self, plan: StepPlan) -> torch.Tensor:
+        """Embeddings of this tensor rank's slice of the row with image features, [s / tp, 1, H]."""
+        for digest in plan.forget:
+            del self._features[digest]
+        for image in plan.encode:
+            self._features[image.digest] = self._encode(image)
+        hidden = self.model.language_model.embed(torch.from_numpy(plan.tokens).to(self.device))
+        first = 0
+        if self.model.config.sequence_parallel:
+            first = parallel_state.get_tensor_model_parallel_rank() * len(hidden)
+        for merge in plan.merge:
+            start, stop = merge.row_start - first, merge.row_start - first + merge.length
+            begin, end = max(start, 0), min(stop, len(hidden))
+            if begin < end:
+                offset = merge.feature_start - start
+                hidden[begin:end, 0] = self._features[merge.digest][begin + offset : end + offset]
+        return hidden
+
+    def _encode(self, image: ImageToEncode) -> torch.Tensor:
+        """Features of all tokens of an image, newlines included, on every tensor rank: [image tokens, H]."""
+        row = RowFeatures(self._geometry)
+        row.add(image.size, 0)
+        fields = row.fields()
+        start, stop = tile_range(row.num_tiles, *tile_shard_rank(self.recipe.parallel))
+        tokens = torch.zeros_like(fields["feature_positions"])
+        batch = PackedBatch(
+            tokens=tokens,
+            labels=torch.full_like(tokens, IGNORE_INDEX),
+            positions=torch.arange(len(tokens)),
+            cu_seqlens=[0, len(tokens)],
+            num_tiles=row.num_tiles,
+            tiles=torch.from_numpy(image.tiles[start:stop]) if start < stop else None,
+            **fields,
+        )
+        model = self.model
+        features = encode_tiles(model.vision_model, model.projector, batch, self.recipe.parallel, tower_is_frozen=True)
+        width = self.recipe.model.language.hidden_size
+        empty = torch.zeros(len(tokens), 1, width, dtype=self._dtype, device=self.device)
+        return merge_image_features(empty, features, model.image_newline, batch, 0)[:, 0]
