@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from megatron_vlm.config.check_model import check_language, check_vision
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.inference import InferenceConfig
+from megatron_vlm.config.recipe import Recipe
 
 AT_LEAST_ONE = (
     "inference_max_requests",
@@ -13,8 +15,8 @@ AT_LEAST_ONE = (
 )
 
 
-def check_inference(config: InferenceConfig) -> None:
-    """Raises ConfigError with all problems of the settings."""
+def check_inference(config: InferenceConfig, recipe: Recipe | None = None) -> None:
+    """Raise ConfigError with all problems of the settings, and of `recipe`'s model in its parallel layout."""
     problems = [
         f"{name} = {getattr(config, name)}: must be at least 1." for name in AT_LEAST_ONE if getattr(config, name) < 1
     ]
@@ -32,5 +34,7 @@ def check_inference(config: InferenceConfig) -> None:
             f"inference_max_requests = {config.inference_max_requests}, because each running request adds one token "
             "to a step."
         )
+    if recipe is not None:
+        problems += [str(problem) for problem in (*check_vision(recipe), *check_language(recipe))]
     if problems:
         raise ConfigError(problems)

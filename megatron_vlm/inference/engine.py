@@ -301,7 +301,7 @@ def load_engine(
     tokenizer = load_tokenizer(Path(folder) / "tokenizer")
     recipe.parallel = parallel or ParallelConfig()
     config = config or InferenceConfig()
-    check_inference(config)
+    check_inference(config, recipe)
     with distributed(recipe.parallel):
         chunks = build_model(recipe)
         load_checkpoint(checkpoint, chunks, recipe, tokenizer_fingerprint=tokenizer.fingerprint)
