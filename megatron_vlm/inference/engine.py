@@ -24,7 +24,6 @@ from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.inference.block_allocator import BlockAllocator
 from megatron_vlm.inference.counters import EngineCounters
 from megatron_vlm.inference.detokenizer import Detokenizer
-from megatron_vlm.inference.model_runner import ROW_MULTIPLE
 from megatron_vlm.inference.prompts import EncodedPrompt, encode
 from megatron_vlm.inference.prompts import read_prompts as read_prompts
 from megatron_vlm.inference.ranks import max_sequence_length, prepare_rank, serve_rank
@@ -64,7 +63,7 @@ class Engine:
         self.model, self.tokenizer, self.recipe = model, tokenizer, model.recipe
         self._channel, self._runner, num_blocks = prepare_rank(model, self.config)
         tensor_ranks = self.recipe.parallel.tensor_model_parallel_size
-        self._scheduler = Scheduler(self.config, BlockAllocator(num_blocks), ROW_MULTIPLE * tensor_ranks)
+        self._scheduler = Scheduler(self.config, BlockAllocator(num_blocks), tensor_ranks)
         self._geometry = ImageGeometry.of(self.recipe.model, self.recipe.data.image_aspect_ratio)
         self.max_sequence_length = max_sequence_length(model, self.config)
         """Prompt and generated tokens of a request at most."""

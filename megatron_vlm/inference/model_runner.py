@@ -2,8 +2,8 @@
 
     first stage: embedding, image features -> layers -> hidden states to the next stage -> ... -> logits to rank 0
 
-Every image is encoded by itself and every request is attended by itself. Matrix products have a number of rows for
-which BLAS computes each row alike, so answers do not depend on what else is in the batch.
+Every image is encoded by itself, every request is attended by itself, and matrix products have a number of rows for
+which BLAS computes each row alike (ROW_MULTIPLE). So what else is in a step changes logits by rounding at most.
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch, tile_range
 from megatron_vlm.data.processing.image_tokens import RowFeatures
 from megatron_vlm.data.processing.tiling import ImageGeometry
 from megatron_vlm.inference.kv_cache import PagedKVCache
+from megatron_vlm.inference.scheduler import ROW_MULTIPLE
 from megatron_vlm.inference.step_plan import ImageToEncode, StepPlan
 from megatron_vlm.model.image_merge import encode_tiles, merge_image_features
 from megatron_vlm.model.packed_sequence import PackedSequence, rotary_tables
 from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.process_groups import tile_shard_rank
-
-ROW_MULTIPLE = 8
-"""Matrix products have a multiple of this number of rows. With MKL in fp32, the result of a row is then bitwise the
-same for any number of rows; without this, its last bits depend on the number of rows."""
 
 
 class ModelRunner:
@@ -72,7 +69,7 @@ class ModelRunner:
         count = len(plan.logit_positions)
         if not count:
             return hidden.new_empty(0, self.recipe.model.language.vocab_size, dtype=torch.float32)
-        padding = -count % ROW_MULTIPLE
+        padding = -count % ROW_MULTIPLE if len(plan.tokens) > 1 else 0
         where = torch.tensor(plan.logit_positions + [0] * padding, device=self.device)
         return self.model.language_model.logits(hidden, where)[:count]
 

@@ -20,6 +20,11 @@ from megatron_vlm.inference.prompts import EncodedPrompt, PromptImage
 from megatron_vlm.inference.request import Handle, SamplingParams
 from megatron_vlm.inference.step_plan import ImageMerge, ImageToEncode, Span, StepPlan
 
+ROW_MULTIPLE = 8
+"""With MKL in fp32, the result of a row of a matrix product is bitwise the same for all products whose number of rows
+is a multiple of this. A single token is not padded: a matrix-vector product is several times faster, and differs in the
+last bits."""
+
 
 @dataclass(eq=False)
 class Request:
@@ -123,9 +128,10 @@ class ImageIndex:
 class Scheduler:
     """Waiting and running requests, first come first served. Used by one thread."""
 
-    def __init__(self, config: InferenceConfig, allocator: BlockAllocator, row_multiple: int) -> None:
-        """The length of every row is a multiple of `row_multiple`."""
-        self.config, self.allocator, self.row_multiple = config, allocator, row_multiple
+    def __init__(self, config: InferenceConfig, allocator: BlockAllocator, tensor_ranks: int = 1) -> None:
+        """The length of a row is a multiple of `tensor_ranks`; and of ROW_MULTIPLE, unless it is a single token."""
+        self.config, self.allocator, self.tensor_ranks = config, allocator, tensor_ranks
+        self.row_multiple = ROW_MULTIPLE * tensor_ranks
         self.block_size = config.inference_dynamic_batching_block_size
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -199,7 +205,7 @@ class Scheduler:
 
     def _plan(self, lengths: dict[Request, int]) -> Step:
         total = sum(lengths.values())
-        padded = -(-total // self.row_multiple) * self.row_multiple
+        padded = -(-total // self.row_multiple) * self.row_multiple if total > 1 else self.tensor_ranks
         tokens, positions = np.zeros(padded, np.int64), np.zeros(padded, np.int64)
         plan = StepPlan(tokens, positions, spans=[], logit_positions=[])
         parts, start = [], 0
