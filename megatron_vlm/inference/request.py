@@ -108,6 +108,8 @@ class SamplingParams:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}: it must be above 0.")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}: it must be at least 0 and below 2**63.")
+        if isinstance(self.stop, str):
+            raise ValueError(f"stop is the text {self.stop!r}: it must be a list of stop words.")
         if any(not isinstance(word, str) or not word for word in self.stop):
             raise ValueError("stop has an empty stop word: every stop word needs at least one character.")
         if self.logprobs is not None and not 0 <= self.logprobs <= 100:

@@ -33,7 +33,9 @@ def sample(
         logits[occurred] = torch.where(scores < 0, scores * penalty, scores / penalty)
     if params.temperature == 0:
         return int(logits.argmax())
-    values, ids = (logits.cpu() / params.temperature).sort(descending=True, stable=True)
+    # Below the greatest logit, so that a low temperature gives no infinity.
+    scaled = (logits - logits.max()).cpu() / params.temperature
+    values, ids = scaled.sort(descending=True, stable=True)
     if params.top_k:
         values, ids = values[: params.top_k], ids[: params.top_k]
     cumulative = values.double().softmax(0).cumsum(0)

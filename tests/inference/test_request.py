@@ -23,6 +23,7 @@ from megatron_vlm.inference.request import SamplingParams
         ({"top_p": 0.0}, "top_p is 0.0: it must be above 0 and at most 1."),
         ({"repetition_penalty": 0}, "repetition_penalty is 0: it must be above 0."),
         ({"seed": -1}, "seed is -1: it must be at least 0"),
+        ({"stop": "end"}, "stop is the text 'end': it must be a list of stop words."),
         ({"stop": ("",)}, "stop has an empty stop word"),
         ({"logprobs": 101}, "logprobs is 101: it must be between 0 and 100."),
     ],

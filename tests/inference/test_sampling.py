@@ -51,6 +51,12 @@ def test_greedy_with_a_repetition_penalty() -> None:
     assert logits.tolist() == [2.0, 1.5, -1.0]
 
 
+def test_the_lowest_temperature_is_greedy() -> None:
+    logits = torch.tensor([200.0, -300.0, 201.0])
+    for temperature in (1e-3, 1e-30, 1e-45):
+        assert sample(logits, SamplingParams(temperature=temperature), [0], torch.Generator().manual_seed(0)) == 2
+
+
 def test_log_probabilities() -> None:
     logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(2))
     expected = logits.log_softmax(-1)
