@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import time
 import traceback
 import warnings
+from pathlib import Path
 
 from megatron_vlm.config import ConfigError, Recipe, check_recipe, parse_command_line
+from megatron_vlm.data.errors import DataError
+
+_LONGEST_CONVERSION_MINUTES = 60
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
+"""Beginnings of the environment variables by which a process knows that it is a rank of torchrun's."""
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m megatron_vlm.train") -> int:
@@ -27,6 +35,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m megatron_vlm
         return 2
     try:
         if not options.dry_run:
+            _convert_pretrained(recipe)
             _train(recipe)
         elif is_logging_rank:
             _dry_run(recipe)
@@ -41,6 +50,43 @@ def _world_size() -> int:
 
 
 # torch and megatron-core are imported by the functions below only: --help and wrong settings are answered at once.
+
+
+def _convert_pretrained(recipe: Recipe) -> None:
+    """Where `pretrained_checkpoint` is a Hugging Face folder, start from its conversion in SAVE/pretrained instead.
+
+    Rank 0 converts, once for all runs with this --save; the other ranks wait for the folder, which appears complete.
+    Training itself knows Megatron checkpoints only.
+    """
+    training = recipe.training
+    source = training.pretrained_checkpoint
+    if source is None or not Path(source, "config.json").is_file():
+        return
+    if training.save is None:
+        raise DataError(
+            f"pretrained_checkpoint {source} is a Hugging Face folder, and there is no --save to convert it into. "
+            f"Give --save, or convert it yourself: megatron-vlm import --model {source} --save DIR"
+        )
+    target = Path(training.save, "pretrained")
+    training.pretrained_checkpoint = str(target)
+    deadline = time.monotonic() + 60 * _LONGEST_CONVERSION_MINUTES
+    while not target.is_dir():
+        if os.environ.get("RANK", "0") == "0":
+            _convert(source, target)
+        elif time.monotonic() > deadline:
+            raise DataError(f"{target} did not appear: rank 0 converts into it. Do all ranks see that folder?")
+        else:
+            time.sleep(0.5)
+
+
+def _convert(source: str, target: Path) -> None:
+    """In a process of its own, because conversion has a process group of one rank."""
+    print(f"converting {source} into {target}", flush=True)
+    command = [sys.executable, "-m", "checkpoint_convert.hf_to_megatron", "--model", source, "--save", str(target)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_RANK_VARIABLES)}
+    failed = subprocess.run(command, env=environment).returncode
+    if failed and not target.is_dir():  # it is there if another run with this --save was faster
+        raise DataError(f"pretrained_checkpoint {source} could not be converted; the reason is printed above")
 
 
 def _train(recipe: Recipe) -> None:
@@ -73,7 +119,6 @@ def _describe(error: Exception) -> str:
     """One message; for an error that is not the user's to correct, a traceback is printed before it."""
     if isinstance(error, ImportError) and error.name is None:
         return str(error)  # says which package to install
-    from megatron_vlm.data.errors import DataError
     from megatron_vlm.runtime.out_of_memory import describe_out_of_memory, is_out_of_memory
     from megatron_vlm.training.checkpoint import CheckpointError
 

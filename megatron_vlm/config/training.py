@@ -60,7 +60,8 @@ class TrainingConfig:
         metadata={"help": "Checkpoint folder to resume from: weights, optimizer, data position; default: save."},
     )
     pretrained_checkpoint: str | None = field(
-        default=None, metadata={"help": "Checkpoint folder that a new run takes its initial weights from."}
+        default=None,
+        metadata={"help": "Folder that a new run takes its initial weights from: a checkpoint, or a Hugging Face VLM."},
     )
     save_interval: int = field(
         default=1000, metadata={"help": "Iterations between checkpoints; the last iteration is always saved."}

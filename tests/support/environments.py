@@ -54,24 +54,32 @@ class Environment:
 
 
 def inference_environment(folder: Path) -> Environment:
-    """`pip install '.[inference]'` with constraints.txt, from a copy of the sources: building writes into them."""
-    source = folder / "source"
+    """`pip install '.[inference]'` with constraints.txt."""
+    environment = empty_environment(folder / "inference")
+    environment.pip("-c", ROOT / "constraints.txt", f"{copy_sources(folder / 'source')}[inference]")
+    return environment
+
+
+def empty_environment(folder: Path) -> Environment:
+    """A new environment with nothing but pip."""
+    venv.create(folder, with_pip=True)
+    return Environment(folder)
+
+
+def copy_sources(folder: Path) -> Path:
+    """A copy of what the package is built from, because building writes into the sources."""
+    folder.mkdir(parents=True)
     for name in PACKAGE_FILES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            source.mkdir(exist_ok=True)
-            shutil.copy(ROOT / name, source)
-    venv.create(folder / "inference", with_pip=True)
-    environment = Environment(folder / "inference")
-    environment.pip("-c", ROOT / "constraints.txt", f"{source}[inference]")
-    return environment
+            shutil.copy(ROOT / name, folder)
+    return folder
 
 
 def overlay(base: Environment, folder: Path, *packages: str) -> Environment:
     """A new environment with the packages of `base`, except that `packages` and their requirements replace them."""
-    venv.create(folder, with_pip=True)
-    environment = Environment(folder)
+    environment = empty_environment(folder)
     (environment.packages / "base.pth").write_text(f"{base.packages}\n")
     environment.pip(*packages)
     return environment
