@@ -3,9 +3,8 @@
 megatron-vlm convert-dataset qa --input data.parquet --output annotations.jsonl --image-folder images
 megatron-vlm convert-dataset KIND --help
 
-In an installed package the command is `megatron-vlm convert-dataset`. Input files are .json, .jsonl, .csv, .tsv or
-.parquet (as on Hugging Face, with image bytes inside). Rows that cannot be converted are counted by reason and listed
-in OUTPUT.quarantine.jsonl.
+Input files are .json, .jsonl, .csv, .tsv or .parquet (as on Hugging Face, with image bytes inside). Rows that cannot
+be converted are counted by reason and listed in OUTPUT.quarantine.jsonl.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 megatron-vlm prepare-shards --annotations train.json --image-folder images --output shards/train
 
-In an installed package the command is `megatron-vlm prepare-shards`. The same call resumes an interrupted run. --job
-splits a set over several jobs, for example a Slurm array of 8. --merge completes the set when all of them have
-finished:
+The same call resumes an interrupted run. --job splits a set over several jobs, for example a Slurm array of 8.
+--merge completes the set when all of them have finished:
 
 megatron-vlm prepare-shards --annotations train.json --image-folder images --output s3://bucket/train --job 3/8
 megatron-vlm prepare-shards --output s3://bucket/train --merge

@@ -1,9 +1,9 @@
-"""Print one sample as the model will see it: ids, labels, positions, tiles.
+"""Print one sample as the model sees it: token ids, labels, position ids and tiles.
 
 megatron-vlm show-sample --config RECIPE.yaml --index 17
 megatron-vlm show-sample --config RECIPE.yaml --id some_id --json
 
-All flags of training are understood (--data-path, --tokenizer-model, --image-aspect-ratio, ...).
+All training flags are accepted (--data-path, --tokenizer-model, --image-aspect-ratio, ...).
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _MARKS = {"prompt": " ", "answer": "+", "image": "#"}
 
 
 def describe(view: SampleView) -> str:
-    """Text for people: the spans of the row one below the other, `+` where the loss counts, `#` where an image is."""
+    """Human-readable text with one span per line. `+` marks supervised tokens, `#` image tokens."""
     labels = view.encoded.labels
     lines = [
         f"sample {view.number}: {view.sample.id!r} of {view.sample.file}",
-        f"{len(labels)} tokens, {int((labels != -100).sum())} of them learned (+), "
-        f"{sum(image.positions for image in view.images)} of images (#), "
+        f"{len(labels)} tokens, {int((labels != -100).sum())} supervised (+), "
+        f"{sum(image.num_tokens for image in view.images)} of images (#), "
         f"{sum(image.tiles for image in view.images)} tiles",
     ]
     for number, image in enumerate(view.images):
-        grid = f"base view and {image.grid[0]} x {image.grid[1]} tiles" if image.grid[0] else "base view alone"
+        grid = f"base view and {image.grid[0]} x {image.grid[1]} tiles" if image.grid[0] else "base view only"
         lines.append(
             f"image {number}: {image.name}, {image.size[0]}x{image.size[1]} pixels, {grid}, "
-            f"positions {image.start} to {image.start + image.positions - 1}"
+            f"positions {image.start} to {image.start + image.num_tokens - 1}"
         )
     lines.append("")
     for span in view.spans:
@@ -44,14 +44,14 @@ def describe(view: SampleView) -> str:
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Exit code: 0, or 2 if there is no such sample or it would be refused."""
+    """Exit code: 0, or 2 if the sample does not exist or is rejected."""
     parser = argparse.ArgumentParser(
         prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--index", type=int, metavar="N", help="number among all samples of the data, from 0")
+    which.add_argument("--index", type=int, metavar="N", help="global sample number, from 0")
     which.add_argument("--id", metavar="ID", help="the first sample with this id")
-    parser.add_argument("--json", action="store_true", help="all of it, for programs")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     options, rest = parser.parse_known_args(argv)
     try:
         recipe, _ = parse_command_line(rest)
@@ -64,6 +64,6 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    told = json.dumps(view.as_dict(), ensure_ascii=False) if options.json else describe(view)
-    print(told.encode("utf-8", "backslashreplace").decode())  # file names may be no text
+    output = json.dumps(view.as_dict(), ensure_ascii=False) if options.json else describe(view)
+    print(output.encode("utf-8", "backslashreplace").decode())  # file names may hold lone surrogates
     return 0

@@ -2,8 +2,8 @@
 
 megatron-vlm upload-shards shards/train s3://bucket/train
 
-In an installed package the command is `megatron-vlm upload-shards`. The shards may be ours or published ones. The index
-is uploaded last, so that the set becomes visible when it is complete.
+The shards may be ours or published ones. The index is uploaded last, so that the set becomes visible when it is
+complete.
 """
 
 from __future__ import annotations

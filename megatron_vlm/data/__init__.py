@@ -1,1 +1,4 @@
-"""From annotations and images to packed rows: nothing here needs megatron-core or a GPU."""
+"""From annotations and images to packed rows: sources, shards, length index, mixture, packing and loader.
+
+Modules here run on a CPU without megatron-core. They must not import the model, training or process groups.
+"""

@@ -1,4 +1,4 @@
-"""The page of megatron-vlm data-report: one HTML file that needs no network. All text of the data is escaped."""
+"""HTML of the data report: a single file that needs no network. All text from the data is escaped."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from megatron_vlm.data.processing.image_io import decode_image
 from megatron_vlm.data.report.inspection import SampleView, Span, Suspect
 
-_LISTED_OF_A_REASON = 50
-_LONGEST_SPAN = 1600
-_THUMBNAIL = (260, 180)
-_MOST_THUMBNAILS = 8
+_MAX_LISTED_PER_REASON = 50
+_MAX_SPAN_CHARACTERS = 1600
+_THUMBNAIL_SIZE = (260, 180)
+_MAX_THUMBNAILS = 8
 
 _STYLE = """
 :root { color-scheme: light }
@@ -41,17 +41,17 @@ figcaption { font-size: 12px; color: #444; overflow-wrap: anywhere }
 .answer { background: #bfe6c3; border-radius: 3px } .image { background: #c5dbf5; border-radius: 3px }
 .prompt { color: #444 } .key span { padding: 1px 7px; margin-right: 8px }
 """
-# Nothing is fetched and nothing is run, whatever the data says.
+# The browser fetches nothing and runs no script, even if the data contains some.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def text(words: object) -> str:
-    """Words of the data, escaped."""
-    return html.escape(str(words).replace("\0", "\ufffd"))
+def text(value: object) -> str:
+    """Text from the data, escaped."""
+    return html.escape(str(value).replace("\0", "\ufffd"))
 
 
 def page(title: str, parts: Sequence[str]) -> bytes:
-    """The file."""
+    """The whole HTML file."""
     content = (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=Content-Security-Policy "
         f'content="{_POLICY}"><title>{text(title)}</title><style>{_STYLE}</style><main>' + "\n".join(parts) + "</main>"
@@ -60,9 +60,9 @@ def page(title: str, parts: Sequence[str]) -> bytes:
 
 
 def cards(numbers: Sequence[tuple[str, str]]) -> str:
-    """(number, what it counts) side by side."""
+    """A row of cards with (number, label)."""
     inside = "".join(
-        f"<div class=card><b>{text(number)}</b><span>{text(what)}</span></div>" for number, what in numbers
+        f"<div class=card><b>{text(number)}</b><span>{text(label)}</span></div>" for number, label in numbers
     )
     return f"<div class=cards>{inside}</div>"
 
@@ -71,56 +71,58 @@ def section(heading: str, *parts: str) -> str:
     return f"<section><h2>{text(heading)}</h2>{''.join(parts)}</section>"
 
 
-def picture(png: bytes, about: str) -> str:
-    return f'<img alt="{text(about)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def png_image(png: bytes, alt: str) -> str:
+    return f'<img alt="{text(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: int, total: bool = False) -> str:
-    """A table of texts; the first `words` columns are words, the others numbers, set to the right. One of numbers alone
-    takes no more room than it needs, and the last row may be a total.
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int, total: bool = False) -> str:
+    """A table. The first `text_columns` columns are text, the others are right-aligned numbers.
+
+    A table without text columns is as narrow as its content. `total`: the last row is a total.
     """
 
     def line(cells: Sequence[str], tag: str) -> str:
-        kinds = ("" if place < words else " class=n" for place in range(len(cells)))
+        kinds = ("" if column < text_columns else " class=n" for column in range(len(cells)))
         return "".join(f"<{tag}{kind}>{text(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
 
     last = len(rows) - 1 if total else -1
     body = "".join(f"<tr{' class=total' if n == last else ''}>{line(row, 'td')}</tr>" for n, row in enumerate(rows))
-    kind = "" if words else " class=narrow"
+    kind = "" if text_columns else " class=narrow"
     return f"<div class=wide><table{kind}><tr>{line(header, 'th')}</tr>{body}</table></div>"
 
 
 def suspects(found: Sequence[Suspect], listing: str) -> str:
-    """How many of each reason, and the first of each."""
+    """The number of suspects per reason, and the first ones of each."""
     if not found:
         return "<p>None.</p>"
     counts = Counter(suspect.reason for suspect in found)
-    of_reason: dict[str, list[Suspect]] = defaultdict(list)
+    by_reason: dict[str, list[Suspect]] = defaultdict(list)
     for suspect in found:
-        of_reason[suspect.reason].append(suspect)
-    parts = [f"<p>{len(found):,} entries; all are listed in {text(listing)}.</p>"]
+        by_reason[suspect.reason].append(suspect)
+    parts = [f"<p>{len(found):,} findings; all are listed in {text(listing)}.</p>"]
     for reason, count in counts.most_common():
-        shown = of_reason[reason][:_LISTED_OF_A_REASON]
+        shown = by_reason[reason][:_MAX_LISTED_PER_REASON]
         rows = [(suspect.sample_id[:80], suspect.source, suspect.message[:400]) for suspect in shown]
-        more = f", the first {len(shown)}" if count > len(shown) else ""
-        inside = table(("sample", "of", "what"), rows, words=3)
+        more = f", the first {len(shown)} shown" if count > len(shown) else ""
+        inside = table(("sample", "source", "message"), rows, text_columns=3)
         parts.append(f"<details><summary>{text(reason)}: {count:,}{more}</summary>{inside}</details>")
     return "".join(parts)
 
 
 KEY = (
-    "<p class=key><span class=answer>learned</span><span class=image>image positions</span>"
-    "<span class=prompt>read only</span></p>"
+    "<p class=key><span class=answer>supervised</span><span class=image>image tokens</span>"
+    "<span class=prompt>no loss</span></p>"
 )
 
 
 def example(view: SampleView) -> str:
-    """A sample as the model reads it, with its images."""
-    labels = int((view.encoded.labels != -100).sum())
-    about = f"{len(view.encoded.ids):,} tokens, {labels:,} learned, {sum(image.tiles for image in view.images)} tiles"
-    figures = "".join(_thumbnail(view, place) for place in range(min(len(view.images), _MOST_THUMBNAILS)))
-    if len(view.images) > _MOST_THUMBNAILS:
-        figures += f"<p class=quiet>and {len(view.images) - _MOST_THUMBNAILS} more images</p>"
+    """A sample as the model sees it, with its images."""
+    supervised = int((view.encoded.labels != -100).sum())
+    tiles = sum(image.tiles for image in view.images)
+    about = f"{len(view.encoded.ids):,} tokens, {supervised:,} supervised, {tiles} tiles"
+    figures = "".join(_thumbnail(view, index) for index in range(min(len(view.images), _MAX_THUMBNAILS)))
+    if len(view.images) > _MAX_THUMBNAILS:
+        figures += f"<p class=quiet>and {len(view.images) - _MAX_THUMBNAILS} more images</p>"
     spans = "".join(f"<span class={span.kind}>{_span(span)}</span>" for span in view.spans)
     return (
         f"<div class=example><h3>{text(view.sample.id[:120])}</h3><p class=quiet>{text(view.sample.file)}: {about}</p>"
@@ -130,22 +132,22 @@ def example(view: SampleView) -> str:
 
 def _span(span: Span) -> str:
     if span.kind == "image":
-        return f"[image, {span.stop - span.start:,} positions]"
-    if len(span.text) > _LONGEST_SPAN:
-        half, left_out = _LONGEST_SPAN // 2, len(span.text) - _LONGEST_SPAN
-        return f"{text(span.text[:half])} [… {left_out:,} characters …] {text(span.text[-half:])}"
+        return f"[image, {span.stop - span.start:,} tokens]"
+    if len(span.text) > _MAX_SPAN_CHARACTERS:
+        half, omitted = _MAX_SPAN_CHARACTERS // 2, len(span.text) - _MAX_SPAN_CHARACTERS
+        return f"{text(span.text[:half])} [… {omitted:,} characters …] {text(span.text[-half:])}"
     return text(span.text)
 
 
-def _thumbnail(view: SampleView, place: int) -> str:
-    image = view.images[place]
-    small = decode_image(view.sample.read_image(place))
-    small.thumbnail(_THUMBNAIL)
+def _thumbnail(view: SampleView, index: int) -> str:
+    image = view.images[index]
+    small = decode_image(view.sample.read_image(index))
+    small.thumbnail(_THUMBNAIL_SIZE)
     stream = io.BytesIO()
     small.save(stream, "JPEG", quality=85)
     data = base64.b64encode(stream.getvalue()).decode()
-    grid = f"{image.grid[0]} × {image.grid[1]} and the base view" if image.grid[0] else "base view alone"
-    about = f"{image.size[0]:,} × {image.size[1]:,} pixels; {grid}, {image.positions:,} positions"
+    grid = f"{image.grid[0]} × {image.grid[1]} tiles and the base view" if image.grid[0] else "base view only"
+    about = f"{image.size[0]:,} × {image.size[1]:,} pixels; {grid}, {image.num_tokens:,} tokens"
     return (
         f'<figure><img alt="" src="data:image/jpeg;base64,{data}">'
         f"<figcaption>{text(image.name)}<br>{text(about)}</figcaption></figure>"

@@ -1,4 +1,4 @@
-"""Samples as the model sees them, and numbers over all samples: for show-sample and data-report."""
+"""Samples as the model sees them, and suspicious samples: for show-sample and data-report."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ class ImageView:
     size: Size
     """Upright (width, height), pixels."""
     grid: Size
-    """(columns, rows) of tiles, the base view not counted; (0, 0) where there is the base view alone."""
+    """(columns, rows) of tiles without the base view; (0, 0): the base view only."""
     tiles: int
     start: int
-    """Of its first position."""
-    positions: int
+    """Position of its first token in the sample."""
+    num_tokens: int
 
 
 @dataclass
 class Span:
-    """Positions in a row that are alike."""
+    """A run of tokens of the same kind."""
 
     kind: str
-    """prompt: read only; answer: learned; image"""
+    """prompt: no loss; answer: supervised; image: image tokens"""
     start: int
     stop: int
     text: str
-    """Special ids spelled out; of an image nothing."""
+    """Decoded text with special tokens; empty for an image."""
 
 
 @dataclass
@@ -54,20 +54,23 @@ class SampleView:
     """One sample as the model sees it."""
 
     number: int
-    """Among all samples of the recipe's data."""
+    """Global sample number in the recipe's data."""
     sample: Sample
     encoded: EncodedConversation
     images: list[ImageView]
     spans: list[Span]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON. `labels` are not shifted, `positions` restart at 0 in each document."""
+        """JSON-serialisable values. `labels` are not shifted, `positions` are position ids.
+
+        `positions` of an image is the older name of its `num_tokens`.
+        """
         return {
             "number": self.number,
             "id": self.sample.id,
             "file": self.sample.file,
             "conversation": [turn._asdict() for turn in self.sample.turns],
-            "images": [vars(image) for image in self.images],
+            "images": [{**vars(image), "positions": image.num_tokens} for image in self.images],
             "spans": [vars(span) for span in self.spans],
             "ids": self.encoded.ids.tolist(),
             "labels": self.encoded.labels.tolist(),
@@ -76,12 +79,12 @@ class SampleView:
 
 
 class DataView:
-    """The data of a recipe, opened to be looked at."""
+    """The data of a recipe, opened for inspection. Rejected and oversized samples are included."""
 
     def __init__(self, recipe: Recipe) -> None:
         """
         Raises:
-            DataError: something of the data cannot be opened.
+            DataError: a source or the tokenizer cannot be opened.
         """
         self.recipe = recipe
         self._opened = open_sources(recipe)
@@ -93,11 +96,11 @@ class DataView:
         return self._opened.load_indexes(self.recipe.data.cache_dir)
 
     def find(self, sample_id: str) -> int | None:
-        """The number of the first sample with this id."""
+        """Global sample number of the first sample with this id; None: there is none."""
         for number in range(len(self.mixture.sources)):
-            place, index = self.mixture.sources.locate(number)
+            source, index = self.mixture.sources.locate(number)
             try:
-                if self.mixture.sources.sources[place].metadata(index).id == sample_id:
+                if self.mixture.sources.sources[source].metadata(index).id == sample_id:
                     return number
             except SampleError as error:
                 if error.sample_id == sample_id:
@@ -105,19 +108,19 @@ class DataView:
         return None
 
     def view(self, number: int) -> SampleView:
-        """One sample; its images are decoded.
+        """Sample `number`. Its images are decoded.
 
         Raises:
-            SampleError: it would be refused.
+            SampleError: the sample is rejected.
         """
         sample = self.mixture.sources.sample(number)
         sizes = sample.measure_images()
-        positions = [num_image_tokens(size, self.geometry) for size in sizes]
+        counts = [num_image_tokens(size, self.geometry) for size in sizes]
         image_token = self.recipe.model.image_token_index
-        encoded = encode_conversation(sample.turns, self.tokenizer, positions, image_token)
+        encoded = encode_conversation(sample.turns, self.tokenizer, counts, image_token)
         images = [
             ImageView(name, size, grid_of(size, self.geometry), num_image_tiles(size, self.geometry), start, count)
-            for name, size, start, count in zip(sample.image_names, sizes, encoded.image_starts, positions, strict=True)
+            for name, size, start, count in zip(sample.image_names, sizes, encoded.image_starts, counts, strict=True)
         ]
         return SampleView(number, sample, encoded, images, list(self._spans(encoded, image_token)))
 
@@ -133,7 +136,7 @@ class DataView:
 
 
 def grid_of(size: Size, geometry: ImageGeometry) -> Size:
-    """(columns, rows) of tiles that an image of `size` (width, height) is cut into."""
+    """(columns, rows) of tiles of an image of `size` (width, height); (0, 0): the base view only."""
     if num_image_tiles(size, geometry) == 1:
         return 0, 0
     width, height = select_best_resolution(size, geometry.pinpoints)
@@ -142,7 +145,7 @@ def grid_of(size: Size, geometry: ImageGeometry) -> Size:
 
 @dataclass
 class Suspect:
-    """A sample that somebody should look at."""
+    """A sample that a person should check."""
 
     source: str
     index: int
@@ -151,48 +154,50 @@ class Suspect:
     message: str
 
 
-_TINY, _NARROW = 8, 20
+_MIN_SIDE, _MAX_ASPECT_RATIO = 8, 20
 
 
 def find_suspects(view: DataView, indexes: list[LengthIndex], processes: int | None = None) -> list[Suspect]:
-    """Refused samples, samples longer than a row, images of odd shapes, and samples that are there more than once.
+    """Rejected samples, samples longer than a row, images of unusual size or aspect ratio, and duplicates.
 
     Args:
         view: the data.
-        indexes: its lengths.
-        processes: that read annotations.
+        indexes: the length index of each source.
+        processes: number of processes that read annotations; default: one per core.
     """
     data = view.recipe.data
     found: list[Suspect] = []
     first: dict[bytes, str] = {}
     for source, index in zip(view.mixture.sources.sources, indexes, strict=True):
         found += [Suspect(source.name, r.index, r.sample_id, r.reason, r.message) for r in index.rejected]
-        odd: dict[int, list[tuple[str, str]]] = defaultdict(list)
-        for place in np.flatnonzero((index.tokens > data.seq_length) | (index.tiles > data.max_tiles_per_row)).tolist():
-            told = f"{index.tokens[place]} tokens, {index.tiles[place]} tiles"
-            odd[place].append(("longer than a row", told))
+        problems: dict[int, list[tuple[str, str]]] = defaultdict(list)
+        oversized = (index.tokens > data.seq_length) | (index.tiles > data.max_tiles_per_row)
+        for sample in np.flatnonzero(oversized).tolist():
+            message = f"{index.tokens[sample]} tokens, {index.tiles[sample]} tiles"
+            problems[sample].append(("longer than a row", message))
         if len(index.sizes):
-            narrow = index.sizes.max(axis=1) > _NARROW * index.sizes.min(axis=1)
-            for row in np.flatnonzero(narrow | (index.sizes.min(axis=1) < _TINY)).tolist():
-                place = int(np.searchsorted(index.size_starts, row, side="right")) - 1
-                width, height = index.sizes[row].tolist()
-                odd[place].append(("odd image size", f"{width}x{height} pixels"))
-        for place, told_of in odd.items():
-            name = source.metadata(place).id
-            found += [Suspect(source.name, place, name, reason, message) for reason, message in told_of]
+            shortest, longest = index.sizes.min(axis=1), index.sizes.max(axis=1)
+            unusual = (shortest < _MIN_SIDE) | (longest > _MAX_ASPECT_RATIO * shortest)
+            for image in np.flatnonzero(unusual).tolist():
+                sample = int(np.searchsorted(index.size_starts, image, side="right")) - 1
+                width, height = index.sizes[image].tolist()
+                problems[sample].append(("odd image size", f"{width}x{height} pixels"))
+        for sample, of_sample in problems.items():
+            name = source.metadata(sample).id
+            found += [Suspect(source.name, sample, name, reason, message) for reason, message in of_sample]
         digests = parallel_map(_Digest(source), len(source), processes, f"looking for duplicates in {source.name}")
-        for place, (digest, name) in enumerate(digests):
-            if index.tokens[place] == REJECTED or not digest:
+        for sample, (digest, name) in enumerate(digests):
+            if index.tokens[sample] == REJECTED or not digest:
                 continue
             if digest in first:
-                found.append(Suspect(source.name, place, name, "duplicate", f"the same as {first[digest]}"))
+                found.append(Suspect(source.name, sample, name, "duplicate", f"the same as {first[digest]}"))
             else:
-                first[digest] = f"{name!r}, sample {place} of {source.name}"
+                first[digest] = f"{name!r}, sample {sample} of {source.name}"
     return found
 
 
 class _Digest:
-    """Of what a sample says: conversation and image names."""
+    """(hash of conversation and image names, id) of a sample; an empty hash for a rejected sample."""
 
     def __init__(self, source: Any) -> None:
         self._source = source

@@ -1,4 +1,4 @@
-"""The plots of megatron-vlm data-report: arrays in, the bytes of a PNG out.
+"""The plots of the data report. Each function takes arrays and returns the bytes of a PNG.
 
 They need matplotlib, which the extra `data` installs.
 """
@@ -22,14 +22,14 @@ _STYLE: Any = {
     "axes.edgecolor": "#777", "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
 }  # fmt: skip
 _WIDTH = 11.0
-_MOST_BARS = 40
-_MOST_TILES = 40
-_PIXELS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000)
+_MAX_BARS = 40
+_MAX_TILES = 40
+_TICK_PIXELS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000)
 _RATIOS = {1 / 8: "1:8", 1 / 4: "1:4", 1 / 2: "1:2", 1.0: "1:1", 2.0: "2:1", 4.0: "4:1", 8.0: "8:1"}
 
 
 def compact(number: float) -> str:
-    """A count as people read it: 950, 12.3K, 4.6M, 1.2B."""
+    """A count in short form: 950, 12.3K, 4.6M, 1.2B."""
     if number < 10_000:
         return f"{number:,.0f}"
     number = float(f"{number:.3g}")
@@ -38,7 +38,7 @@ def compact(number: float) -> str:
 
 
 def _styled(draw: Callable[Inputs, Any]) -> Callable[Inputs, bytes]:
-    """A drawing function's figure as a PNG, in the style of all."""
+    """Decorator: render the figure that a function returns as PNG, in the common style."""
 
     @wraps(draw)
     def png(*arguments: Inputs.args, **settings: Inputs.kwargs) -> bytes:
@@ -60,7 +60,7 @@ def _figure(columns: int, height: float, **settings: Any) -> tuple[Any, list[Any
     return figure, figure.subplots(1, columns, squeeze=False, **settings)[0].tolist()
 
 
-def _counts_on(axis: Any, which: str = "y") -> None:
+def _format_counts(axis: Any, which: str = "y") -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     ticks = axis.yaxis if which == "y" else axis.xaxis
@@ -70,25 +70,25 @@ def _counts_on(axis: Any, which: str = "y") -> None:
 
 
 @_styled
-def draw_sets(names: Sequence[str], sums: np.ndarray) -> Any:
-    """Bars of samples, tokens and tiles.
+def draw_datasets(names: Sequence[str], sums: np.ndarray) -> Any:
+    """Bars of samples, tokens and tiles of each dataset.
 
     Args:
-        names: of data sets.
-        sums: [sets, 3] samples, tokens, tiles.
+        names: of the datasets.
+        sums: [datasets, 3] samples, tokens, tiles.
     """
     order = np.argsort(-sums[:, 1], kind="stable")
-    shown, rest = order[:_MOST_BARS], order[_MOST_BARS:]
-    labels, values = [_shorten(names[place]) for place in shown], sums[shown]
+    shown, rest = order[:_MAX_BARS], order[_MAX_BARS:]
+    labels, values = [_shorten(names[index]) for index in shown], sums[shown]
     if len(rest):
         labels, values = [*labels, f"{len(rest)} others"], np.vstack([values, sums[rest].sum(axis=0)])
     figure, axes = _figure(3, 0.9 + 0.28 * len(labels), sharey=True)
-    for axis, title, column, colour in zip(axes, ("samples", "tokens", "tiles"), values.T, (BLUE, ORANGE, GREEN),
+    for axis, title, column, color in zip(axes, ("samples", "tokens", "tiles"), values.T, (BLUE, ORANGE, GREEN),
                                            strict=True):  # fmt: skip
-        bars = axis.barh(range(len(labels)), column, color=colour, height=0.72)
+        bars = axis.barh(range(len(labels)), column, color=color, height=0.72)
         share = column / max(column.sum(), 1)
-        told = [f"{compact(v)}  ({100 * s:.1f} %)" for v, s in zip(column.tolist(), share.tolist(), strict=True)]
-        axis.bar_label(bars, told, padding=4, fontsize=9, color=_INK)
+        bar_labels = [f"{compact(v)}  ({100 * s:.1f} %)" for v, s in zip(column.tolist(), share.tolist(), strict=True)]
+        axis.bar_label(bars, bar_labels, padding=4, fontsize=9, color=_INK)
         axis.set(title=title, xlim=(0, max(column.max() * 1.6, 1)), xticks=[])
         axis.spines["bottom"].set_visible(False)
     axes[0].set_yticks(range(len(labels)), labels)
@@ -102,22 +102,22 @@ def _shorten(name: str) -> str:
 
 @_styled
 def draw_lengths(tokens: np.ndarray, tiles: np.ndarray, seq_length: int) -> Any:
-    """Histograms of the tokens and the tiles of samples, [n] each."""
+    """Histograms of tokens [n] and tiles [n] per sample."""
     figure, (left, right) = _figure(2, 3.6)
     bins = np.geomspace(max(tokens.min(), 1), max(tokens.max(), 2) * 1.001, 56)
-    parts = [tokens[tiles > 0], tokens[tiles == 0]]
-    left.hist(parts, bins=bins, stacked=True, color=[BLUE, ORANGE], label=["with images", "text alone"])
-    left.set(xscale="log", title="Tokens of a sample, image positions included", xlabel="tokens", ylabel="samples")
+    groups = [tokens[tiles > 0], tokens[tiles == 0]]
+    left.hist(groups, bins=bins, stacked=True, color=[BLUE, ORANGE], label=["with images", "text only"])
+    left.set(xscale="log", title="Tokens per sample, image tokens included", xlabel="tokens", ylabel="samples")
     if tokens.max() > seq_length / 4:
-        left.axvline(seq_length, color=_INK, linestyle="--", linewidth=1.2, label=f"a row, {seq_length:,}")
+        left.axvline(seq_length, color=_INK, linestyle="--", linewidth=1.2, label=f"seq_length {seq_length:,}")
     _plain_ticks(left.xaxis)
-    most = int(min(tiles.max(), _MOST_TILES))
-    counts = np.bincount(np.minimum(tiles, most), minlength=most + 1)
-    right.bar(np.arange(most + 1), counts, color=GREEN, width=0.85)
-    last = f" ({most} or more in the last bar)" if tiles.max() > most else ""
-    right.set(title="Tiles of a sample, base views included", xlabel=f"tiles{last}", ylabel="samples")
+    highest = int(min(tiles.max(), _MAX_TILES))
+    counts = np.bincount(np.minimum(tiles, highest), minlength=highest + 1)
+    right.bar(np.arange(highest + 1), counts, color=GREEN, width=0.85)
+    last = f" (last bar: {highest} or more)" if tiles.max() > highest else ""
+    right.set(title="Tiles per sample, base views included", xlabel=f"tiles{last}", ylabel="samples")
     for axis in (left, right):
-        _counts_on(axis)
+        _format_counts(axis)
     from matplotlib.ticker import MaxNLocator
 
     right.xaxis.set_major_locator(MaxNLocator(12, integer=True))
@@ -137,7 +137,7 @@ def _plain_ticks(axis: Any) -> None:
 
 @_styled
 def draw_images(sizes: np.ndarray) -> Any:
-    """Where the sizes of images lie, [images, 2] (width, height), and how wide they are for their height."""
+    """Histograms of image sizes, [images, 2] (width, height), and of aspect ratios."""
     from matplotlib.colors import LogNorm
 
     figure, (left, right) = _figure(2, 4.2)
@@ -148,7 +148,7 @@ def draw_images(sizes: np.ndarray) -> Any:
     mesh = left.pcolormesh(bins, bins, np.ma.masked_equal(counts.T, 0), cmap="viridis_r",
                            norm=LogNorm(1, max(counts.max(), 2)), rasterized=True)  # fmt: skip
     left.plot([low, high], [low, high], color="#999", linewidth=0.8, linestyle=":")
-    ticks = [pixels for pixels in _PIXELS if low <= pixels <= high]
+    ticks = [pixels for pixels in _TICK_PIXELS if low <= pixels <= high]
     left.set(xscale="log", yscale="log", title="Image sizes", xlabel="width, pixels", ylabel="height, pixels")
     for axis in (left.xaxis, left.yaxis):
         axis.set_ticks(ticks, [f"{tick:,}" for tick in ticks])
@@ -161,48 +161,48 @@ def draw_images(sizes: np.ndarray) -> Any:
     right.hist(ratio, bins=np.linspace(-3.5, 3.5, 57), color=BLUE)
     right.set_xticks(np.log2(list(_RATIOS)), list(_RATIOS.values()))
     right.set(title="Aspect ratio", xlabel="width : height", ylabel="images")
-    _counts_on(right)
+    _format_counts(right)
     return figure
 
 
 @_styled
 def draw_grids(counts: dict[tuple[int, int], int]) -> Any:
-    """Bars of (columns, rows) of tiles; (0, 0): the base view alone."""
+    """Bars of image counts by grid (columns, rows) of tiles; (0, 0): the base view only."""
     figure, (axis,) = _figure(1, 3.0)
     grids, total = sorted(counts), max(sum(counts.values()), 1)
-    names = ["base view alone" if grid == (0, 0) else f"{grid[0]} × {grid[1]}" for grid in grids]
+    names = ["base view only" if grid == (0, 0) else f"{grid[0]} × {grid[1]}" for grid in grids]
     bars = axis.bar(range(len(grids)), [counts[grid] for grid in grids], color=GREEN, width=0.7)
-    told = [f"{compact(counts[grid])}\n{100 * counts[grid] / total:.1f} %" for grid in grids]
-    axis.bar_label(bars, told, padding=2, fontsize=9, color=_INK)
+    bar_labels = [f"{compact(counts[grid])}\n{100 * counts[grid] / total:.1f} %" for grid in grids]
+    axis.bar_label(bars, bar_labels, padding=2, fontsize=9, color=_INK)
     axis.set_xticks(range(len(grids)), names, rotation=45 if len(grids) > 16 else 0)
-    axis.set(title="Grids that images are cut at", xlabel="columns × rows of tiles, base view not counted",
+    axis.set(title="Tile grids of images", xlabel="columns × rows of tiles, without the base view",
              ylabel="images", ylim=(0, max(counts.values(), default=1) * 1.25))  # fmt: skip
     axis.set_xlim(-0.8, max(len(grids), 4) - 0.2)
-    _counts_on(axis)
+    _format_counts(axis)
     return figure
 
 
 @_styled
-def draw_rows(fill: np.ndarray, tiles: np.ndarray, cost: np.ndarray, most_tiles: int) -> Any:
-    """Histograms over the rows of an epoch: fill (0 to 1), tiles, cost (any unit), [rows] each."""
+def draw_rows(efficiency: np.ndarray, tiles: np.ndarray, cost: np.ndarray, max_tiles: int) -> Any:
+    """Histograms over the rows of an epoch: packing efficiency (0 to 1), tiles, cost (any unit), [rows] each."""
     figure, axes = _figure(3, 3.2)
-    percent = 100 * fill
+    percent = 100 * efficiency
     axes[0].hist(percent, bins=np.linspace(min(np.floor(percent.min()), 99.0), 100, 41), color=BLUE)
-    axes[0].set(title="Fill", xlabel="% of a row's tokens", ylabel="rows")
+    axes[0].set(title="Packing efficiency", xlabel="tokens, % of seq_length", ylabel="rows")
     axes[1].hist(tiles, bins=min(int(tiles.max() - tiles.min()) + 1, 40), color=GREEN)
-    axes[1].axvline(most_tiles, color=_INK, linestyle="--", linewidth=1.2, label=f"limit, {most_tiles}")
-    axes[1].set(title="Tiles", xlabel="tiles of a row")
+    axes[1].axvline(max_tiles, color=_INK, linestyle="--", linewidth=1.2, label=f"limit {max_tiles}")
+    axes[1].set(title="Tiles", xlabel="tiles per row")
     axes[1].legend(frameon=False, fontsize=9)
     axes[2].hist(cost / cost.mean(), bins=40, color=PURPLE)
-    axes[2].set(title="Cost", xlabel="cost of a row / mean")
+    axes[2].set(title="Cost", xlabel="cost per row / mean")
     for axis in axes:
-        _counts_on(axis)
+        _format_counts(axis)
     return figure
 
 
 @_styled
-def draw_course(cost: np.ndarray) -> Any:
-    """The cost of rows along the epoch, [rows]."""
+def draw_cost_over_epoch(cost: np.ndarray) -> Any:
+    """The cost of rows over the epoch, [rows]."""
     figure, (axis,) = _figure(1, 2.8)
     relative, rows = cost / cost.mean(), np.arange(len(cost))
     shown = rows[:: max(len(rows) // 4000, 1)]
@@ -211,7 +211,7 @@ def draw_course(cost: np.ndarray) -> Any:
     if width > 1:
         mean = np.convolve(relative, np.ones(width) / width, mode="valid")
         axis.plot(rows[: len(mean)] + width / 2, mean, color=_INK, linewidth=1.6, label=f"mean of {width:,} rows")
-    axis.set(title="Cost along the epoch", xlabel="row", ylabel="cost / mean",
+    axis.set(title="Cost over the epoch", xlabel="row index", ylabel="cost / mean",
              ylim=(0, max(relative.max() * 1.15, 1.5)))  # fmt: skip
     axis.legend(frameon=False, fontsize=9, ncols=2, loc="lower right")
     axis.grid(axis="y", color=_FAINT, linewidth=0.7)

@@ -1,4 +1,4 @@
-"""tools/show_sample.py and tools/data_report.py on a small mix."""
+"""tools/show_sample.py and tools/data_report.py on a small mixture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.training.tiny_run import MODEL
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """recipe.yaml and mix.yaml over two annotation files with some samples to be suspicious of."""
+    """recipe.yaml and mix.yaml over two annotation files, one of them with suspicious samples."""
     root = tmp_path_factory.mktemp("data")
     mixed_folder(root, 60).write("good.json")
     odd = Folder(root)
@@ -61,6 +61,7 @@ def test_a_sample_as_text_and_as_json(root: Path, capsys: pytest.CaptureFixture[
     view = json.loads(capsys.readouterr().out)
     assert len(view["ids"]) == len(view["labels"]) == len(view["positions"])
     assert [view["spans"][0]["start"], view["spans"][-1]["stop"]] == [0, len(view["ids"])]
+    assert all(image["num_tokens"] == image["positions"] > 0 for image in view["images"])  # both names
     assert [len(view["images"]), sum(span["kind"] == "image" for span in view["spans"])] == [2, 2]
     for span in view["spans"]:
         labels = view["labels"][span["start"] : span["stop"]]
@@ -72,27 +73,27 @@ def test_a_sample_as_text_and_as_json(root: Path, capsys: pytest.CaptureFixture[
 def test_samples_that_cannot_be_shown(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tool, config = show_sample, ("--config", str(root / "recipe.yaml"))
     odd = ("--data-path", str(root / "odd.jsonl"))
-    for words, message in [
+    for arguments, message in [
         (["--index", "60", *config], "there is no sample 60 among 60"),
         (["--id", "nobody", *config], "there is no sample 'nobody'"),
         (["--id", "gone", *config, *odd], "gone.png"),
         (["--index", "0", "--config", "absent.yaml"], "absent.yaml"),
     ]:
-        assert tool.main(words) == 2
+        assert tool.main(arguments) == 2
         assert message in capsys.readouterr().err
 
 
-def test_the_report(root: Path, tmp_path: Path) -> None:
+def test_a_report(root: Path, tmp_path: Path) -> None:
     tool = data_report
     arguments = [str(root / "mix.yaml"), "--config", str(root / "recipe.yaml"), "--output", str(tmp_path / "r")]
     assert tool.main([*arguments, "--examples", "70"]) == 0
     page = (tmp_path / "r" / "index.html").read_text()
-    pictures = re.findall(r'<img alt="([^"]+)" src="data:image/png;base64,([^"]+)"', page)
-    assert len(pictures) == 6
-    for about, data in pictures:
-        assert np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L")).std() > 5, about  # drawn upon
-    assert page.count("data:image/jpeg") > 40  # of the examples
-    assert not re.search(r'href|src="(?!data:)|src=[^"]', page)  # one file is all it takes
+    plots = re.findall(r'<img alt="([^"]+)" src="data:image/png;base64,([^"]+)"', page)
+    assert len(plots) == 6
+    for alt, data in plots:
+        assert np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L")).std() > 5, alt  # not blank
+    assert page.count("data:image/jpeg") > 40  # thumbnails of the examples
+    assert not re.search(r'href|src="(?!data:)|src=[^"]', page)  # no other file is needed
     assert "repeat:2" in page and "<span class=answer>A line." in page and "<span class=image>[image, " in page
     suspects = [json.loads(line) for line in (tmp_path / "r" / "suspects.jsonl").read_text().splitlines()]
     reasons = {(suspect["sample_id"], suspect["reason"]) for suspect in suspects}
@@ -106,7 +107,7 @@ def test_the_report(root: Path, tmp_path: Path) -> None:
     assert all(name in page for name, _ in reasons)
 
 
-def test_data_cannot_put_anything_into_the_page(root: Path, tmp_path: Path) -> None:
+def test_data_cannot_inject_html(root: Path, tmp_path: Path) -> None:
     evil = Folder(tmp_path)
     script = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>\udc80"
     image = evil.image("<b onmouseover=alert(1)>.png", 9, 9)
@@ -126,7 +127,7 @@ def test_data_cannot_put_anything_into_the_page(root: Path, tmp_path: Path) -> N
 
 
 class Elements(HTMLParser):
-    """What a browser would make of a page."""
+    """Names of the elements and attributes that a browser would find in a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +148,7 @@ def test_a_report_without_matplotlib(
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
-def test_names_as_short_as_they_can_be_told_apart() -> None:
+def test_short_names() -> None:
     short = data_report.short_names
     assert short(["a/b.json", "c/d/"]) == ["b.json", "d"]
     assert short(["s3://x/warmup/a", "s3://x/instruct/a"]) == ["warmup/a", "instruct/a"]

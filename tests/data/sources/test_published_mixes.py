@@ -26,7 +26,7 @@ def test_mixes(stage: str, entries: int, sources: int, kinds: dict[str, int]) ->
     assert (len(mixture), len({path for path, _ in mixture})) == (entries, sources)
     assert all(path.startswith(f"s3://bucket/data/{stage}/") for path, _ in mixture)
     assert Counter(rule.kind for _, rule in mixture) == kinds
-    names = {row["name"] for row in make_data_folders.read_sets(stage)}
+    names = {row["name"] for row in make_data_folders.read_datasets(stage)}
     assert names == {path.rpartition("/")[2] for path, _ in mixture}
 
 
