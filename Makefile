@@ -20,7 +20,7 @@ TEST_ENV  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 BENCHMARKS := train_step packing loader
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-full coverage lint words docs gpu-check bench clean
+.PHONY: help .venv demo test test-full coverage lint docs gpu-check bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F '\t' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -39,13 +39,11 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 demo: $(READY)  ## easy-VQA: data, three training stages, export, answers to the test questions; into runs/demo
 	$(PY) examples/instellavl/demo/run.py
 
-lint: $(READY)  ## style, types, and which package may import which
+lint: $(READY)  ## style, types, which package may import which, and the words of tools/words.toml
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()' --no-logo
-
-words: $(READY)  ## words that this project no longer uses, and the field's for them: tools/words.toml
 	$(PY) tools/check_words.py
 
 test: lint  ## style, types, and all tests that take seconds

@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ("*.py", "*.md", "*.yaml", "*.yml", "*.toml", "*.cff", "*.sh", "Makefile", "Dockerfile*", ".ci/*")
+_MADE = {".venv", "runs", "build", "dist", "site"}
 
 # What a space of a pattern matches: white space, and at a line's end also what a comment or a split string puts there.
 _GAP = r"""(?:[ \t]*["']?\s+(?:(?:#|f?["'])\s*)?)"""
@@ -85,17 +86,24 @@ def check_text(text: str, words: list[Word], file: str = "text") -> Iterator[Fin
                 yield Finding(file, text.count("\n", 0, start) + 1, " ".join(match.group().split()), word.use)
 
 
-def tracked_files(paths: list[str], skip: list[str]) -> list[str]:
-    """Text files under `paths` that git tracks, relative to the root of the repository."""
+def text_files(paths: list[str], skip: list[str]) -> list[str]:
+    """Text files under `paths`, relative to the root: those that git tracks, or all where this is not a repository."""
     inside = [str(Path(path).resolve().relative_to(ROOT)) for path in paths]
-    # -z: names with other than ASCII characters stay as they are
-    listed = subprocess.run(["git", "ls-files", "-z", "--", *inside], cwd=ROOT, capture_output=True, check=True).stdout
-    names = [name for name in listed.decode().split("\0") if name]
+    if (ROOT / ".git").exists():
+        # -z: names with other than ASCII characters stay as they are
+        listed = subprocess.run(["git", "ls-files", "-z", "--", *inside], cwd=ROOT, capture_output=True, check=True)
+        names = [name for name in listed.stdout.decode().split("\0") if name]
+    else:
+        names = [str(file.relative_to(ROOT)) for path in inside for file in sorted(_files(ROOT / path))]
 
     def matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
         return any(fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(Path(name).name, pattern) for pattern in patterns)
 
     return [name for name in names if matches(name, TEXT) and not matches(name, skip) and (ROOT / name).is_file()]
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [file for file in path.rglob("*") if not _MADE & {*file.parts}]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     words, skip = read_words(ROOT / "tools" / "words.toml")
     found = [
         finding
-        for name in tracked_files(options.paths, skip)
+        for name in text_files(options.paths, skip)
         for finding in sorted(check_text((ROOT / name).read_text(), words, name), key=lambda finding: finding.line)
     ]
     if options.count:

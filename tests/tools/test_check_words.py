@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.check_words import ROOT, check_text, read_words, tracked_files
+from tools.check_words import ROOT, check_text, read_words, text_files
 
 WORDS, SKIP = read_words(ROOT / "tools" / "words.toml")
 
@@ -81,10 +81,10 @@ def test_lines_are_counted_from_one() -> None:
 
 
 def test_only_tracked_text_under_the_paths() -> None:
-    names = tracked_files([str(ROOT / "tools")], SKIP)
+    names = text_files([str(ROOT / "tools")], SKIP)
     assert "tools/check_words.py" in names and "tools/words.toml" not in names
     assert all(name.startswith("tools/") for name in names)
-    assert "Makefile" in tracked_files([str(ROOT)], SKIP)
+    assert "Makefile" in text_files([str(ROOT)], SKIP)
 
 
 def test_the_command_names_file_line_word_and_replacement(tmp_path: Path) -> None:
@@ -93,9 +93,12 @@ def test_the_command_names_file_line_word_and_replacement(tmp_path: Path) -> Non
     for name in ("check_words.py", "words.toml"):
         (tmp_path / "tools" / name).write_bytes((ROOT / "tools" / name).read_bytes())
     (tmp_path / "notes.md").write_text("fine\nread it anew\n")
-    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
-    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    (tmp_path / "untracked.md").write_text("anew\n")
     command = [sys.executable, "tools/check_words.py"]
-    report = subprocess.run([*command, "notes.md"], cwd=tmp_path, capture_output=True, text=True)
+    without_git = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert without_git.stdout == "notes.md:2: anew  ->  again\nuntracked.md:1: anew  ->  again\n"
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "add", "notes.md", "tools"], cwd=tmp_path, check=True)
+    report = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert report.returncode == 1 and report.stdout == "notes.md:2: anew  ->  again\n"
     assert subprocess.run([*command, "tools"], cwd=tmp_path, capture_output=True).returncode == 0
