@@ -15,7 +15,6 @@ import torch
 # isort: split
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoint_convert.errors import ConversionError
 from checkpoint_convert.folder import check_space
@@ -36,6 +35,7 @@ from megatron_vlm.training.checkpoint import (
     CheckpointError,
     Progress,
     load_checkpoint,
+    load_common,
     read_recipe,
     require_checkpoint,
 )
@@ -148,19 +148,10 @@ def trained_recipe(folder: Path) -> Recipe:
 
 def checkpoint_progress(folder: Path) -> Progress:
     """Iteration and data position of the newest checkpoint. Raises ConversionError if they cannot be read."""
-    checkpoint = require_checkpoint(folder)
     try:
-        return Progress(**dist_checkpointing.load_common_state_dict(str(checkpoint))["progress"])
-    except (Exception, CheckpointException) as error:  # pickle raises anything; torch's is no Exception
-        common = checkpoint / "common.pt"
-        if common.is_file():
-            raise ConversionError(f"{common} cannot be read ({error}): copy the checkpoint again") from error
-        # megatron-core 0.19 stores it with the tensors
-        last_line = str(error).strip().splitlines()[-1]
-        raise ConversionError(
-            f"the run's progress cannot be read from the .distcp files of {checkpoint} ({last_line}). "
-            "Copy the checkpoint again"
-        ) from error
+        return Progress(**load_common(require_checkpoint(folder))["progress"])
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from error
 
 
 def checkpoint_tensors(folder: Path) -> CheckpointTensors:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -17,6 +16,7 @@ from checkpoint_convert.mapping.lazy_tensors import StoredTensors
 from checkpoint_convert.mapping.param_map import param_map
 from checkpoint_convert.megatron.writer import LAYERS
 from megatron_vlm.config import ModelConfig
+from megatron_vlm.training.checkpoint import CheckpointError, read_metadata
 
 _MODULES = {entry.megatron.partition(".")[0] for entry in param_map(ModelConfig())}
 """The modules of a model. Other tensors of a checkpoint are the optimizer's."""
@@ -32,11 +32,9 @@ class CheckpointTensors(StoredTensors):
         """`folder` is an iter_* folder. Raises ConversionError if it holds no complete checkpoint."""
         self.folder = folder
         try:
-            self._metadata = dcp.FileSystemReader(folder).read_metadata()
-        except Exception as error:  # pickle may raise anything
-            raise ConversionError(
-                f"{folder / '.metadata'} cannot be read ({error}): is the checkpoint complete?"
-            ) from error
+            self._metadata = read_metadata(folder)
+        except CheckpointError as error:
+            raise ConversionError(str(error)) from error
         self._check_files()
         self._entries = dict(self._find())
 

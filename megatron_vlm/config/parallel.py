@@ -35,6 +35,10 @@ class ParallelConfig:
     overlap_param_gather: bool = field(
         default=False, metadata={"help": "Overlap the all-gather of parameters with the forward pass."}
     )
+    ddp_bucket_size: int | None = field(
+        default=None,
+        metadata={"help": "Parameters per gradient bucket when communication overlaps; default: megatron-core's own."},
+    )
 
     @property
     def model_parallel_size(self) -> int:

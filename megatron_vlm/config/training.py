@@ -70,3 +70,15 @@ class TrainingConfig:
     distributed_timeout_minutes: int = field(
         default=10, metadata={"help": "Minutes that a collective may wait for other ranks before it is an error."}
     )
+    async_save: bool = field(
+        default=True, metadata={"help": "Continue training while a checkpoint is written; the last one is waited for."}
+    )
+    save_optim: bool = field(
+        default=True, metadata={"help": "Save the optimizer state, without which a run cannot be resumed."}
+    )
+    save_total_limit: int | None = field(
+        default=None, metadata={"help": "Newest checkpoints to keep; older ones are removed. Default: all are kept."}
+    )
+    save_retain_interval: int | None = field(
+        default=None, metadata={"help": "Checkpoints of iterations divisible by this are never removed."}
+    )

@@ -36,7 +36,7 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 @contextmanager
@@ -63,9 +63,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         yield staging_dir
         for folder, _, names in os.walk(staging_dir):
             for path in (*(Path(folder, name) for name in names), Path(folder)):
-                _sync(path)
+                sync(path)
         os.replace(staging_dir, target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def is_absent_or_empty(folder: Path) -> bool:
@@ -92,7 +92,7 @@ def _removed_on_error(temporary: Path, target: Path) -> Iterator[None]:
         raise
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -31,6 +31,7 @@ def wrap_for_data_parallel(chunks: list[VisionLanguageModel], recipe: Recipe) ->
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        bucket_size=parallel.ddp_bucket_size,
     )
     wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
     config = chunks[0].config
@@ -49,6 +50,17 @@ def _learning_rates_by_part(recipe: Recipe) -> dict[Any, Any]:
         for part, rate in rates.items()
         if rate is not None
     }
+
+
+def synchronize_parameters(chunks: list[Any]) -> None:
+    """Give every data-parallel rank the weights of after the last step; all ranks call this.
+
+    With overlap_param_gather a rank gathers them only in the next forward pass: before that it has its own shard of the
+    new weights and the old ones of all others. Saving, exporting and evaluating must not read those.
+    """
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], recipe: Recipe) -> MegatronOptimizer:

@@ -22,14 +22,21 @@ from megatron_vlm.runtime.launch import local_rank, local_rank0_first
 from megatron_vlm.runtime.logging import log_rank0
 from megatron_vlm.runtime.process_groups import parallel_ranks, tile_shard_rank
 from megatron_vlm.training.checkpoint import (
+    Checkpointer,
+    CheckpointError,
     Progress,
-    latest_checkpoint,
+    checkpoint_to_resume,
     load_checkpoint,
+    recipe_differences,
     require_checkpoint,
-    save_checkpoint,
 )
 from megatron_vlm.training.metrics import MetricsLog, RowCounter
-from megatron_vlm.training.optimizer import build_optimizer, build_schedule, learning_rate, wrap_for_data_parallel
+from megatron_vlm.training.optimizer import (
+    build_optimizer,
+    build_schedule,
+    learning_rate,
+    wrap_for_data_parallel,
+)
 from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks, update
 
 
@@ -56,6 +63,9 @@ class Trainer:
                 optimizer=self.optimizer, schedule=self.schedule,
             )  # fmt: skip
             log_rank0(f"resuming after iteration {self.progress.iteration} from {resume_from}")
+            for difference in recipe_differences(resume_from, recipe):
+                log_rank0(f"  setting changed since then: {difference}")
+        self.checkpointer = Checkpointer(recipe, recipe.training.distributed_timeout_minutes)
         self.loader = self._build_loader()
         self._check_order()
         self.row_counter = RowCounter(self._log_samples(self.loader), self.ranks)
@@ -64,9 +74,7 @@ class Trainer:
     def _load_initial_weights(self, chunks: list[VisionLanguageModel]) -> Path | None:
         """Set the weights of a new run; if there is a checkpoint to resume from, return it instead."""
         training = self.recipe.training
-        resume_from = require_checkpoint(training.load) if training.load else None
-        if resume_from is None and training.save:
-            resume_from = latest_checkpoint(training.save)
+        resume_from = checkpoint_to_resume(training.save, training.load)
         if resume_from is None and training.pretrained_checkpoint:
             source = require_checkpoint(training.pretrained_checkpoint)
             load_checkpoint(source, chunks, self.recipe, tokenizer_fingerprint=self.fingerprint)
@@ -122,12 +130,14 @@ class Trainer:
         while progress.iteration < training.train_iters:
             metrics = self.train_step()
             metrics_log.write(progress.iteration, metrics)
-            if training.save and (
-                progress.iteration % training.save_interval == 0 or progress.iteration == training.train_iters
-            ):
-                self.save()
+            last = progress.iteration == training.train_iters
+            if training.save and (last or progress.iteration % training.save_interval == 0):
+                self.save(wait=last or not training.async_save)
+            elif self.checkpointer.is_written_everywhere():
+                self._report_last_save()
         metrics_log.close()
         self.loader.close()
+        self.checkpointer.close()
 
     def train_step(self) -> dict[str, float]:
         """Train on the next `global_batch_size` rows and update the weights. Returns the metrics of the step."""
@@ -155,12 +165,31 @@ class Trainer:
             "update_skipped": int(not updated),
         }
 
-    def save(self) -> None:
-        """Save a complete checkpoint in `training.save`; every rank calls this."""
-        folder = self.recipe.training.save
-        assert folder is not None
-        target = save_checkpoint(folder, self.chunks, self.recipe, self.progress, self.optimizer, self.schedule)
-        log_rank0(f"saved {target}")
+    def save(self, *, wait: bool = True) -> None:
+        """Save a complete checkpoint in `training.save`; every rank calls this.
+
+        Args:
+            wait: until it is on the disk; otherwise it is written while training continues.
+
+        Raises:
+            CheckpointError: with `wait`, it could not be written.
+        """
+        with_optimizer = self.recipe.training.save_optim
+        optimizer, schedule = (self.optimizer, self.schedule) if with_optimizer else (None, None)
+        self._report_last_save()
+        self.checkpointer.save(self.chunks, self.progress, optimizer, schedule)
+        if wait:
+            log_rank0(f"saved {self.checkpointer.wait()}")
+
+    def _report_last_save(self) -> None:
+        """Wait for the checkpoint that is being written. One that failed is reported, and training continues."""
+        try:
+            written = self.checkpointer.wait()
+        except CheckpointError as error:
+            log_rank0(f"WARNING: {error}. Training continues; the next checkpoint is tried as usual")
+        else:
+            if written is not None:
+                log_rank0(f"saved {written}")
 
 
 def train(recipe: Recipe) -> None:

@@ -28,6 +28,7 @@ from checkpoint_convert.huggingface.safetensors import FolderTensors, TensorSpec
 from checkpoint_convert.mapping.lazy_tensors import NamedTensors
 from checkpoint_convert.mapping.param_map import HuggingFaceTensors, MegatronTensors
 from megatron_vlm.config import ModelConfig, recipe_from_dict
+from megatron_vlm.training.checkpoint import TRACKER
 from tests.training.tiny_run import MODEL
 
 
@@ -150,13 +151,9 @@ WRONG_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "truncated metadata": (lambda m: _truncate(_files(m, ".metadata")[0], 0.5), [".metadata cannot be read"]),
     "truncated recipe": (lambda m: _truncate(_files(m, "recipe.json")[0], 0.5), ["recipe.json", "cannot be read"]),
     "truncated common state": (_truncate_common_state, ["common.pt cannot be read"]),
-    "no iteration": (lambda m: (m / "latest_checkpointed_iteration.txt").write_text("?"), ["cannot be read ("]),
-    "missing iteration": (
-        lambda m: (m / "latest_checkpointed_iteration.txt").write_text("7"),
-        ["names iter_0000007, which is missing"],
-    ),
+    "nothing whole": (lambda m: _files(m, "recipe.json")[0].unlink(), ["no checkpoint in", "restore iter_0000000"]),
     "no checkpoint": (
-        lambda m: (m / "latest_checkpointed_iteration.txt").unlink(),
+        lambda m: (shutil.rmtree(m / "iter_0000000"), (m / TRACKER).unlink()),
         ["holds no finished checkpoint"],
     ),
     "more layers than stored": (
@@ -177,6 +174,14 @@ WRONG_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "no tokenizer": (lambda m: shutil.rmtree(m / "tokenizer"), ["--tokenizer"]),
 }
+
+
+@pytest.mark.parametrize("tracker", [None, "", "?", "7"])
+def test_a_whole_checkpoint_needs_no_tracker(inputs: Path, tracker: str | None) -> None:
+    (inputs / "megatron" / TRACKER).unlink()
+    if tracker is not None:
+        (inputs / "megatron" / TRACKER).write_text(tracker)
+    assert _to_hf(inputs) == 0
 
 
 @pytest.mark.parametrize(("damage", "messages"), WRONG_CHECKPOINTS.values(), ids=WRONG_CHECKPOINTS.keys())

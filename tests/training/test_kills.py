@@ -117,7 +117,7 @@ def _tracked(save: Path) -> int:
 
 def _saving(save: Path) -> bool:
     """Whether there is an unfinished checkpoint, newer than the one to resume from."""
-    newest = max((int(path.name.removeprefix("iter_")) for path in save.glob("iter_*")), default=0)
+    newest = max((int(path.name[5:].partition(".")[0]) for path in save.glob("iter_*")), default=0)
     return newest > _tracked(save)
 
 

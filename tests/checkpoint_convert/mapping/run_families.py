@@ -57,7 +57,8 @@ def run(folder: Path, layout: dict[str, Any]) -> float:
     largest = (
         (whole_logits(chunks[0].eval(), PackedBatch(**reference["batch"]), recipe) - reference["logits"]).abs().max()
     )
-    save_checkpoint(folder / "saved" / name_of(layout), chunks, recipe, progress)
+    recipe.training.save = str(folder / "saved" / name_of(layout))
+    save_checkpoint(chunks, recipe, progress)
     destroy_groups()
     return float(largest)
 

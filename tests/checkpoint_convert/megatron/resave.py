@@ -50,7 +50,8 @@ def main(load: str, save: str, *layouts: str) -> None:
             progress = load_checkpoint(checkpoint, chunks, recipe)
             count = compare(chunks[0], checkpoint)
             if layout == layouts[-1]:
-                save_checkpoint(save, chunks, recipe, progress)
+                recipe.training.save = str(save)
+                save_checkpoint(chunks, recipe, progress)
             print(f"tensor {tensor} x pipeline {pipeline}: {count} tensors on this rank are equal", flush=True)
             del chunks
             destroy_groups()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config import Recipe
-from megatron_vlm.training.checkpoint import _keep_tokenizer
+from megatron_vlm.training.checkpoint.save import keep_tokenizer
 from tests.data.helpers import tiny_tokenizer_folder
 
 
@@ -24,7 +24,7 @@ def test_an_interrupted_copy_of_the_tokenizer_is_done_again(tmp_path: Path, monk
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, "copytree", copy_one_file)
-        _keep_tokenizer(recipe, save)
-    _keep_tokenizer(recipe, save)
+        keep_tokenizer(recipe, save)
+    keep_tokenizer(recipe, save)
     names = sorted(path.name for path in source.iterdir())
     assert len(names) > 1 and sorted(path.name for path in (save / "tokenizer").iterdir()) == names

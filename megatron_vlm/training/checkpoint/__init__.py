@@ -1,0 +1,35 @@
+"""Checkpoints in megatron-core's distributed format: written by all ranks in one layout, read in any.
+
+This package knows nothing of the training loop, and nothing of Hugging Face folders.
+"""
+
+from megatron_vlm.training.checkpoint.errors import CheckpointError
+from megatron_vlm.training.checkpoint.folder import (
+    RECIPE,
+    TRACKER,
+    latest_checkpoint,
+    read_recipe,
+    require_checkpoint,
+)
+from megatron_vlm.training.checkpoint.load import load_checkpoint, load_common, recipe_differences
+from megatron_vlm.training.checkpoint.progress import Progress
+from megatron_vlm.training.checkpoint.resume import checkpoint_to_resume
+from megatron_vlm.training.checkpoint.save import Checkpointer, save_checkpoint
+from megatron_vlm.training.checkpoint.trusted_metadata import read_metadata
+
+__all__ = [
+    "RECIPE",
+    "TRACKER",
+    "CheckpointError",
+    "Checkpointer",
+    "Progress",
+    "checkpoint_to_resume",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "load_common",
+    "read_metadata",
+    "read_recipe",
+    "recipe_differences",
+    "require_checkpoint",
+    "save_checkpoint",
+]

@@ -1,0 +1,179 @@
+"""Loading: every rank reads its own share, from a checkpoint of any layout, straight into its tensors."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_vlm.config import Recipe, recipe_from_dict, recipe_to_dict
+from megatron_vlm.model.sharding import unwrap
+from megatron_vlm.training.checkpoint.errors import CheckpointError
+from megatron_vlm.training.checkpoint.folder import COMMON, read_description
+from megatron_vlm.training.checkpoint.planner import ShardLoadPlanner
+from megatron_vlm.training.checkpoint.progress import Progress
+from megatron_vlm.training.checkpoint.shards import LocalState, chained, model_state, optimizer_state
+from megatron_vlm.training.checkpoint.trusted_metadata import TrustedReader
+from megatron_vlm.training.param_groups import match_param_groups, recipe_lrs, restore_lrs
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    chunks: list[Any],
+    recipe: Recipe,
+    *,
+    tokenizer_fingerprint: str = "",
+    optimizer: MegatronOptimizer | None = None,
+    schedule: OptimizerParamScheduler | None = None,
+) -> Progress:
+    """Fill the chunks, and optimizer and schedule where given, from `checkpoint` (an iter_* folder), in any layout.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model or tokenizer, lacks what is asked for, or cannot be read.
+    """
+    check_same_model(checkpoint, recipe, tokenizer_fingerprint)
+    common = load_common(checkpoint)
+    state = model_state(chunks)
+    if optimizer is not None:
+        if (common.get("content_metadata") or {}).get("weights_only"):
+            raise CheckpointError(f"{checkpoint} holds only weights: start from it with --pretrained-checkpoint")
+        _check_same_parts(checkpoint, recipe)
+        lrs = recipe_lrs(optimizer.param_groups)
+        whole = optimizer_state(optimizer, chunks, loading=True)
+        state = LocalState(state.shards + whole.shards, state.objects + whole.objects)
+    _read(checkpoint, state, chunks)
+    if optimizer is not None:
+        restore_lrs(optimizer.param_groups, lrs)
+        for member, loaded in zip(chained(optimizer), whole.merged(common["optimizer"]), strict=True):
+            match_param_groups(loaded, member.param_groups)
+            member.load_state_dict(loaded)
+        restore_lrs(optimizer.param_groups, lrs)
+    if schedule is not None:
+        schedule.load_state_dict(common["schedule"])
+    return Progress(**common["progress"])
+
+
+@torch.no_grad()
+def _read(checkpoint: Path, state: LocalState, chunks: list[Any]) -> None:
+    planner = ShardLoadPlanner(state, str(checkpoint))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            dcp.load({}, storage_reader=TrustedReader(checkpoint), planner=planner, no_dist=True)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, CheckpointError):
+            raise cause from None
+        raise CheckpointError(f"{checkpoint} cannot be read ({cause}): copy the checkpoint again") from error
+    for chunk in chunks:
+        own = {name: planner.loaded_objects[name] for name in planner.loaded_objects}
+        if own:
+            unwrap(chunk).load_state_dict(own, strict=False)
+
+
+def load_common(checkpoint: Path) -> dict[str, Any]:
+    """What of a checkpoint is the same on every rank: progress, schedule, the optimizer's groups.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds more than plain values.
+    """
+    path = checkpoint / COMMON
+    try:
+        if path.is_file():
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            loaded = _common_among_tensors(checkpoint)
+    except CheckpointError:
+        raise
+    except Exception as error:  # pickle raises whatever the bytes happen to mean
+        raise CheckpointError(
+            f"{path} cannot be read ({_first_line(error)}): it is damaged, or was made to run code. Copy the "
+            "checkpoint again from a source that you trust"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} holds no training state. Copy the checkpoint again")
+    return loaded
+
+
+def _common_among_tensors(checkpoint: Path) -> dict[str, Any]:
+    """As megatron-core 0.19 saves it."""
+    from megatron_vlm.training.checkpoint.shards import StoredObject
+
+    planner = ShardLoadPlanner(
+        LocalState([], [StoredObject("common_state/shard_0_1", None, (0, 0, 0))]), str(checkpoint)
+    )
+    try:
+        dcp.load({}, storage_reader=TrustedReader(checkpoint), planner=planner, no_dist=True)
+        (loaded,) = planner.loaded_objects.values()
+    except (CheckpointException, ValueError) as error:
+        last = str(error).strip().splitlines()[-1]
+        raise CheckpointError(
+            f"where the run stood cannot be read from the .distcp files of {checkpoint} ({last}). Copy the checkpoint "
+            "again"
+        ) from error
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def check_same_model(checkpoint: Path, recipe: Recipe, fingerprint: str) -> None:
+    """Raise CheckpointError where a checkpoint is of another model or another tokenizer."""
+    stored = read_description(checkpoint)
+    # by way of a recipe, so that a setting that an older checkpoint does not have has its default
+    theirs = recipe_to_dict(recipe_from_dict(stored["recipe"]))["model"]
+    ours = recipe_to_dict(recipe)["model"]
+    wrong = [
+        f"model.{part}.{name} is {ours[part][name]} here and {theirs[part][name]} there"
+        for part in ("vision", "language")
+        for name in ours[part]
+        if ours[part][name] != theirs[part][name] and name != "max_position_embeddings"
+    ]
+    if ours["image_token_index"] != theirs["image_token_index"]:
+        wrong.append(
+            f"model.image_token_index is {ours['image_token_index']} here, {theirs['image_token_index']} there"
+        )
+    if wrong:
+        raise CheckpointError(f"{checkpoint} holds a different model: " + "; ".join(wrong))
+    known = stored.get("tokenizer_fingerprint")
+    if known and fingerprint and known != fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} was trained with another tokenizer (fingerprint {known[:12]}) than "
+            f"{recipe.data.tokenizer_model} ({fingerprint[:12]}), which gives tokens other ids. Set "
+            "--tokenizer-model to the one it was trained with."
+        )
+
+
+def _check_same_parts(checkpoint: Path, recipe: Recipe) -> None:
+    ours = sorted(recipe.training.trainable)
+    theirs = sorted(recipe_from_dict(read_description(checkpoint)["recipe"]).training.trainable)
+    if ours != theirs:
+        raise CheckpointError(
+            f"{checkpoint} cannot be resumed: trainable is {', '.join(ours)} here and {', '.join(theirs)} there. "
+            "Training other model parts is a new stage: start it with --pretrained-checkpoint and another --save."
+        )
+
+
+def recipe_differences(checkpoint: Path, recipe: Recipe) -> list[str]:
+    """Settings that differ from those that a checkpoint was saved with, as `section.name: before -> now`."""
+    before = recipe_to_dict(recipe_from_dict(read_description(checkpoint)["recipe"]))
+    now = recipe_to_dict(recipe)
+    return sorted(_differences(before, now, ""))
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str) -> list[str]:
+    found = []
+    for name, value in now.items():
+        if isinstance(value, dict) and isinstance(before.get(name), dict):
+            found += _differences(before[name], value, f"{prefix}{name}.")
+        elif before.get(name) != value:
+            found.append(f"{prefix}{name}: {before.get(name)} -> {value}")
+    return found

@@ -1,0 +1,64 @@
+"""Which checkpoint a run resumes from: rank 0 decides, and every rank must see it."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_vlm.training.checkpoint.errors import CheckpointError
+from megatron_vlm.training.checkpoint.folder import is_whole, latest_checkpoint, recover, require_checkpoint
+
+_VISIBLE_AFTER = 30.0
+"""Seconds that a network file system may take to show a rank what another one wrote."""
+
+
+def checkpoint_to_resume(save: str | None, load: str | None) -> Path | None:
+    """The checkpoint that every rank of a run resumes from; None for a new run. A collective call.
+
+    A checkpoint in `save` comes first: a run that was started with `load` and is started again resumes its own work.
+
+    Args:
+        save: the folder that the run saves into.
+        load: another run's save folder, or the same one.
+
+    Raises:
+        CheckpointError: no checkpoint is whole, `load` has none, or this rank does not see it; on every rank.
+    """
+    decided: list[Path | CheckpointError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            decided = [_choose(save, load)]
+        except CheckpointError as error:
+            decided = [error]
+    dist.broadcast_object_list(decided, src=0)
+    (found,) = decided
+    if isinstance(found, CheckpointError):
+        raise found
+    if found is not None:
+        _wait_until_visible(found)
+    return found
+
+
+def _choose(save: str | None, load: str | None) -> Path | None:
+    if save is not None and Path(save).is_dir():
+        recover(save)
+        found = latest_checkpoint(save)
+        if found is not None:
+            return found
+    if load is None or (save is not None and Path(load).resolve() == Path(save).resolve()):
+        return None
+    return require_checkpoint(load)
+
+
+def _wait_until_visible(checkpoint: Path) -> None:
+    deadline = time.monotonic() + _VISIBLE_AFTER
+    while not is_whole(checkpoint):
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"rank {dist.get_rank()} on {socket.gethostname()} does not see {checkpoint}, from which rank 0 "
+                "resumes: save must be a folder that all nodes share"
+            )
+        time.sleep(0.5)

@@ -1,0 +1,273 @@
+"""Cases of saving and loading on several ranks, all in one start of them; results as JSON.
+
+torchrun --nproc-per-node 4 -m tests.training.checkpoint.run_checkpoints FOLDER
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import megatron_vlm.runtime.megatron_patches  # noqa: F401
+
+# isort: split
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_vlm.config import Recipe
+from megatron_vlm.model.build import build_model
+from megatron_vlm.model.initialize import initialize_weights
+from megatron_vlm.model.sharding import model_sharded_state_dict, sharding_metadata
+from megatron_vlm.runtime.launch import process_group
+from megatron_vlm.runtime.process_groups import destroy_groups, initialize_groups, parallel_ranks, tile_shard_rank
+from megatron_vlm.training.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    Progress,
+    latest_checkpoint,
+    load_checkpoint,
+    read_metadata,
+    save_checkpoint,
+)
+from megatron_vlm.training.checkpoint import save as save_module
+from megatron_vlm.training.checkpoint.shards import optimizer_state
+from megatron_vlm.training.optimizer import build_optimizer, build_schedule, wrap_for_data_parallel
+from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks, update
+from tests.parallel.layouts import Layout
+from tests.parallel.rows import rows_of, tiny_recipe
+
+
+class Run:
+    """A model in a layout, trained on the rows of the layout tests."""
+
+    def __init__(self, layout: Layout, folder: Path, **parallel: Any) -> None:
+        recipe = tiny_recipe(layout.parallel(), layout.family, optimizer="adam", trainable=list(layout.trainable))
+        self.recipe: Recipe = recipe
+        recipe.training.save = str(folder)
+        for name, value in parallel.items():
+            setattr(recipe.parallel, name, value)
+        initialize_groups(recipe.parallel)
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        chunks = build_model(recipe)
+        initialize_weights(chunks, recipe)
+        self.chunks = wrap_for_data_parallel(chunks, recipe)
+        self.optimizer = build_optimizer(self.chunks, recipe)
+        self.schedule = build_schedule(self.optimizer, recipe)
+        ranks = parallel_ranks()
+        tiles = tile_shard_rank(recipe.parallel) if ranks.is_first_stage else None
+        rows = rows_of(ranks.data, ranks.data_size, tiles)
+        self._per_step = recipe.training.global_batch_size // ranks.data_size
+        self._rows = rows
+        self.rows = rows_for_chunks(rows, len(self.chunks))
+
+    def skip(self, steps: int) -> None:
+        for _ in range(steps * self._per_step):
+            next(self._rows)
+
+    def train(self, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            loss, _ = global_loss(forward_backward(self.chunks, self.rows, self.recipe))
+            update(self.optimizer)
+            self.schedule.step(increment=1)
+            losses.append(loss)
+        return losses
+
+    def save(self, iteration: int) -> Path:
+        return save_checkpoint(self.chunks, self.recipe, Progress(iteration=iteration), self.optimizer, self.schedule)
+
+    def load(self) -> Progress:
+        checkpoint = latest_checkpoint(self.recipe.training.save or "")
+        assert checkpoint is not None
+        return load_checkpoint(checkpoint, self.chunks, self.recipe, optimizer=self.optimizer, schedule=self.schedule)
+
+
+def resume_in_another_layout(folder: Path) -> dict[str, Any]:
+    """Saved after two steps in one layout and loaded in the next: the losses of the third step agree."""
+    layouts = [Layout(), Layout(tp=2, pp=2), Layout(tp=2), Layout(pp=2, vpp=2), Layout(cp=2), Layout(pp=4)]
+    run = Run(layouts[0], folder / "0")
+    run.train(2)
+    run.save(2)
+    expected = run.train(1)
+    destroy_groups()
+    found = {}
+    for number, layout in enumerate(layouts[1:], 1):
+        run = Run(layout, folder / str(number - 1))
+        run.load()
+        run.recipe.training.save = str(folder / str(number))
+        run.save(2)
+        run.skip(2)
+        found[layout.name] = run.train(1)[0] / expected[0] - 1
+        destroy_groups()
+    return {"loss": found}
+
+
+def nothing_is_gathered(folder: Path) -> dict[str, Any]:
+    """Every data rank writes its share of weights and state, and none asks for the others'."""
+    run = Run(Layout(), folder)
+    run.train(1)
+
+    def gathered(*_: Any, **__: Any) -> None:
+        raise AssertionError("the optimizer's state was gathered")
+
+    original, DistributedOptimizer.get_parameter_state_dp_zero = (
+        DistributedOptimizer.get_parameter_state_dp_zero,
+        gathered,
+    )
+    checkpoint = run.save(1)
+    run.load()
+    DistributedOptimizer.get_parameter_state_dp_zero = original
+    dist.barrier()
+    sizes = [path.stat().st_size for path in sorted(checkpoint.glob("*.distcp"))]
+    overlapping = _overlaps(checkpoint)
+    destroy_groups()
+    return {"sizes": sizes, "overlapping": overlapping}
+
+
+def _overlaps(checkpoint: Path) -> list[str]:
+    """Tensors whose chunks do not cover every value exactly once."""
+    wrong = []
+    for key, stored in read_metadata(checkpoint).state_dict_metadata.items():
+        if hasattr(stored, "chunks"):
+            counts = torch.zeros(stored.size, dtype=torch.int)
+            for chunk in stored.chunks:
+                box = zip(chunk.offsets, chunk.sizes, strict=True)
+                counts[tuple(slice(start, start + size) for start, size in box)] += 1
+            if not bool((counts == 1).all()):
+                wrong.append(key)
+    return wrong
+
+
+def megatron_core_reads_it(folder: Path) -> dict[str, Any]:
+    """megatron-core's own loading gives the same weights and optimizer state."""
+    run = Run(Layout(tp=2), folder)
+    run.train(2)
+    checkpoint = run.save(2)
+    state: dict[str, Any] = {f"chunk{i}": model_sharded_state_dict(chunk) for i, chunk in enumerate(run.chunks)}
+    metadata = sharding_metadata()
+    state["optimizer"] = run.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
+    before = _weights(run)
+    own = optimizer_state(run.optimizer, run.chunks, loading=False)
+    kept = [shard.tensor.clone() for shard in own.shards]
+    loaded = dist_checkpointing.load(state, str(checkpoint))
+    after = [p.detach() for chunk in run.chunks for p in chunk.parameters()]
+    same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    run.optimizer.load_state_dict(loaded["optimizer"])
+    own = optimizer_state(run.optimizer, run.chunks, loading=False)
+    same_state = all(torch.equal(a, b.tensor) for a, b in zip(kept, own.shards, strict=True))
+    destroy_groups()
+    return {"weights": same, "optimizer": same_state, "tensors": len(kept)}
+
+
+def stale_weights(folder: Path) -> dict[str, Any]:
+    """With overlap_param_gather and several buckets, the checkpoint holds the weights of after the last step."""
+    parallel = {"ddp_bucket_size": 2000, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    run = Run(Layout(), folder, **parallel)
+    buckets = sum(len(buffer.buckets) for chunk in run.chunks for buffer in chunk.buffers)
+    run.train(2)
+    before = _weights(run)
+    run.save(2)
+    for chunk in run.chunks:
+        chunk.start_param_sync(force_sync=True)
+    live = _weights(run)
+    destroy_groups()
+    run = Run(Layout(), folder)
+    run.load()
+    saved = _weights(run)
+    destroy_groups()
+    return {"buckets": buckets, "furthest": _furthest(live, saved), "stale_before": _furthest(before, live)}
+
+
+def _weights(run: Run) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for chunk in run.chunks for parameter in chunk.parameters()]
+
+
+def _furthest(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+def disk_full_on_one_rank(folder: Path) -> dict[str, Any]:
+    """Every rank reports it, the older checkpoint stays, training and the next save continue."""
+    run = Run(Layout(), folder)
+    run.save(1)
+    checkpointer = Checkpointer(run.recipe)
+    write = save_module._Writer.write_data
+
+    def full(self: Any, plan: Any, planner: Any) -> Any:
+        if dist.get_rank() == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.folder))
+        return write(self, plan, planner)
+
+    save_module._Writer.write_data = full
+    checkpointer.save(run.chunks, Progress(iteration=2), run.optimizer, run.schedule)
+    messages: list[Any] = [None] * dist.get_world_size()
+    try:
+        checkpointer.wait()
+        mine = "nothing was reported"
+    except CheckpointError as error:
+        mine = str(error)
+    save_module._Writer.write_data = write
+    dist.all_gather_object(messages, mine)
+    latest = latest_checkpoint(folder)
+    loss = run.train(1)
+    checkpointer.save(run.chunks, Progress(iteration=3), run.optimizer, run.schedule)
+    checkpointer.close()
+    then = latest_checkpoint(folder)
+    destroy_groups()
+    return {
+        "messages": messages,
+        "latest": latest and latest.name,
+        "then": then and then.name,
+        "loss": loss,
+        "left": sorted(path.name for path in folder.iterdir()),
+    }
+
+
+def training_changes_nothing_that_is_being_written(folder: Path) -> dict[str, Any]:
+    """A save that is not waited for holds the weights of its moment."""
+    run = Run(Layout(tp=2), folder)
+    run.train(1)
+    before = _weights(run)
+    checkpointer = Checkpointer(run.recipe)
+    checkpointer.save(run.chunks, Progress(iteration=1), run.optimizer, run.schedule)
+    run.train(2)
+    checkpointer.close()
+    moved = _weights(run)
+    run.load()
+    after = _weights(run)
+    destroy_groups()
+    return {
+        "same": all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),
+        "moved": any(not torch.equal(a, b) for a, b in zip(before, moved, strict=True)),
+    }
+
+
+CASES: list[Callable[[Path], dict[str, Any]]] = [
+    resume_in_another_layout,
+    nothing_is_gathered,
+    megatron_core_reads_it,
+    stale_weights,
+    disk_full_on_one_rank,
+    training_changes_nothing_that_is_being_written,
+]
+
+
+def main(folder: Path) -> None:
+    with process_group(timeout_minutes=2):
+        results = {}
+        for case in CASES:
+            results[case.__name__] = case(folder / case.__name__)
+            dist.barrier()
+        if dist.get_rank() == 0:
+            (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
