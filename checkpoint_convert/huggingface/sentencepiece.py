@@ -16,12 +16,14 @@ from megatron_vlm.data.processing.tokenizer import Tokenizer
 _UNIGRAM, _BPE = 1, 2  # sentencepiece_model.proto: TrainerSpec.ModelType
 _CONTROL, _USER_DEFINED = 3, 4  # ModelProto.SentencePiece.Type
 _SPACE = "▁"
+"""U+2581, which stands for a space in sentencepiece's pieces."""
 _PROBES = (
     "<|user|>\n",
     "\nWhat is it?\n<|assistant|>\n",
     "Two  spaces, a\ttab, ünïcödé, 12345 and 日本.",
     " leading and trailing ",
 )
+"""Texts that both tokenizers must give the same ids for: chat template, whitespace, other scripts."""
 
 
 def tokenizer_json_of(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -65,7 +65,8 @@ class PackedBatch:
 
 
 def tile_range(num_tiles: int, rank: int, size: int) -> tuple[int, int]:
-    """The tiles [start, stop) of a row that encoding rank `rank` of `size` gets.
+    """The tiles [start, stop) of a row that rank `rank` of the `size` ranks that share a row's tiles runs the vision
+    tower on.
 
     Ranks get contiguous blocks of ceil(num_tiles / size) tiles. The last ranks may get fewer or none.
     """

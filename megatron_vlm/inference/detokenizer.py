@@ -64,5 +64,5 @@ class Detokenizer:
 
 
 def _overlap(text: str, word: str) -> int:
-    """Length of the longest end of `text` that `word` begins with, shorter than `word`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `word`."""
     return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)

@@ -35,7 +35,8 @@ class ModelRunner:
         self._cache = PagedKVCache(num_blocks, config.inference_dynamic_batching_block_size)
         self._geometry = ImageGeometry.of(self.recipe.model, self.recipe.data.image_aspect_ratio)
         self._features: dict[bytes, torch.Tensor] = {}
-        """Digest -> [image tokens, H], newlines included."""
+        """Hash of an image's tiles -> its features [image tokens, H], newlines included. The scheduler says when to
+        drop them (StepPlan.forget)."""
         self._dtype = next(model.parameters()).dtype
 
     @torch.no_grad()
