@@ -133,6 +133,15 @@ class Checkpointer:
             f"Older checkpoints in {self.recipe.training.save} are as they were"
         )
 
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """Host memory that this rank's share is copied to, kept for the next save."""
+        return list(self._buffers.values())
+
+    def is_writing(self) -> bool:
+        """Whether a save is being written on any rank. A collective call."""
+        return self._pending is not None and not self.is_written_everywhere()
+
     def is_written_everywhere(self) -> bool:
         """Whether a save has ended, on every rank, and nobody has waited for it yet. A collective call."""
         if self._pending is None:  # the same on every rank
