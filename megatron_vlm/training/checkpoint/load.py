@@ -63,9 +63,7 @@ def load_checkpoint(
 def _read(checkpoint: Path, state: LocalState, chunks: list[Any]) -> None:
     planner = ShardLoadPlanner(state, str(checkpoint))
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            dcp.load({}, storage_reader=TrustedReader(checkpoint), planner=planner, no_dist=True)
+        _load_alone(checkpoint, planner)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, CheckpointError):
@@ -75,6 +73,14 @@ def _read(checkpoint: Path, state: LocalState, chunks: list[Any]) -> None:
         own = {name: planner.loaded_objects[name] for name in planner.loaded_objects}
         if own:
             unwrap(chunk).load_state_dict(own, strict=False)
+
+
+def _load_alone(checkpoint: Path, planner: ShardLoadPlanner) -> None:
+    """Read what the planner asks for, on this rank alone; torch warns of that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load({}, storage_reader=TrustedReader(checkpoint), planner=planner, no_dist=True)
 
 
 def load_common(checkpoint: Path) -> dict[str, Any]:
@@ -109,7 +115,7 @@ def _common_among_tensors(checkpoint: Path) -> dict[str, Any]:
         LocalState([], [StoredObject("common_state/shard_0_1", None, (0, 0, 0))]), str(checkpoint)
     )
     try:
-        dcp.load({}, storage_reader=TrustedReader(checkpoint), planner=planner, no_dist=True)
+        _load_alone(checkpoint, planner)
         (loaded,) = planner.loaded_objects.values()
     except (CheckpointException, ValueError) as error:
         last = str(error).strip().splitlines()[-1]

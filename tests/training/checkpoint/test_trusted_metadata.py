@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -9,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_vlm.training.checkpoint import CheckpointError, load_common, read_metadata
 
@@ -44,6 +52,20 @@ def test_hostile_common_state_is_an_error(tmp_path: Path) -> None:
     proof = tmp_path / "code was run"
     torch.save({"progress": Hostile(proof)}, tmp_path / "common.pt")
     with pytest.raises(CheckpointError, match="made to run code"):
+        load_common(tmp_path)
+    assert not proof.exists()
+
+
+def test_hostile_object_among_the_tensors_is_an_error(tmp_path: Path) -> None:
+    """megatron-core 0.19 keeps the common state in a .distcp file."""
+    proof, content = tmp_path / "code was run", io.BytesIO()
+    torch.save([Hostile(proof)], content)
+    (tmp_path / "__0_0.distcp").write_bytes(content.getvalue())
+    key = "common_state/shard_0_1"
+    stored = _StorageInfo("__0_0.distcp", 0, len(content.getvalue()))
+    metadata = Metadata({key: BytesStorageMetadata()}, storage_data={MetadataIndex(key): stored})
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"cannot be read from the \.distcp files"):
         load_common(tmp_path)
     assert not proof.exists()
 
