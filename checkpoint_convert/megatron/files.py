@@ -23,7 +23,7 @@ from checkpoint_convert.mapping.param_map import Entry, MegatronTensors
 from checkpoint_convert.megatron.reader import CheckpointTensors
 from checkpoint_convert.megatron.writer import StreamingSave, layer_name, slice_for_shard
 from megatron_vlm.config import ConfigError, ModelConfig, ParallelConfig, Recipe, recipe_to_dict
-from megatron_vlm.config.check_model import check_language, check_vision
+from megatron_vlm.config.checks.model import check_language, check_vision
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import initial_value
 from megatron_vlm.model.sharding import model_sharded_state_dict

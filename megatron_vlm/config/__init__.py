@@ -3,8 +3,8 @@
 Nothing here may import torch, megatron-core or another package of the project.
 """
 
-from megatron_vlm.config.check import check_paths, check_recipe
-from megatron_vlm.config.check_inference import check_inference
+from megatron_vlm.config.checks.inference import check_inference
+from megatron_vlm.config.checks.recipe import check_paths, check_recipe
 from megatron_vlm.config.command_line import parse_command_line
 from megatron_vlm.config.data import DataConfig
 from megatron_vlm.config.errors import ConfigError

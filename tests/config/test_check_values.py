@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 
 from megatron_vlm.config import Recipe
-from megatron_vlm.config.check_values import AT_LEAST_ONE, FRACTIONS, NOT_NEGATIVE, POSITIVE, check_values
+from megatron_vlm.config.checks.values import AT_LEAST_ONE, FRACTIONS, NOT_NEGATIVE, POSITIVE, check_values
 from megatron_vlm.config.recipe import iter_settings
 
-# Written out again, so that the tests fail if a setting is missing from the lists of check_values.
+# Written out again, so that the tests fail if a setting is missing from the lists of checks/values.py.
 WITHOUT_RANGE = {"model.vision.vision_feature_layer", "model.image_token_index"}
 OUT_OF_RANGE = [
     ("training.train_iters", 0),
     ("training.global_batch_size", 0),
     ("training.save_interval", 0),
+    ("training.save_total_limit", 0),
+    ("training.save_retain_interval", 0),
     ("training.log_interval", -1),
     ("training.distributed_timeout_minutes", 0),
     ("training.seed", -1),
@@ -28,6 +30,7 @@ OUT_OF_RANGE = [
     ("training.adam_beta2", -0.1),
     ("training.sgd_momentum", 1.0),
     ("training.lr_warmup_fraction", 1.0),
+    ("parallel.ddp_bucket_size", 0),
     ("data.seq_length", 0),
     ("data.max_tiles_per_row", 0),
     ("data.packing_window", 0),
@@ -63,7 +66,7 @@ def test_a_size_of_zero_is_a_problem(problems_of, key):
 
 
 def test_every_number_has_a_range():
-    numbers = {setting.key for setting in iter_settings(Recipe()) if setting.hint in (int, float, float | None)}
+    numbers = {setting.key for setting in iter_settings(Recipe()) if setting.hint in (int, int | None, float, float | None)}
     assert numbers == WITHOUT_RANGE.union(AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, FRACTIONS)
 
 

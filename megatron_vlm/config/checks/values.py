@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_vlm.config.problems import Problem
+from megatron_vlm.config.checks.problems import Problem
 from megatron_vlm.config.recipe import Recipe, Setting, iter_settings
 from megatron_vlm.config.values import to_type
 

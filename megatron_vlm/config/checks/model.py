@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import gcd
 
-from megatron_vlm.config.problems import Problem, divides, divisors, multiples_around
+from megatron_vlm.config.checks.problems import Problem, divides, divisors, multiples_around
 from megatron_vlm.config.recipe import Recipe
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_vlm.config.check_data import check_data
-from megatron_vlm.config.check_model import check_language, check_vision
-from megatron_vlm.config.check_paths import path_problems
-from megatron_vlm.config.check_training import check_batch, check_optimization
-from megatron_vlm.config.check_values import check_values
+from megatron_vlm.config.checks.data import check_data
+from megatron_vlm.config.checks.model import check_language, check_vision
+from megatron_vlm.config.checks.paths import path_problems
+from megatron_vlm.config.checks.training import check_batch, check_optimization
+from megatron_vlm.config.checks.values import check_values
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.recipe import Recipe
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_vlm.config.check_model import check_language, check_vision
+from megatron_vlm.config.checks.model import check_language, check_vision
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.inference import InferenceConfig
 from megatron_vlm.config.recipe import Recipe

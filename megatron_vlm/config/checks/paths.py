@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_vlm.config.checks.problems import Problem
 from megatron_vlm.config.errors import nearest
-from megatron_vlm.config.problems import Problem
 from megatron_vlm.config.recipe import Recipe
 from megatron_vlm.config.values import to_bytes
 
