@@ -66,7 +66,9 @@ def test_a_size_of_zero_is_a_problem(problems_of, key):
 
 
 def test_every_number_has_a_range():
-    numbers = {setting.key for setting in iter_settings(Recipe()) if setting.hint in (int, int | None, float, float | None)}
+    numbers = {
+        setting.key for setting in iter_settings(Recipe()) if setting.hint in (int, int | None, float, float | None)
+    }
     assert numbers == WITHOUT_RANGE.union(AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, FRACTIONS)
 
 

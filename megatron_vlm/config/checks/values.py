@@ -20,6 +20,7 @@ AT_LEAST_ONE = (
     "model.language.num_hidden_layers",
     "model.language.num_attention_heads",
     "model.language.num_key_value_heads",
+    "model.language.head_dim",
     "model.language.vocab_size",
     "model.language.max_position_embeddings",
     "data.seq_length",
