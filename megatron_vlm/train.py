@@ -124,7 +124,7 @@ def _describe(error: Exception) -> str:
 
     if is_out_of_memory(error):
         return describe_out_of_memory(error)
-    if not isinstance(error, DataError | CheckpointError):
+    if not isinstance(error, ConfigError | DataError | CheckpointError):
         traceback.print_exception(error)
     return f"{type(error).__name__}: {error}"
 

@@ -35,7 +35,7 @@ _HEADINGS = {
 
 _FLAG_COLUMN = 43
 
-_METAVARS = {int: "N", float: "X", str: "TEXT", list[str]: "TEXT ...", list[list[int]]: "WxH ..."}
+_METAVARS = {int: "N", float: "X", str: "TEXT", list[str]: "TEXT ...", list[int]: "N ...", list[list[int]]: "WxH ..."}
 
 
 def parse_command_line(
@@ -100,7 +100,7 @@ def _parser(settings: list[Setting], prog: str) -> _Parser:
         if setting.hint is bool:
             parser.add_argument(flag(setting.key), nargs="?", const="true", **options)
             parser.add_argument(_negative(setting.key), action="store_const", const="false", **options)
-        elif isinstance(setting.value, list):
+        elif setting.is_list:
             parser.add_argument(flag(setting.key), nargs="+", **options)
         else:
             parser.add_argument(flag(setting.key), **options)
@@ -119,7 +119,8 @@ def _as_yaml(text: Any, setting: Setting) -> Any:
         if text[0].startswith("("):
             return "".join(text)
         return [re.split("[x,]", item) for item in text]
-    if without_none(setting.hint)[1] and text.lower() in ("none", "null"):
+    is_none = text in (["none"], ["null"]) if setting.is_list else text.lower() in ("none", "null")
+    if without_none(setting.hint)[1] and is_none:
         return None
     return text
 
@@ -164,7 +165,7 @@ def _invocation(setting: Setting) -> str:
         parents, dot, name = flag(setting.key)[2:].rpartition(".")
         return f"--{parents}{dot}[no-]{name}"
     if setting.choices:
-        several = " ..." if isinstance(setting.value, list) else ""
+        several = " ..." if setting.is_list else ""
         return f"{flag(setting.key)} {{{','.join(setting.choices)}}}{several}"
     inner, _ = without_none(setting.hint)
     return f"{flag(setting.key)} {_METAVARS[inner]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.parallel import ParallelConfig
 from megatron_vlm.config.pinpoints import expand_pinpoints
 from megatron_vlm.config.training import TrainingConfig
-from megatron_vlm.config.values import choices_of, field_types, to_type
+from megatron_vlm.config.values import choices_of, field_types, to_type, without_none
 
 ABSENT_SETTINGS = {
     "sequence_parallel": "it is always on when tensor_model_parallel_size > 1; leave it out",
@@ -52,6 +53,11 @@ class Setting:
     def choices(self) -> tuple[str, ...]:
         """Allowed values; () where the type does not list them."""
         return choices_of(self.hint)
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it takes several values."""
+        return typing.get_origin(without_none(self.hint)[0]) is list
 
 
 def iter_settings(section: Any, prefix: str = "") -> Iterator[Setting]:

@@ -15,8 +15,18 @@ class TrainingConfig:
     """Optimization, precision, logging and checkpoints."""
 
     train_iters: int = field(default=1000, metadata={"help": "Optimizer steps of the whole run."})
+    epochs: float | None = field(
+        default=None,
+        metadata={"help": "Passes over the data, in place of train_iters."},
+    )
     global_batch_size: int = field(
         default=16, metadata={"help": "Rows per optimizer step, over all data-parallel ranks."}
+    )
+    rampup_batch_size: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "START INCREMENT ROWS: rows per step grow from START to global_batch_size over the first ROWS rows."
+        },
     )
     seed: int = field(default=42, metadata={"help": "Seed of the initial weights and of the sample order."})
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16, with fp32 master weights."})
@@ -32,11 +42,21 @@ class TrainingConfig:
         default=None, metadata={"help": "Peak learning rate of the projector; default: lr."}
     )
     min_lr: float = field(default=0.0, metadata={"help": "Learning rate at the end of the decay."})
-    lr_decay_style: Literal["cosine", "linear", "constant"] = field(
-        default="cosine", metadata={"help": "Shape of the learning rate's decay after warmup."}
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = field(
+        default="cosine",
+        metadata={"help": "Learning rate after warmup; WSD: constant, then a decay over the last iterations."},
+    )
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = field(
+        default="linear", metadata={"help": "Shape of the decay at the end of WSD."}
+    )
+    lr_wsd_decay_iters: int | None = field(
+        default=None, metadata={"help": "Iterations of the decay at the end of WSD; default: a tenth of train_iters."}
     )
     lr_warmup_fraction: float = field(
         default=0.03, metadata={"help": "Fraction of train_iters over which the learning rate warms up."}
+    )
+    lr_warmup_iters: int | None = field(
+        default=None, metadata={"help": "Iterations of the warmup; default: from lr_warmup_fraction."}
     )
     weight_decay: float = field(
         default=0.0, metadata={"help": "Decoupled weight decay; not applied to biases and norms."}
@@ -82,3 +102,15 @@ class TrainingConfig:
     save_retain_interval: int | None = field(
         default=None, metadata={"help": "Checkpoints of iterations divisible by this are never removed."}
     )
+
+    @property
+    def warmup_iters(self) -> int:
+        """Iterations over which the learning rate warms up."""
+        if self.lr_warmup_iters is not None:
+            return self.lr_warmup_iters
+        return int(self.lr_warmup_fraction * self.train_iters)
+
+    @property
+    def wsd_decay_iters(self) -> int:
+        """Iterations of the decay at the end, for lr_decay_style WSD."""
+        return max(1, self.train_iters // 10) if self.lr_wsd_decay_iters is None else self.lr_wsd_decay_iters

@@ -21,10 +21,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from megatron_vlm.data.batch import PackedBatch
-from megatron_vlm.data.dataset import open_dataset, open_plan_cache
 from megatron_vlm.data.errors import DataError, RowError
 from megatron_vlm.data.packing.row_plan import PlannedRow, RowPlan
-from megatron_vlm.data.plan_fingerprint import plan_inputs
+from megatron_vlm.data.planned_data import PlannedData, plan_data
 from megatron_vlm.data.processing.tokenizer import Tokenizer
 from megatron_vlm.data.row_builder import RowBuilder
 from megatron_vlm.data.worker_transport import SharedBatch
@@ -199,7 +198,7 @@ def build_loader(
     need_tiles: bool,
     tile_rank: int = 0,
     tile_ranks: int = 1,
-    plan_ahead: bool = False,
+    planned: PlannedData | None = None,
 ) -> RowLoader:
     """Open the dataset of a recipe and start loading.
 
@@ -214,25 +213,20 @@ def build_loader(
         need_tiles: False: decode no image and leave PackedBatch.tiles as None.
         tile_rank: rank among those that share the tiles of a row, see batch.tile_range.
         tile_ranks: number of those ranks.
-        plan_ahead: plan each next epoch in a helper process. One rank per machine should do so.
+        planned: the recipe's dataset, if it is open already.
 
     Raises:
-        DataError: something cannot be opened, no sample is usable, or a sample is longer than a row and
-            oversized_samples is `error`.
+        DataError: as plan_data.
     """
     if recipe.training.global_batch_size % dp_size:
         batch_size = recipe.training.global_batch_size
         raise DataError(f"global_batch_size {batch_size} is not a multiple of the data-parallel size {dp_size}")
     is_logging_rank = dp_rank == 0 and need_tiles and tile_rank == 0  # one process of the run
-    dataset = open_dataset(recipe, is_logging_rank)
-    inputs = plan_inputs(recipe, dataset)
-    plans = open_plan_cache(recipe, dataset, inputs)
-    if plan_ahead and recipe.data.num_workers:
-        plans.plan_ahead()
-    plan = RowPlan(plans)
+    planned = planned or plan_data(recipe, is_logging_rank=is_logging_rank)
+    dataset, plan = planned.dataset, planned.plan
     builder = RowBuilder(
         dataset.mixture.sources, dataset.indexes, dataset.tokenizer, dataset.geometry, recipe.model.image_token_index,
         recipe.data.seq_length, (tile_rank, tile_ranks) if need_tiles else None, dataset.truncations,
     )  # fmt: skip
     rows = plan.rows_of_rank(consumed_rows, dp_rank, dp_size)
-    return RowLoader(plan, builder, dataset.counts, rows, recipe.data.num_workers, inputs)
+    return RowLoader(plan, builder, dataset.counts, rows, recipe.data.num_workers, planned.inputs)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from megatron_vlm.config import Recipe
-from megatron_vlm.data.dataset import open_dataset, open_plan_cache
-from megatron_vlm.data.packing.row_plan import RowPlan
-from megatron_vlm.data.plan_fingerprint import plan_inputs
+from megatron_vlm.data.planned_data import plan_data
+from megatron_vlm.training.run_length import resolve_epochs, rows_of_iterations
 
 
 def describe_run(recipe: Recipe, world_size: int) -> str:
@@ -15,11 +14,15 @@ def describe_run(recipe: Recipe, world_size: int) -> str:
     rows, where published recipes count samples.
     """
     parallel, training = recipe.parallel, recipe.training
-    opened = open_dataset(recipe, is_logging_rank=True)
-    summary, plan = opened.counts, RowPlan(open_plan_cache(recipe, opened, plan_inputs(recipe, opened)))
+    planned = plan_data(recipe, is_logging_rank=True)
+    summary, plan = planned.dataset.counts, planned.plan
+    resolve_epochs(recipe, plan.rows)
     rows, samples = plan.rows, len(plan.current.members)
     per_step = samples / rows * training.global_batch_size
     steps = rows / training.global_batch_size
+    epochs = rows_of_iterations(training, training.train_iters) / rows
+    ramp = training.rampup_batch_size
+    rampup = f", growing from {ramp[0]} by {ramp[1]} over the first {ramp[2]} rows" if ramp else ""
     return "\n".join(
         [
             f"world      {world_size} ranks = data {parallel.data_parallel_size(world_size)} x tensor "
@@ -29,9 +32,9 @@ def describe_run(recipe: Recipe, world_size: int) -> str:
             f"rejected {summary['rejected'] or 0}, too long {summary['skipped']}",
             f"rows       {rows} per epoch of {recipe.data.seq_length} tokens, "
             f"packing efficiency {100 * plan.packing_efficiency:.1f} %, {samples / rows:.1f} samples per row",
-            f"step       {training.global_batch_size} rows = {per_step:.0f} samples",
-            f"run        {training.train_iters} steps = {training.train_iters / steps:.2f} epochs of {steps:.0f} steps",
+            f"step       {training.global_batch_size} rows = {per_step:.0f} samples{rampup}",
+            f"run        {training.train_iters} steps = {epochs:.2f} epochs of {steps:.0f} steps",
             f"trainable  {', '.join(training.trainable)}; {training.optimizer}, lr {training.lr:g} "
-            f"{training.lr_decay_style} to {training.min_lr:g}",
+            f"{training.lr_decay_style} to {training.min_lr:g}, warmup {training.warmup_iters} steps",
         ]
     )

@@ -87,20 +87,22 @@ def build_optimizer(chunks: list[DistributedDataParallel], recipe: Recipe) -> Me
 
 
 def build_schedule(optimizer: MegatronOptimizer, recipe: Recipe) -> OptimizerParamScheduler:
-    """Linear warm-up, then decay to the last iteration; counted in iterations."""
+    """Linear warmup, then as lr_decay_style says to the last iteration; counted in iterations."""
     training = recipe.training
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=training.lr,
         min_lr=training.min_lr,
-        lr_warmup_steps=int(training.lr_warmup_fraction * training.train_iters),
+        lr_warmup_steps=training.warmup_iters,
         lr_decay_steps=training.train_iters,
         lr_decay_style=training.lr_decay_style,
         start_wd=training.weight_decay,
         end_wd=training.weight_decay,
         wd_incr_steps=training.train_iters,
         wd_incr_style="constant",
+        wsd_decay_steps=training.wsd_decay_iters if training.lr_decay_style == "WSD" else None,
+        lr_wsd_decay_style=training.lr_wsd_decay_style,
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )

@@ -42,6 +42,7 @@ def forward_backward(
     rows: list[Iterator[PackedBatch]],
     recipe: Recipe,
     *,
+    rows_per_step: int | None = None,
     forward_only: bool = False,
 ) -> torch.Tensor:
     """Run the step's rows through this rank's chunks; the gradient buffers then hold the reduced gradients.
@@ -50,13 +51,15 @@ def forward_backward(
         chunks: the model chunks of this rank.
         rows: from `rows_for_chunks`.
         recipe: its global_batch_size and seq_length are used.
+        rows_per_step: rows over all data-parallel ranks; default: global_batch_size.
         forward_only: compute the loss only.
 
     Returns:
         fp64 [sum of losses, number of supervised tokens] over the rows of this data rank and this context slice, on the
         last stage; zeros on the other stages. Gradients are those of the mean over the step's supervised tokens.
     """
-    micro_batches = recipe.training.global_batch_size // parallel_state.get_data_parallel_world_size()
+    rows_per_step = rows_per_step or recipe.training.global_batch_size
+    micro_batches = rows_per_step // parallel_state.get_data_parallel_world_size()
     if not forward_only:
         for chunk in chunks:
             chunk.zero_grad_buffer()

@@ -13,6 +13,7 @@ from megatron_vlm.config import Recipe
 from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.data.loader import RowLoader, build_loader
 from megatron_vlm.data.plan_fingerprint import check_order
+from megatron_vlm.data.planned_data import PlannedData, plan_data
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from megatron_vlm.data.sample_log import log_samples
 from megatron_vlm.model.build import build_model
@@ -27,6 +28,7 @@ from megatron_vlm.training.checkpoint import (
     Progress,
     checkpoint_to_resume,
     load_checkpoint,
+    read_progress,
     recipe_differences,
     require_checkpoint,
 )
@@ -37,6 +39,7 @@ from megatron_vlm.training.optimizer import (
     learning_rate,
     wrap_for_data_parallel,
 )
+from megatron_vlm.training.run_length import batch_size, resolve_epochs
 from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks, update
 
 
@@ -55,6 +58,8 @@ class Trainer:
         self.progress = Progress(tokenizer_fingerprint=self.fingerprint)
         resume_from = self._load_initial_weights(chunks)
         self.chunks = wrap_for_data_parallel(chunks, recipe)
+        self.data = self._plan_data()
+        resolve_epochs(recipe, self.data.plan.rows, None if resume_from is None else read_progress(resume_from))
         self.optimizer = build_optimizer(self.chunks, recipe)
         self.schedule = build_schedule(self.optimizer, recipe)
         if resume_from is not None:
@@ -84,19 +89,22 @@ class Trainer:
             log_rank0(f"starting from random weights, seed {training.seed}")
         return resume_from
 
+    def _plan_data(self) -> PlannedData:
+        with local_rank0_first():  # it measures lengths and plans rows; the other ranks find both in the cache
+            return plan_data(self.recipe, is_logging_rank=dist.get_rank() == 0, plan_ahead=local_rank() == 0)
+
     def _build_loader(self) -> RowLoader:
         tile_rank, tile_ranks = tile_shard_rank(self.recipe.parallel)
-        with local_rank0_first():  # it measures lengths and plans rows; the other ranks find both in the cache
-            loader = build_loader(
-                self.recipe,
-                dp_rank=self.ranks.data,
-                dp_size=self.ranks.data_size,
-                consumed_rows=self.progress.consumed_rows,
-                need_tiles=self.ranks.is_first_stage,
-                tile_rank=tile_rank,
-                tile_ranks=tile_ranks,
-                plan_ahead=local_rank() == 0,
-            )
+        loader = build_loader(
+            self.recipe,
+            dp_rank=self.ranks.data,
+            dp_size=self.ranks.data_size,
+            consumed_rows=self.progress.consumed_rows,
+            need_tiles=self.ranks.is_first_stage,
+            tile_rank=tile_rank,
+            tile_ranks=tile_ranks,
+            planned=self.data,
+        )
         log_rank0("data: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in loader.summary().items()))
         return loader
 
@@ -140,17 +148,18 @@ class Trainer:
         self.checkpointer.close()
 
     def train_step(self) -> dict[str, float]:
-        """Train on the next `global_batch_size` rows and update the weights. Returns the metrics of the step."""
+        """Train on the next `batch_size` rows and update the weights. Returns the metrics of the step."""
         started = time.perf_counter()
+        rows = batch_size(self.recipe.training, self.progress.consumed_rows)
         lr = learning_rate(self.optimizer)
 
-        totals = forward_backward(self.chunks, self.rows, self.recipe)
+        totals = forward_backward(self.chunks, self.rows, self.recipe, rows_per_step=rows)
         loss, supervised_tokens = global_loss(totals)
         updated, grad_norm = update(self.optimizer)
         self.schedule.step(increment=1)
 
         self.progress.iteration += 1
-        self.progress.consumed_rows += self.recipe.training.global_batch_size
+        self.progress.consumed_rows += rows
         counts = self.row_counter.collect()
         return {
             "lm_loss": loss,
@@ -159,6 +168,7 @@ class Trainer:
             "tokens": int(counts["tokens"]),
             "loss_tokens": supervised_tokens,
             "tiles": int(counts["tiles"]),
+            "rows": rows,
             "pack_fill": counts["tokens"] / (counts["rows"] * self.recipe.data.seq_length),
             "tokens_per_second": counts["tokens"] / (time.perf_counter() - started),
             "data_wait_ms": counts["data_wait_ms"],

@@ -12,6 +12,9 @@ from megatron_vlm.config.recipe import iter_settings
 WITHOUT_RANGE = {"model.vision.vision_feature_layer", "model.image_token_index"}
 OUT_OF_RANGE = [
     ("training.train_iters", 0),
+    ("training.epochs", 0.0),
+    ("training.lr_warmup_iters", -1),
+    ("training.lr_wsd_decay_iters", 0),
     ("training.global_batch_size", 0),
     ("training.save_interval", 0),
     ("training.save_total_limit", 0),
@@ -44,6 +47,7 @@ OUT_OF_RANGE = [
 UNKNOWN_CHOICES = [
     ("training.optimizer", "adamw"),
     ("training.lr_decay_style", "exponential"),
+    ("training.lr_wsd_decay_style", "wsd"),
     ("training.recompute_granularity", "some"),
     ("data.image_aspect_ratio", "any"),
     ("data.image_aspect_ratio", "anyres_max_N"),

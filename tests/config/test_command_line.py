@@ -40,6 +40,8 @@ def test_every_setting_has_a_flag_that_sets_it_and_nothing_else():
             arguments, expected = [], True
         elif setting.hint == list[list[int]]:
             arguments, expected = ["28x56", "56x28"], [[28, 56], [56, 28]]
+        elif setting.hint == list[int] | None:
+            arguments, expected = ["8", "2", "64"], [8, 2, 64]
         elif setting.hint == list[str]:
             arguments, expected = ["one", "two"], ["one", "two"]
         elif setting.hint in (int, int | None, float, float | None):
@@ -93,7 +95,8 @@ def test_a_list_ends_at_the_next_flag():
 def test_none_unsets_a_value_of_the_recipe(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("training: {vision_lr: 1e-6, save: out}\n")
-    recipe = parse(f"--config {path} --vision-lr none --save none")
+    recipe = parse(f"--config {path} --vision-lr none --save none --rampup-batch-size none")
+    assert recipe.training.rampup_batch_size is None
     assert recipe.training.vision_lr is None
     assert recipe.training.save is None
 

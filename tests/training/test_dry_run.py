@@ -22,8 +22,11 @@ def test_a_mixture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         [str(tmp_path / "mix.yaml")], folder.images, tiny_tokenizer_folder(tmp_path / "t"), data_root=str(tmp_path)
     )
     recipe.parallel = ParallelConfig()
+    recipe.training.epochs, recipe.training.rampup_batch_size = 2, [2, 2, 8]
     with caplog.at_level(logging.INFO):
         report = describe_run(recipe, world_size=2)
+    assert "run        14 steps = 2.09 epochs" in report
+    assert "growing from 2 by 2 over the first 8 rows" in report
     assert "41 samples, 40 usable, rejected {'missing image': 1}, too long 0" in report and "2 ranks = data 2" in report
     (table,) = [message for message in caplog.messages if message.startswith("samples of the first epoch:")]
     assert [line.split()[1:4] for line in table.splitlines()[2:4]] == [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_vlm.config.checks.data import check_data
 from megatron_vlm.config.checks.model import check_language, check_vision
 from megatron_vlm.config.checks.paths import path_problems
+from megatron_vlm.config.checks.schedule import check_rampup, check_schedule
 from megatron_vlm.config.checks.training import check_batch, check_optimization
 from megatron_vlm.config.checks.values import check_values
 from megatron_vlm.config.errors import ConfigError
@@ -21,7 +22,9 @@ def check_recipe(recipe: Recipe, world_size: int, *, paths: bool = False) -> Non
         *check_vision(recipe),
         *check_language(recipe),
         *check_batch(recipe, world_size),
+        *check_rampup(recipe, world_size),
         *check_optimization(recipe),
+        *(check_schedule(recipe) if recipe.training.epochs is None else []),
         *check_data(recipe),
         *(path_problems(recipe) if paths else []),
     ]

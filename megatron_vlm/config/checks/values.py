@@ -33,6 +33,7 @@ AT_LEAST_ONE = (
     "training.save_retain_interval",
     "parallel.ddp_bucket_size",
     "training.log_interval",
+    "training.lr_wsd_decay_iters",
     "training.distributed_timeout_minutes",
     "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size",
@@ -46,10 +47,12 @@ NOT_NEGATIVE = (
     "data.num_workers",
     "training.seed",
     "training.min_lr",
+    "training.lr_warmup_iters",
     "training.weight_decay",
     "training.clip_grad",
 )
 POSITIVE = (
+    "training.epochs",
     "model.vision.layer_norm_eps",
     "model.language.layer_norm_eps",
     "model.language.rope_theta",
@@ -66,7 +69,7 @@ def check_values(recipe: Recipe) -> Iterator[Problem]:
     for setting in iter_settings(recipe):
         if setting.choices:
             yield from _check_choices(setting)
-        elif setting.value is not None:
+        elif isinstance(setting.value, int | float):
             yield from _check_range(setting.key, setting.value)
 
 

@@ -11,7 +11,7 @@ from megatron_vlm.training.checkpoint.folder import (
     read_recipe,
     require_checkpoint,
 )
-from megatron_vlm.training.checkpoint.load import load_checkpoint, load_common, recipe_differences
+from megatron_vlm.training.checkpoint.load import load_checkpoint, load_common, read_progress, recipe_differences
 from megatron_vlm.training.checkpoint.progress import Progress
 from megatron_vlm.training.checkpoint.resume import checkpoint_to_resume
 from megatron_vlm.training.checkpoint.save import Checkpointer, save_checkpoint
@@ -28,6 +28,7 @@ __all__ = [
     "load_checkpoint",
     "load_common",
     "read_metadata",
+    "read_progress",
     "read_recipe",
     "recipe_differences",
     "require_checkpoint",

@@ -107,6 +107,11 @@ def load_common(checkpoint: Path) -> dict[str, Any]:
     return loaded
 
 
+def read_progress(checkpoint: Path) -> Progress:
+    """Where the run stood. Raises as `load_common`."""
+    return Progress(**load_common(checkpoint)["progress"])
+
+
 def _common_among_tensors(checkpoint: Path) -> dict[str, Any]:
     """As megatron-core 0.19 saves it."""
     from megatron_vlm.training.checkpoint.shards import StoredObject
