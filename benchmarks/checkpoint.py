@@ -31,8 +31,9 @@ from megatron_vlm.model.initialize import initialize_weights
 from megatron_vlm.runtime.launch import distributed
 from megatron_vlm.runtime.process_groups import parallel_ranks
 from megatron_vlm.training.checkpoint import Checkpointer, Progress
+from megatron_vlm.training.finite_update import update
 from megatron_vlm.training.optimizer import build_optimizer, build_schedule, wrap_for_data_parallel
-from megatron_vlm.training.step import forward_backward, update
+from megatron_vlm.training.step import forward_backward
 
 SEQ_LENGTH = 64
 

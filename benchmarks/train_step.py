@@ -40,8 +40,9 @@ from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.model.build import build_model
 from megatron_vlm.runtime.device import current_device, on_gpu
 from megatron_vlm.runtime.launch import distributed
+from megatron_vlm.training.finite_update import update
 from megatron_vlm.training.optimizer import build_optimizer, wrap_for_data_parallel
-from megatron_vlm.training.step import forward_backward, global_loss, update
+from megatron_vlm.training.step import forward_backward, global_loss
 
 LOSS_TOLERANCE = 1e-4
 """Relative difference allowed between the two loops' fp32 losses on the same samples."""

@@ -121,10 +121,11 @@ def _describe(error: Exception) -> str:
         return str(error)  # says which package to install
     from megatron_vlm.runtime.out_of_memory import describe_out_of_memory, is_out_of_memory
     from megatron_vlm.training.checkpoint import CheckpointError
+    from megatron_vlm.training.finite_update import NonFiniteError
 
     if is_out_of_memory(error):
         return describe_out_of_memory(error)
-    if not isinstance(error, ConfigError | DataError | CheckpointError):
+    if not isinstance(error, ConfigError | DataError | CheckpointError | NonFiniteError):
         traceback.print_exception(error)
     return f"{type(error).__name__}: {error}"
 

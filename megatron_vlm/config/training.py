@@ -66,6 +66,12 @@ class TrainingConfig:
     adam_eps: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
     sgd_momentum: float = field(default=0.9, metadata={"help": "Momentum of sgd."})
     clip_grad: float = field(default=1.0, metadata={"help": "Maximum gradient norm; 0 disables clipping."})
+    max_skipped_updates: int = field(
+        default=10,
+        metadata={
+            "help": "So many updates in a row that are skipped for a NaN or infinite loss or gradient end the run."
+        },
+    )
     recompute_granularity: Literal["full", "selective"] | None = field(
         default=None,
         metadata={

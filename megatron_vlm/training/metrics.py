@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class RowCounter:
         self.rows, self.is_counting = rows, ranks.is_row_leader and ranks.is_first_stage
         self.tokens = self.tiles = self.num_rows = 0
         self.wait_seconds = 0.0
+        self._sample_ids: list[str] = []
 
     def __iter__(self) -> RowCounter:
         return self
@@ -39,7 +41,13 @@ class RowCounter:
             self.tokens += batch.num_tokens
             self.tiles += batch.num_tiles
             self.num_rows += 1
+            self._sample_ids += batch.sample_ids
         return batch
+
+    def take_sample_ids(self) -> list[str]:
+        """The samples of the counted rows since the last call."""
+        taken, self._sample_ids = self._sample_ids, []
+        return taken
 
     def collect(self) -> dict[str, float]:
         """Totals over all data ranks, and the longest time that any rank waited for data, since the last call."""
@@ -74,7 +82,9 @@ class MetricsLog:
     def write(self, iteration: int, values: dict[str, Any]) -> None:
         """Write the values of one iteration."""
         if self.file is not None:
-            self.file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+            # JSON has no NaN
+            known = {name: None if _is_not_finite(value) else value for name, value in values.items()}
+            self.file.write(json.dumps({"iteration": iteration, **known}) + "\n")
             self.file.flush()
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, iteration)
@@ -91,6 +101,10 @@ class MetricsLog:
         if self.file is not None:
             self.file.close()
             self.tensorboard.close()
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _open_truncated(path: Path, iteration: int) -> Any:

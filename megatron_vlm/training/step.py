@@ -1,4 +1,4 @@
-"""The parts of a training step: forward and backward in megatron-core's pipeline schedule, loss, and update."""
+"""The parts of a training step: forward and backward in megatron-core's pipeline schedule, and the loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vlm.config import Recipe
@@ -85,12 +84,3 @@ def global_loss(totals: torch.Tensor) -> tuple[float, int]:
     dist.all_reduce(totals)
     loss, count = totals.tolist()
     return loss / max(count, 1.0), int(count)
-
-
-def update(optimizer: MegatronOptimizer) -> tuple[bool, float]:
-    """Clip and step. Returns (whether the weights were updated, the gradient norm before clipping)."""
-    updated, norm, _ = optimizer.step()
-    # Clearing the buffers is not enough: an fp32 optimizer leaves each parameter's grad as an alias of its buffer, and
-    # the next backward would then count its first micro-batch twice.
-    optimizer.zero_grad()
-    return bool(updated), float(norm if norm is not None else 0.0)

@@ -32,6 +32,7 @@ from megatron_vlm.training.checkpoint import (
     recipe_differences,
     require_checkpoint,
 )
+from megatron_vlm.training.finite_update import NonFiniteError, SkippedUpdates, update
 from megatron_vlm.training.metrics import MetricsLog, RowCounter
 from megatron_vlm.training.optimizer import (
     build_optimizer,
@@ -40,7 +41,7 @@ from megatron_vlm.training.optimizer import (
     wrap_for_data_parallel,
 )
 from megatron_vlm.training.run_length import batch_size, resolve_epochs
-from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks, update
+from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks
 
 
 class Trainer:
@@ -75,6 +76,7 @@ class Trainer:
         self._check_order()
         self.row_counter = RowCounter(self._log_samples(self.loader), self.ranks)
         self.rows = rows_for_chunks(self.row_counter, len(self.chunks))
+        self.skipped_updates = SkippedUpdates(recipe)
 
     def _load_initial_weights(self, chunks: list[VisionLanguageModel]) -> Path | None:
         """Set the weights of a new run; if there is a checkpoint to resume from, return it instead."""
@@ -136,7 +138,11 @@ class Trainer:
         training, progress = self.recipe.training, self.progress
         metrics_log = MetricsLog(self.recipe, progress.iteration)
         while progress.iteration < training.train_iters:
-            metrics = self.train_step()
+            try:
+                metrics = self.train_step()
+            except NonFiniteError:  # on every rank; what is being written is from before
+                self._report_last_save()
+                raise
             metrics_log.write(progress.iteration, metrics)
             last = progress.iteration == training.train_iters
             if training.save and (last or progress.iteration % training.save_interval == 0):
@@ -155,12 +161,16 @@ class Trainer:
 
         totals = forward_backward(self.chunks, self.rows, self.recipe, rows_per_step=rows)
         loss, supervised_tokens = global_loss(totals)
-        updated, grad_norm = update(self.optimizer)
-        self.schedule.step(increment=1)
+        updated, grad_norm = update(self.optimizer, loss)
 
         self.progress.iteration += 1
         self.progress.consumed_rows += rows
-        counts = self.row_counter.collect()
+        counts, sample_ids = self.row_counter.collect(), self.row_counter.take_sample_ids()
+        if updated:
+            self.schedule.step(increment=1)
+            self.skipped_updates.applied()
+        else:
+            self.skipped_updates.skipped(self.progress.iteration, loss, grad_norm, sample_ids)
         return {
             "lm_loss": loss,
             "grad_norm": grad_norm,

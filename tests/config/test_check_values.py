@@ -21,6 +21,7 @@ OUT_OF_RANGE = [
     ("training.save_retain_interval", 0),
     ("training.log_interval", -1),
     ("training.distributed_timeout_minutes", 0),
+    ("training.max_skipped_updates", 0),
     ("training.seed", -1),
     ("training.lr", 0.0),
     ("training.vision_lr", -1e-5),

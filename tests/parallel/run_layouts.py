@@ -26,8 +26,9 @@ from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import initialize_weights
 from megatron_vlm.runtime.launch import process_group
 from megatron_vlm.runtime.process_groups import destroy_groups, initialize_groups, parallel_ranks, tile_shard_rank
+from megatron_vlm.training.finite_update import update
 from megatron_vlm.training.optimizer import build_optimizer, wrap_for_data_parallel
-from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks, update
+from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks
 from tests.parallel.gradients import assemble, local_gradients, relative_differences
 from tests.parallel.layouts import LAYOUTS, Layout
 from tests.parallel.rows import rows_of, tiny_recipe

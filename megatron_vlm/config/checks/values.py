@@ -35,6 +35,7 @@ AT_LEAST_ONE = (
     "training.log_interval",
     "training.lr_wsd_decay_iters",
     "training.distributed_timeout_minutes",
+    "training.max_skipped_updates",
     "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size",
     "parallel.virtual_pipeline_model_parallel_size",

@@ -38,8 +38,9 @@ from megatron_vlm.training.checkpoint import (
 )
 from megatron_vlm.training.checkpoint import save as save_module
 from megatron_vlm.training.checkpoint.shards import optimizer_state
+from megatron_vlm.training.finite_update import update
 from megatron_vlm.training.optimizer import build_optimizer, build_schedule, wrap_for_data_parallel
-from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks, update
+from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks
 from tests.parallel.layouts import Layout
 from tests.parallel.rows import rows_of, tiny_recipe
 
