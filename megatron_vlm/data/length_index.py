@@ -21,6 +21,7 @@ import numpy as np
 
 from megatron_vlm.data.array_files import map_arrays, write_arrays
 from megatron_vlm.data.errors import DataError, SampleError
+from megatron_vlm.data.partial_files import PartialFiles, timed_batches
 from megatron_vlm.data.processing.conversation import TEMPLATE, encode_conversation
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, num_image_tiles
@@ -28,11 +29,15 @@ from megatron_vlm.data.processing.tokenizer import Tokenizer
 from megatron_vlm.data.sources.sample_source import SampleSource
 from megatron_vlm.data.worker_pool import parallel_map
 from megatron_vlm.runtime.atomic_files import atomic_file
+from megatron_vlm.runtime.file_lock import file_lock
 
 logger = logging.getLogger(__name__)
 
 REJECTED = -1
 _FORMAT = "2"
+_REJECTED_SUFFIX = ".refused.jsonl"
+_PART_SECONDS = 30.0
+"""Of measuring are lost at most when the process is killed."""
 _REJECTIONS = "refused"
 """Name of the array of rejections in the file, which is JSON in bytes."""
 
@@ -67,7 +72,7 @@ class LengthIndex:
     @property
     def rejected_file(self) -> Path:
         """File beside the index that lists the rejected samples, one JSON object per line."""
-        return self.file.with_suffix(".refused.jsonl")
+        return self.file.with_suffix(_REJECTED_SUFFIX)
 
     def image_sizes(self, index: int) -> list[tuple[int, int]]:
         """Upright (width, height) of each image of a sample."""
@@ -117,7 +122,8 @@ def load_length_index(
 ) -> LengthIndex:
     """Read the length index of a source from the cache, or build and cache it.
 
-    Several processes may call this at once: each writes a file of its own and renames it.
+    Several processes, also of several machines, may call this at once: one measures and the others wait for its file.
+    What it has measured is kept if it is killed.
 
     Args:
         source: the samples to measure.
@@ -132,18 +138,52 @@ def load_length_index(
     measurer = _Measurer(source, tokenizer, geometry)
     path = cache_folder(source.name, cache_dir) / f"{Path(source.name).stem}-{measurer.cache_key()}.arrays"
     index = _read(path)
-    changed = index is None
     if index is None:
-        lengths = parallel_map(measurer.measure, len(source), processes, f"measuring {source.name}")
-        index = _collect(lengths, len(source))
-    elif index.rejected:
+        return _measure_once(measurer, path, processes)
+    index.file = path
+    if index.rejected:
         remeasured = {rejection.index: measurer.measure(rejection.index) for rejection in index.rejected}
         if any(new.rejection != old for new, old in zip(remeasured.values(), index.rejected, strict=True)):
-            index, changed = _update(index, remeasured), True
-    index.file = path
-    if changed:
-        _write(path, index)
+            index = _update(index, remeasured)
+            _write(path, index)
     return index
+
+
+def _measure_once(measurer: _Measurer, path: Path, processes: int | None) -> LengthIndex:
+    """Measure all samples and write the file, or wait for the file of another process that does so."""
+    name = measurer.source.name
+    try:
+        with file_lock(path.with_suffix(".lock"), purpose=f"measuring {name}"):
+            index = _read(path)
+            if index is None:
+                parts = PartialFiles(path.with_suffix(".partial"))
+                index = _measure_all(measurer, parts, processes)
+                _write(path, index)
+                parts.remove()
+    except OSError as error:
+        raise DataError(
+            f"the length index of {name} cannot be written to {path.parent}: {error}. "
+            "Set cache_dir to a writable folder."
+        ) from error
+    index.file = path
+    return index
+
+
+def _measure_all(measurer: _Measurer, parts: PartialFiles, processes: int | None) -> LengthIndex:
+    """Measure what is not in `parts` yet, and keep it there while measuring."""
+    measured = [_from_arrays(arrays) for arrays in parts.read()]
+    done = before = sum(len(part.tokens) for part in measured)
+    total, label = len(measurer.source), f"measuring {measurer.source.name}"
+    samples = parallel_map(
+        lambda index: measurer.measure(before + index), total - before, processes, label, samples_before=before
+    )
+    for batch, more in timed_batches(samples, _PART_SECONDS):
+        part = _collect(iter(batch), len(batch))
+        measured.append(part)
+        if more:  # after the last batch, the whole index is written
+            parts.write(done, done + len(batch), _to_arrays(part))
+        done += len(batch)
+    return _concatenate(measured)
 
 
 def cache_folder(source: str, cache_dir: str | Path | None) -> Path:
@@ -176,11 +216,32 @@ def _update(index: LengthIndex, remeasured: dict[int, _SampleLengths]) -> Length
     return _collect(samples(), len(index.tokens))
 
 
+def _concatenate(parts: list[LengthIndex]) -> LengthIndex:
+    counts = np.concatenate([np.diff(part.size_starts) for part in parts])
+    return LengthIndex(
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.tiles for part in parts]),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        np.concatenate([part.sizes for part in parts]),
+        [rejection for part in parts for rejection in part.rejected],
+    )
+
+
+def _to_arrays(index: LengthIndex) -> dict[str, np.ndarray]:
+    rejected = [asdict(rejection) for rejection in index.rejected]
+    arrays = {name: getattr(index, name) for name in ("tokens", "tiles", "size_starts", "sizes")}
+    return {**arrays, _REJECTIONS: np.frombuffer(json.dumps(rejected).encode(), np.uint8)}
+
+
+def _from_arrays(arrays: dict[str, np.ndarray]) -> LengthIndex:
+    """Raises KeyError or ValueError if they are not of a length index."""
+    rejected = [Rejection(**item) for item in json.loads(arrays[_REJECTIONS].tobytes())]
+    return LengthIndex(arrays["tokens"], arrays["tiles"], arrays["size_starts"], arrays["sizes"], rejected)
+
+
 def _read(path: Path) -> LengthIndex | None:
     try:
-        arrays = map_arrays(path)
-        rejected = [Rejection(**item) for item in json.loads(arrays[_REJECTIONS].tobytes())]
-        return LengthIndex(arrays["tokens"], arrays["tiles"], arrays["size_starts"], arrays["sizes"], rejected)
+        return _from_arrays(map_arrays(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError) as error:
@@ -189,13 +250,10 @@ def _read(path: Path) -> LengthIndex | None:
 
 
 def _write(path: Path, index: LengthIndex) -> None:
-    rejected = [asdict(rejection) for rejection in index.rejected]
-    arrays = {name: getattr(index, name) for name in ("tokens", "tiles", "size_starts", "sizes")}
     try:
-        with atomic_file(index.rejected_file) as file:
-            file.write("".join(json.dumps(rejection) + "\n" for rejection in rejected).encode())
-        arrays[_REJECTIONS] = np.frombuffer(json.dumps(rejected).encode(), np.uint8)
-        write_arrays(path, **arrays)
+        with atomic_file(path.with_suffix(_REJECTED_SUFFIX)) as file:
+            file.write("".join(json.dumps(asdict(rejection)) + "\n" for rejection in index.rejected).encode())
+        write_arrays(path, **_to_arrays(index))
     except OSError as error:
         raise DataError(
             f"the length index cannot be written to {path.parent}: {error}. Set cache_dir to a writable folder."

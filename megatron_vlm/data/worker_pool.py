@@ -81,8 +81,8 @@ def parallel_map(
         processes: number of worker processes; default: one per core; never more than there are chunks.
         label: what the job does, for progress and errors.
         chunk: number of calls that are sent to a process at a time.
-        samples: total for progress, if a call processes several samples and reports them with `report_progress`;
-            default: one per call.
+        samples: total for progress, those before included, if a call processes several samples and reports them with
+            `report_progress`; default: one per call.
         samples_before: samples done by an earlier run of the job, for progress.
 
     Raises:
@@ -93,7 +93,9 @@ def parallel_map(
     processes = min(processes or len(os.sched_getaffinity(0)), len(chunks))
     outer, work = _work, _Work(function, chunks, samples is None)
     _work = work
-    progress = Progress(label, total if samples is None else samples, lambda: sum(work.done), samples_before)
+    if samples is None:
+        samples = samples_before + total
+    progress = Progress(label, samples, lambda: sum(work.done), samples_before)
     try:
         if processes <= 1:
             with progress:

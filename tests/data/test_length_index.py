@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def test_cached_and_measured_again_after_a_change(
     first = build(folder, tokenizer)
     measured = []
     original = lengths.parallel_map
-    monkeypatch.setattr(lengths, "parallel_map", lambda *args: measured.append(1) or original(*args))
+    monkeypatch.setattr(lengths, "parallel_map", lambda *args, **kw: measured.append(1) or original(*args, **kw))
     assert same(build(folder, tokenizer), first) and not measured
     folder.entries[3]["conversations"][1]["value"] = "a longer answer"
     assert build(folder, tokenizer).tokens[3] > first.tokens[3] and len(measured) == 1
@@ -117,3 +118,52 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, tokenizer: Tokenizer) ->
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="Set cache_dir"):
         build(mixed_folder(tmp_path, 1), tokenizer, cache_dir=tmp_path / "file")
+
+
+def _count_measured(folder: Folder, tokenizer: Tokenizer, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every measured sample appends a byte to `log`, from whichever process."""
+    original = lengths._Measurer.measure
+
+    def measure(self: lengths._Measurer, index: int) -> lengths._SampleLengths:
+        with log.open("ab") as file:
+            file.write(b".")
+        return original(self, index)
+
+    monkeypatch.setattr(lengths._Measurer, "measure", measure)
+
+
+def test_what_a_killed_process_measured_is_kept(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = mixed_folder(tmp_path, 12)
+    folder.entries[3] = {"id": "broken"}
+    expected = build(folder, tokenizer, cache_dir=tmp_path / "other", processes=1)
+    log = tmp_path / "measured"
+    _count_measured(folder, tokenizer, log, monkeypatch)
+    monkeypatch.setattr(lengths, "_PART_SECONDS", 0.0)
+    monkeypatch.setattr(lengths, "parallel_map", partial(lengths.parallel_map, chunk=1))
+    write = lengths.PartialFiles.write
+
+    def killed(self: lengths.PartialFiles, start: int, stop: int, arrays: dict[str, np.ndarray]) -> None:
+        write(self, start, stop, arrays)
+        if stop == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lengths.PartialFiles, "write", killed)
+        build(folder, tokenizer, processes=1)
+    assert log.stat().st_size == 7
+    assert same(build(folder, tokenizer, processes=1), expected)
+    assert log.stat().st_size == 12
+    assert not list((tmp_path / ".lengths").rglob("*part*")), "the parts are removed"
+
+
+def test_processes_that_start_together_measure_once(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, log = mixed_folder(tmp_path, 12), tmp_path / "measured"
+    _count_measured(folder, tokenizer, log, monkeypatch)
+    with ThreadPoolExecutor(4) as threads:  # each opens the lock by itself, as processes do
+        found = list(threads.map(lambda _: build(folder, tokenizer, processes=1), range(4)))
+    assert log.stat().st_size == 12
+    assert all(same(index, found[0]) for index in found)

@@ -7,14 +7,12 @@ written, every process computes its own plans, which are the same. Files may be 
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import multiprocessing
 import os
 import signal
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import numpy as np
 
 from megatron_vlm.data.array_files import map_arrays, write_arrays
 from megatron_vlm.data.packing.epoch_plan import EpochPlan
+from megatron_vlm.runtime.file_lock import file_lock
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ class PlanCache:
     def _compute_and_write(self, epoch: int, wait: bool) -> EpochPlan | None:
         """Compute and cache a plan; returns None if another process did, or without `wait`, if one does so now."""
         try:
-            with self._lock(epoch, wait) as locked:
+            with file_lock(self._path(epoch).with_suffix(".lock"), wait=wait, purpose="planning rows") as locked:
                 if not locked or self._read(epoch) is not None:
                     return None
                 plan = self._compute(epoch)
@@ -95,20 +94,6 @@ class PlanCache:
             logger.warning("plans cannot be cached in %s (%s): every process computes its own", self._folder, error)
             return self._compute(epoch)
         return self._read(epoch)
-
-    @contextmanager
-    def _lock(self, epoch: int, wait: bool) -> Iterator[bool]:
-        """Yield whether this process has the lock of an epoch's plan."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(epoch).with_suffix(".lock")
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            yield True
-            path.unlink(missing_ok=True)
 
     def _read(self, epoch: int) -> EpochPlan | None:
         try:
