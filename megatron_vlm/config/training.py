@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Part = Literal["vision", "projector", "language"]
+LossNormalization = Literal["token", "sample", "sqrt"]
 PARTS: tuple[Part, ...] = get_args(Part)
 """The parts of a model, in the order of computation."""
 
@@ -32,6 +33,10 @@ class TrainingConfig:
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16, with fp32 master weights."})
     trainable: list[Part] = field(
         default_factory=lambda: list(PARTS), metadata={"help": "Model parts that are trained; the others are frozen."}
+    )
+    loss_normalization: LossNormalization = field(
+        default="token",
+        metadata={"help": "Each of a sample's n supervised tokens counts 1 (token), 1/n (sample) or 1/sqrt(n) (sqrt)."},
     )
     optimizer: Literal["adam", "sgd"] = field(default="adam", metadata={"help": "Optimizer; adam is AdamW."})
     lr: float = field(default=1e-5, metadata={"help": "Peak learning rate."})

@@ -67,9 +67,13 @@ class LanguageModel(LanguageModule):
     def _tied_weight(self) -> torch.Tensor | None:
         return self.embedding.word_embeddings.weight if self.pre_process else None
 
-    def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sum of the losses of this context rank's supervised tokens; labels [s] are already shifted."""
-        return self.output_layer(hidden, labels, self._tied_weight())
+    def loss(
+        self, hidden: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Sum of the losses of this context rank's supervised tokens; labels [s] are already shifted, and
+        token_weights [s] say how much each counts (None: 1).
+        """
+        return self.output_layer(hidden, labels, self._tied_weight(), token_weights)
 
     def logits(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """fp32 logits [n, V] at the positions `where` [n] of this context rank's slice."""

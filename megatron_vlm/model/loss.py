@@ -25,7 +25,10 @@ MAX_LOGITS_PER_CHUNK = 2**26
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(hidden @ weight.T)[target]; hidden [n, H], weight [V / tp, H], targets [n] in 0..V-1."""
+    """Sum of -log softmax(hidden @ weight.T)[target], each times its token weight if there are any.
+
+    Shapes: hidden [n, H], weight [V / tp, H], targets [n] in 0..V-1, token_weights [n] fp32 or None.
+    """
 
     @staticmethod
     def forward(
@@ -33,6 +36,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         targets: torch.Tensor,
+        token_weights: torch.Tensor | None,
         group: dist.ProcessGroup,
         training: bool,
     ) -> torch.Tensor:
@@ -52,10 +56,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             target_logits = _all_reduce(logits.gather(1, target)[:, 0] * in_shard, dist.ReduceOp.SUM, group)
             probabilities = logits.exp_()
             normalizer = _all_reduce(probabilities.sum(1), dist.ReduceOp.SUM, group)
-            total += (normalizer.log() - target_logits).sum()
+            losses = normalizer.log() - target_logits
+            scale = None if token_weights is None else token_weights[start : start + chunk]
+            total += losses.sum() if scale is None else losses @ scale
             if need_hidden or need_weight:
                 probabilities /= normalizer[:, None]
                 probabilities.scatter_add_(1, target, -in_shard[:, None].float())
+                if scale is not None:
+                    probabilities *= scale[:, None]
                 grad_logits = probabilities.to(weight.dtype)
                 if grad_hidden is not None:
                     grad_hidden[start : start + chunk] = grad_logits @ weight
@@ -71,6 +79,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
+            None,
             None,
             None,
             None,
@@ -103,19 +112,32 @@ class LossHead(MegatronModule):
             )
         return hidden[:, 0]
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor, tied: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        tied: torch.Tensor | None,
+        token_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Sum of the losses of supervised tokens, an fp32 scalar.
 
         Args:
             hidden: [s / tp, 1, H] of this tensor rank.
             labels: [s], already shifted; IGNORE_INDEX where a token is not supervised.
             tied: the embedding's weight [V / tp, H], used where this layer has none.
+            token_weights: [s] fp32, how much each token counts; None: 1.
         """
         weight = self.weight if self.weight is not None else tied
         assert weight is not None
         supervised = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        scales = None if token_weights is None else token_weights[supervised]
         return _ChunkedCrossEntropy.apply(
-            self._gather_sequence(hidden)[supervised], weight, labels[supervised], self.group, torch.is_grad_enabled()
+            self._gather_sequence(hidden)[supervised],
+            weight,
+            labels[supervised],
+            scales,
+            self.group,
+            torch.is_grad_enabled(),
         )
 
     def logits(self, hidden: torch.Tensor, where: torch.Tensor, tied: torch.Tensor | None) -> torch.Tensor:

@@ -21,6 +21,7 @@ from megatron_vlm.config import PARTS, Recipe
 from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.model.image_merge import encode_tiles, merge_image_features
 from megatron_vlm.model.language import LanguageModel
+from megatron_vlm.model.loss_weights import token_weights
 from megatron_vlm.model.packed_sequence import PackedSequence, packed_sequence, rotary_tables
 from megatron_vlm.model.projector import Projector
 from megatron_vlm.model.sharding import mark_tensor_parallel_weights
@@ -117,11 +118,16 @@ class VisionLanguageModel(MegatronModule):
             cache: a PagedKVCache during generation.
 
         Returns:
-            The hidden states [s / tp, 1, H]; on the last stage, without a `cache`, the sum of the losses of this
-            context rank's supervised tokens (fp32 scalar).
+            The hidden states [s / tp, 1, H]; on the last stage, without a `cache`, the weighted sum of the losses of
+            this context rank's supervised tokens (fp32 scalar), see loss_weights.py.
         """
         hidden = self.embed(batch) if self.pre_process else None
         hidden = self.language_model.decode(hidden, self.packed_sequence(batch, cache))
         if not self.post_process or cache is not None:
             return hidden
-        return self.language_model.loss(hidden, self.context_slice(batch.labels).to(current_device()))
+        labels = self.context_slice(batch.labels).to(current_device())
+        normalization = self.recipe.training.loss_normalization
+        if normalization == "token":
+            return self.language_model.loss(hidden, labels)
+        weights = self.context_slice(token_weights(batch, normalization))
+        return self.language_model.loss(hidden, labels, weights.to(current_device(), torch.float32))

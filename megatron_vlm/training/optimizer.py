@@ -5,11 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
@@ -35,7 +31,6 @@ def wrap_for_data_parallel(chunks: list[VisionLanguageModel], recipe: Recipe) ->
     )
     wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
     config = chunks[0].config
-    config.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:
         hooks = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]

@@ -10,25 +10,46 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 
 from megatron_vlm.config import Recipe
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
+from megatron_vlm.model.loss_weights import token_weights
 from megatron_vlm.model.sharding import unwrap
 from megatron_vlm.runtime.device import current_device
 
 
-def _loss(batch: PackedBatch, model: Any, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """megatron-core's 3-tuple: sum of losses, number of supervised tokens (both of this context slice), report."""
-    labels = model.context_slice(batch.labels)
-    count = (labels != IGNORE_INDEX).sum().to(device=output.device, dtype=torch.int)
-    return output, count, {"loss": torch.stack([output.detach().double(), count.double()])}
+class _StepWeight:
+    """Sums the token weights of a step, by which its gradients are divided.
 
+    megatron-core's schedule sums what the loss function returns as integers, but weights are not integers. So it is
+    given nothing to count, and gets this sum when it finalizes the gradients.
+    """
 
-def _forward(rows: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any]:
-    batch = next(rows)
-    return model(batch), partial(_loss, batch, unwrap(model))
+    def __init__(self) -> None:
+        self.total = torch.zeros((), dtype=torch.double, device=current_device())
+
+    def loss(
+        self, batch: PackedBatch, model: Any, output: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """megatron-core's 3-tuple: weighted sum of losses of this context slice, nothing to count, and report."""
+        count = (model.context_slice(batch.labels) != IGNORE_INDEX).sum().double()
+        normalization = model.recipe.training.loss_normalization
+        weight = count
+        if normalization != "token":
+            weight = model.context_slice(token_weights(batch, normalization)).sum()
+        sums = torch.stack([weight, count]).to(output.device)
+        self.total += sums[0]
+        return output, torch.zeros((), dtype=torch.int), {"loss": torch.cat([output.detach().double()[None], sums])}
+
+    def forward(self, rows: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any]:
+        batch = next(rows)
+        return model(batch), partial(self.loss, batch, unwrap(model))
+
+    def finalize(self, chunks: list[Any], _: torch.Tensor, **more: Any) -> None:
+        finalize_model_grads(chunks, self.total, **more)
 
 
 def rows_for_chunks(rows: Iterator[PackedBatch], chunks: int) -> list[Iterator[PackedBatch]]:
@@ -54,17 +75,19 @@ def forward_backward(
         forward_only: compute the loss only.
 
     Returns:
-        fp64 [sum of losses, number of supervised tokens] over the rows of this data rank and this context slice, on the
-        last stage; zeros on the other stages. Gradients are those of the mean over the step's supervised tokens.
+        fp64 [weighted sum of losses, sum of weights, number of supervised tokens] over the rows of this data rank and
+        this context slice, on the last stage; zeros on the other stages. Gradients are those of the weighted mean over
+        the step's supervised tokens.
     """
     rows_per_step = rows_per_step or recipe.training.global_batch_size
     micro_batches = rows_per_step // parallel_state.get_data_parallel_world_size()
     if not forward_only:
         for chunk in chunks:
             chunk.zero_grad_buffer()
-    several = len(chunks) > 1
+    several, weight = len(chunks) > 1, _StepWeight()
+    get_model_config(chunks[0]).finalize_model_grads_func = weight.finalize
     reports = get_forward_backward_func()(
-        forward_step_func=_forward,
+        forward_step_func=weight.forward,
         data_iterator=rows if several else rows[0],
         model=chunks if several else chunks[0],
         num_microbatches=micro_batches,
@@ -73,14 +96,17 @@ def forward_backward(
         forward_only=forward_only,
     )
     totals = [report["loss"] for report in reports]
-    return torch.stack(totals).sum(0) if totals else torch.zeros(2, dtype=torch.double, device=current_device())
+    return torch.stack(totals).sum(0) if totals else torch.zeros(3, dtype=torch.double, device=current_device())
 
 
 def global_loss(totals: torch.Tensor) -> tuple[float, int]:
-    """(mean loss over the supervised tokens of the whole step, their number), the same on every rank of the world."""
+    """(weighted mean loss over the supervised tokens of the whole step, their number), the same on every rank.
+
+    `totals` are those of forward_backward.
+    """
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         totals = torch.zeros_like(totals)  # tensor ranks hold the same loss: count it once
     totals = totals.to(current_device())
     dist.all_reduce(totals)
-    loss, count = totals.tolist()
-    return loss / max(count, 1.0), int(count)
+    loss, weight, count = totals.tolist()
+    return loss / weight if weight else 0.0, int(count)

@@ -23,6 +23,7 @@ class Layout:
     overlap: bool = False
     recompute: str | None = None
     family: str = "clip-olmo"
+    loss: str = "token"
 
     @property
     def name(self) -> str:
@@ -33,6 +34,7 @@ class Layout:
         extra += [name for name, on in (("bf16", self.bf16), ("overlap", self.overlap)) if on]
         extra += [f"recompute-{self.recompute}"] if self.recompute else []
         extra += [self.family] if self.family != "clip-olmo" else []
+        extra += [f"loss-{self.loss}"] if self.loss != "token" else []
         return "_".join(sizes + extra)
 
     def _sizes(self) -> dict[str, int]:
@@ -79,6 +81,9 @@ LAYOUTS: dict[int, list[Layout]] = {
         Layout(overlap=True),
         Layout(tp=2, recompute="full"),
         _family(SIGLIP_QWEN2, tp=2, vision="tensor"),
+        Layout(cp=2, loss="sample"),
+        Layout(pp=2, loss="sqrt"),
+        Layout(loss="sqrt"),
     ],
     4: [
         *_with_sgd(
@@ -100,6 +105,8 @@ LAYOUTS: dict[int, list[Layout]] = {
         _family(SIGLIP_QWEN2, tp=2, cp=2),
         _family(CLIP_MISTRAL, tp=2, cp=2),
         _family(CLIP_MISTRAL, cp=4),
+        Layout(tp=2, cp=2, loss="sqrt"),
+        Layout(pp=2, vpp=2, loss="sample"),
     ],
     8: [
         *_with_sgd([Layout(tp=2, pp=2, cp=2), Layout(tp=2, pp=2, vpp=2, cp=2)]),

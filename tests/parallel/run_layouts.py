@@ -45,6 +45,7 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
         trainable=list(layout.trainable),
         bf16=layout.bf16,
         recompute_granularity=layout.recompute,
+        loss_normalization=layout.loss,
     )
     check_recipe(recipe, dist.get_world_size())
     initialize_groups(recipe.parallel)
@@ -74,8 +75,8 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
 
 
 def reference_name(layout: Layout) -> str:
-    """File of the reference; layouts with the same model, optimizer and trainable parts share one."""
-    return f"reference_{layout.family}_{layout.optimizer}_{'-'.join(layout.trainable)}.pt"
+    """File of the reference; layouts with the same model, optimizer, trainable parts and loss share one."""
+    return f"reference_{layout.family}_{layout.optimizer}_{'-'.join(layout.trainable)}_{layout.loss}.pt"
 
 
 def compare(steps: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, Any]:
@@ -104,7 +105,9 @@ def main(folder: Path, names: set[str]) -> None:
         world = dist.get_world_size()
         if world == 1:
             for layout in {reference_name(case): case for cases in chosen.values() for case in cases}.values():
-                alone = Layout(optimizer=layout.optimizer, trainable=layout.trainable, family=layout.family)
+                alone = Layout(
+                    optimizer=layout.optimizer, trainable=layout.trainable, family=layout.family, loss=layout.loss
+                )
                 torch.save(run(alone), folder / reference_name(layout))
         results: dict[str, Any] = {}
         for layout in chosen[world]:
