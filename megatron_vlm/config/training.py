@@ -46,6 +46,9 @@ class TrainingConfig:
     projector_lr: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the projector; default: lr."}
     )
+    language_lr: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the language model; default: lr."}
+    )
     min_lr: float = field(default=0.0, metadata={"help": "Learning rate at the end of the decay."})
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = field(
         default="cosine",
@@ -65,6 +68,15 @@ class TrainingConfig:
     )
     weight_decay: float = field(
         default=0.0, metadata={"help": "Decoupled weight decay; not applied to biases and norms."}
+    )
+    vision_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the vision tower; default: weight_decay."}
+    )
+    projector_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the projector; default: weight_decay."}
+    )
+    language_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the language model; default: weight_decay."}
     )
     adam_beta1: float = field(default=0.9, metadata={"help": "Adam's beta 1."})
     adam_beta2: float = field(default=0.999, metadata={"help": "Adam's beta 2."})

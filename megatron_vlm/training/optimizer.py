@@ -15,7 +15,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_vlm.config import Recipe
+from megatron_vlm.config import PARTS, Recipe
 from megatron_vlm.model.vlm import VisionLanguageModel
 
 
@@ -37,14 +37,19 @@ def wrap_for_data_parallel(chunks: list[VisionLanguageModel], recipe: Recipe) ->
     return wrapped
 
 
-def _learning_rates_by_part(recipe: Recipe) -> dict[Any, Any]:
-    training = recipe.training
-    rates = {"vision": training.vision_lr, "projector": training.projector_lr}
-    return {
-        ParamKey(attr=f"is_{part}"): {"max_lr": rate, "min_lr": min(training.min_lr, rate)}
-        for part, rate in rates.items()
-        if rate is not None
-    }
+def _settings_by_part(recipe: Recipe) -> dict[Any, Any]:
+    """Learning rate and weight decay of each model part that has its own, in megatron-core's words."""
+    training, overrides = recipe.training, {}
+    for part in PARTS:
+        rate, decay = getattr(training, f"{part}_lr"), getattr(training, f"{part}_weight_decay")
+        own: dict[str, float] = {}
+        if rate is not None:
+            own |= {"max_lr": rate, "min_lr": min(training.min_lr, rate)}
+        if decay is not None:
+            own |= {"start_wd": decay, "end_wd": decay}
+        if own:
+            overrides[ParamKey(attr=f"is_{part}")] = own
+    return overrides
 
 
 def synchronize_parameters(chunks: list[Any]) -> None:
@@ -59,7 +64,7 @@ def synchronize_parameters(chunks: list[Any]) -> None:
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], recipe: Recipe) -> MegatronOptimizer:
-    """megatron-core's optimizer over the trainable parameters, with the recipe's learning rate for each model part."""
+    """megatron-core's optimizer over the trainable parameters, with the recipe's settings for each model part."""
     training = recipe.training
     config = OptimizerConfig(
         optimizer=training.optimizer,
@@ -77,7 +82,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], recipe: Recipe) -> Me
         overlap_param_gather=recipe.parallel.overlap_param_gather,
     )
     # Overrides replace megatron-core's own (no weight decay on biases and norms), so both are passed.
-    overrides = {**get_standard_config_overrides(config), **_learning_rates_by_part(recipe)}
+    overrides = {**get_standard_config_overrides(config), **_settings_by_part(recipe)}
     return get_megatron_optimizer(config, chunks, config_overrides=overrides)
 
 

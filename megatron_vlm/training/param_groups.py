@@ -1,8 +1,9 @@
-"""Keep the recipe's learning rates when an optimizer is loaded from a checkpoint.
+"""Keep the recipe's learning rates and weight decay when an optimizer is loaded from a checkpoint.
 
-megatron-core stores max_lr and min_lr with each parameter group. Version 0.16 matches stored groups without comparing
-the rates: a new `lr` has no effect, and if one model part has its own rate, all parts get the rate of the last group.
-Version 0.19 matches them by their rates and finds no match for a new `lr`.
+megatron-core stores max_lr and min_lr with each parameter group, and start_wd and end_wd where a model part has its own
+weight decay. Version 0.16 matches stored groups without comparing them: a new `lr` has no effect, and if one model part
+has its own rate, all parts get the rate of the last group. Version 0.19 matches them by their rates and finds no match
+for a new `lr`, nor for a new weight decay.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 _KIND = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 """What identifies a group, apart from its rates."""
-_RATES = ("max_lr", "min_lr")
+_RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
 _OF_RECIPE = (*_RATES, "default_config")
 
 Group = dict[str, Any]
@@ -25,14 +26,20 @@ def _rates(group: Group) -> Group:
     return {name: group[name] for name in _RATES if name in group}
 
 
-def recipe_lrs(groups: list[Group]) -> list[Group]:
-    """The rates of an optimizer's parameter groups, to be read before a checkpoint is loaded."""
+def _with_rates(stored: Group, rates: Group) -> Group:
+    return {name: value for name, value in stored.items() if name not in _RATES} | rates
+
+
+def recipe_settings(groups: list[Group]) -> list[Group]:
+    """What the recipe sets in an optimizer's parameter groups, to be read before a checkpoint is loaded."""
     return [{name: group[name] for name in _OF_RECIPE if name in group} for group in groups]
 
 
-def restore_lrs(groups: list[Group], rates: list[Group]) -> None:
-    """Set the rates that `recipe_lrs` returned, after a checkpoint was loaded."""
-    for group, own in zip(groups, rates, strict=True):
+def restore_settings(groups: list[Group], settings: list[Group]) -> None:
+    """Set what `recipe_settings` returned, and nothing else of its kind, after a checkpoint was loaded."""
+    for group, own in zip(groups, settings, strict=True):
+        for name in _OF_RECIPE:
+            group.pop(name, None)
         group.update(own)
 
 
@@ -62,6 +69,6 @@ def _match_groups(stored: list[Group], current: list[Group]) -> None:
         wanted = [_rates(other) for other in current if _kind(other) == _kind(group)]
         unused = [other for other in same_kind if _rates(other) not in wanted]
         if unused:
-            unused[0].update(_rates(group))
+            stored[stored.index(unused[0])] = _with_rates(unused[0], _rates(group))
         else:
-            stored.append(same_kind[0] | _rates(group))
+            stored.append(_with_rates(same_kind[0], _rates(group)))

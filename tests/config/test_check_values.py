@@ -26,6 +26,8 @@ OUT_OF_RANGE = [
     ("training.lr", 0.0),
     ("training.vision_lr", -1e-5),
     ("training.projector_lr", 0.0),
+    ("training.language_lr", -1.0),
+    ("training.vision_weight_decay", -0.1),
     ("training.min_lr", -1e-5),
     ("training.weight_decay", -0.1),
     ("training.clip_grad", -1.0),

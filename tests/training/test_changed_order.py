@@ -52,20 +52,24 @@ def test_settings_that_keep_the_order_may_change(stopped: Path, tmp_path: Path, 
     assert {group["max_lr"] for group in trainer.optimizer.param_groups} == {5e-4}
 
 
-def test_learning_rates_are_those_of_the_recipe(tmp_path: Path, resume: Callable[..., Trainer]) -> None:
-    """Also if model parts get or keep their own rates, where megatron-core 0.16 gives all of them the same rate."""
+def test_rates_and_weight_decay_are_those_of_the_recipe(tmp_path: Path, resume: Callable[..., Trainer]) -> None:
+    """Also if model parts get or keep their own, where megatron-core 0.16 gives all of them the same."""
 
-    def rates(trainer: Trainer) -> list[float]:
-        return sorted({group["max_lr"] for group in trainer.optimizer.param_groups})
+    def settings(trainer: Trainer) -> set[tuple[float, float]]:
+        """(peak rate, weight decay) of the groups that decay."""
+        groups = [group for group in trainer.optimizer.param_groups if group["wd_mult"]]
+        return {(group["max_lr"], group["weight_decay"]) for group in groups}
 
     own = {"lr": 5e-4, "vision_lr": 1e-4, "projector_lr": 2e-4}
+    own |= {"vision_weight_decay": 0.3, "language_weight_decay": 0.0}
+    expected = {(1e-4, 0.3), (2e-4, 0.01), (5e-4, 0.0)}
     trainer = resume(training=own)
-    assert rates(trainer) == [1e-4, 2e-4, 5e-4]
+    assert settings(trainer) == expected
     trainer.train()
     trainer = resume(training={**own, "train_iters": 4})
-    assert trainer.progress.iteration == 3 and rates(trainer) == [1e-4, 2e-4, 5e-4]
+    assert trainer.progress.iteration == 3 and settings(trainer) == expected
     trainer.train()
-    assert rates(resume(training={"lr": 5e-4, "train_iters": 4})) == [5e-4]
+    assert settings(resume(training={"lr": 5e-4, "train_iters": 4})) == {(5e-4, 0.01)}
 
 
 def test_another_order_is_rejected_or_accepted(resume: Callable[..., Trainer]) -> None:

@@ -92,7 +92,7 @@ def check_optimization(recipe: Recipe) -> Iterator[Problem]:
                     f"requires parallel.{name}, which is false",
                     f"Set {name} = true, or overlap_param_gather = false",
                 )
-    for name in ("lr", "vision_lr", "projector_lr"):
+    for name in ("lr", "vision_lr", "projector_lr", "language_lr"):
         rate = getattr(training, name)
         if rate is not None and rate > 0 and training.min_lr > rate:
             yield Problem(

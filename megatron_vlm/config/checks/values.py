@@ -50,6 +50,9 @@ NOT_NEGATIVE = (
     "training.min_lr",
     "training.lr_warmup_iters",
     "training.weight_decay",
+    "training.vision_weight_decay",
+    "training.projector_weight_decay",
+    "training.language_weight_decay",
     "training.clip_grad",
 )
 POSITIVE = (
@@ -60,6 +63,7 @@ POSITIVE = (
     "training.lr",
     "training.vision_lr",
     "training.projector_lr",
+    "training.language_lr",
     "training.adam_eps",
 )
 FRACTIONS = ("training.lr_warmup_fraction", "training.adam_beta1", "training.adam_beta2", "training.sgd_momentum")

@@ -20,7 +20,7 @@ from megatron_vlm.training.checkpoint.planner import ShardLoadPlanner
 from megatron_vlm.training.checkpoint.progress import Progress
 from megatron_vlm.training.checkpoint.shards import LocalState, chained, model_state, optimizer_state
 from megatron_vlm.training.checkpoint.trusted_metadata import TrustedReader
-from megatron_vlm.training.param_groups import match_param_groups, recipe_lrs, restore_lrs
+from megatron_vlm.training.param_groups import match_param_groups, recipe_settings, restore_settings
 
 
 def load_checkpoint(
@@ -44,16 +44,16 @@ def load_checkpoint(
         if (common.get("content_metadata") or {}).get("weights_only"):
             raise CheckpointError(f"{checkpoint} holds only weights: start from it with --pretrained-checkpoint")
         _check_same_parts(checkpoint, recipe)
-        lrs = recipe_lrs(optimizer.param_groups)
+        settings = recipe_settings(optimizer.param_groups)
         whole = optimizer_state(optimizer, chunks, loading=True)
         state = LocalState(state.shards + whole.shards, state.objects + whole.objects)
     _read(checkpoint, state, chunks)
     if optimizer is not None:
-        restore_lrs(optimizer.param_groups, lrs)
+        restore_settings(optimizer.param_groups, settings)
         for member, loaded in zip(chained(optimizer), whole.merged(common["optimizer"]), strict=True):
             match_param_groups(loaded, member.param_groups)
             member.load_state_dict(loaded)
-        restore_lrs(optimizer.param_groups, lrs)
+        restore_settings(optimizer.param_groups, settings)
     if schedule is not None:
         schedule.load_state_dict(common["schedule"])
     return Progress(**common["progress"])
