@@ -28,8 +28,9 @@ from benchmarks.synthetic_images import write_image_shards
 from benchmarks.train_step import PackedLoop, time_call
 from megatron_vlm.config import DataConfig, ParallelConfig, Recipe
 from megatron_vlm.config.recipe import load_recipe
-from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.data.loader import RowLoader, build_loader
+from megatron_vlm.data.rank_batch import RankBatch
+from megatron_vlm.model.rank_view import rank_view
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.launch import distributed
 
@@ -70,10 +71,11 @@ def recipe_of_shards(config: Path, folder: Path, samples: int) -> Recipe:
 
 def open_loader(recipe: Recipe, workers: int) -> RowLoader:
     recipe = replace(recipe, data=replace(recipe.data, num_workers=workers))
-    return build_loader(recipe, dp_rank=0, dp_size=1, consumed_rows=0, need_tiles=True)
+    view = rank_view(recipe)
+    return build_loader(recipe, dp_rank=0, dp_size=1, consumed_rows=0, need_tiles=True, view=view)
 
 
-def rows_in_memory(recipe: Recipe, workers: int, count: int) -> list[PackedBatch]:
+def rows_in_memory(recipe: Recipe, workers: int, count: int) -> list[RankBatch]:
     """The first `count` rows of the run."""
     loader = open_loader(recipe, workers)
     rows = list(itertools.islice(loader, count))
@@ -81,12 +83,12 @@ def rows_in_memory(recipe: Recipe, workers: int, count: int) -> list[PackedBatch
     return rows
 
 
-def train_on(loop: PackedLoop, rows: Iterator[PackedBatch], steps: int) -> list[float]:
+def train_on(loop: PackedLoop, rows: Iterator[RankBatch], steps: int) -> list[float]:
     """Train one step per row; returns the seconds of each."""
     return [time_call(lambda: loop.step([next(rows)])) for _ in range(steps)]
 
 
-def pass_from_memory(loop: PackedLoop, rows: list[PackedBatch]) -> Pass:
+def pass_from_memory(loop: PackedLoop, rows: list[RankBatch]) -> Pass:
     iterator = iter(rows)
     train_on(loop, iterator, WARMUP_STEPS)
     return Pass(None, train_on(loop, iterator, len(rows) - WARMUP_STEPS), 0.0)
@@ -101,7 +103,7 @@ def pass_from_loader(loop: PackedLoop, recipe: Recipe, workers: int, steps: int)
     return measured
 
 
-def check_same_loss(loop: PackedLoop, recipe: Recipe, row: PackedBatch) -> None:
+def check_same_loss(loop: PackedLoop, recipe: Recipe, row: RankBatch) -> None:
     """The first row must have the same loss from the loader and from memory; raises SystemExit if not."""
     loader = open_loader(recipe, 0)
     from_loader, from_memory = loop.forward_backward([next(loader)]), loop.forward_backward([row])
@@ -140,7 +142,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     report(arguments, recipe, rows[WARMUP_STEPS:], passes)
 
 
-def report(arguments: argparse.Namespace, recipe: Recipe, rows: list[PackedBatch], passes: list[Pass]) -> None:
+def report(arguments: argparse.Namespace, recipe: Recipe, rows: list[RankBatch], passes: list[Pass]) -> None:
     """Print the table and write the JSON."""
     tokens, tiles = (sum(getattr(row, name) for row in rows) for name in ("num_tokens", "num_tiles"))
     from_memory = sum(passes[0].seconds)

@@ -123,7 +123,8 @@ def loops(
     def ours(recompute: Recompute) -> tuple[Any, list[Any]]:
         training = replace(recipe.training, global_batch_size=1, recompute_granularity=recompute)
         model.to("cpu")  # PackedLoop copies the weights
-        return PackedLoop(model, replace(recipe, training=training)), [[row] for row in work.rows]
+        loop = PackedLoop(model, replace(recipe, training=training))
+        return loop, [[loop.prepare(row)] for row in work.rows]
 
     def theirs(recompute: Recompute, size: int) -> tuple[Any, list[Any]]:
         model.load_state_dict(state)

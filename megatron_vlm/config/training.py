@@ -110,6 +110,10 @@ class TrainingConfig:
         default=1000, metadata={"help": "Iterations between checkpoints; the last iteration is always saved."}
     )
     log_interval: int = field(default=1, metadata={"help": "Iterations between progress lines."})
+    manual_gc_interval: int = field(
+        default=100,
+        metadata={"help": "Iterations between Python's garbage collections, on all ranks at once; 0: Python decides."},
+    )
     distributed_timeout_minutes: int = field(
         default=10, metadata={"help": "Minutes that a collective may wait for other ranks before it is an error."}
     )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,13 +12,14 @@ from megatron_vlm.data.processing.conversation import IGNORE_INDEX as IGNORE_IND
 from megatron_vlm.data.processing.conversation import EncodedConversation
 from megatron_vlm.data.processing.image_tokens import RowFeatures
 from megatron_vlm.data.processing.tiling import ImageGeometry, Size
+from megatron_vlm.data.tensor_tree import map_leaves
 
 
 @dataclass
 class PackedBatch:
     """A micro-batch: one row of documents packed end to end, with its image tokens already expanded.
 
-    Every rank of a model-parallel group holds the same row; each takes its own slice of it later.
+    Every rank of a model-parallel group reads the same row; `rank_batch` then takes the part that a rank computes with.
 
     Shapes: S is seq_length, T the number of tiles of the row, N the number of its image tokens.
     """
@@ -56,12 +56,7 @@ class PackedBatch:
 
     def pin_memory(self) -> PackedBatch:
         """A copy in page-locked memory, for asynchronous copies to a GPU. Called by torch's DataLoader."""
-        pinned: dict[str, Any] = {
-            item.name: value.pin_memory()
-            for item in fields(self)
-            if isinstance(value := getattr(self, item.name), torch.Tensor)
-        }
-        return replace(self, **pinned)
+        return map_leaves(self, torch.Tensor, torch.Tensor.pin_memory)
 
 
 def tile_range(num_tiles: int, rank: int, size: int) -> tuple[int, int]:

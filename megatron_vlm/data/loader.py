@@ -1,6 +1,7 @@
 """The data loader: packed rows for training, from a recipe and the index of the first row.
 
     data_path -> sources -> length index -> samples of the epoch -> plan -> rows of this rank -> workers -> PackedBatch
+                                                                                                    -> RankBatch
 
 Every rank opens the dataset and has the whole plan. Ranks differ only in which rows they read (data parallelism) and
 which tiles of a row they decode (tile_rank). The first call on a machine measures lengths and plans the epoch, and
@@ -20,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.data.errors import DataError, RowError
 from megatron_vlm.data.packing.row_plan import PlannedRow, RowPlan
 from megatron_vlm.data.planned_data import PlannedData, plan_data
 from megatron_vlm.data.processing.tokenizer import Tokenizer
+from megatron_vlm.data.rank_batch import AnyBatch, RankView, rank_batch
 from megatron_vlm.data.row_builder import RowBuilder
 from megatron_vlm.data.worker_transport import SharedBatch
 
@@ -44,15 +45,16 @@ class _Failure:
         self.message = message
 
 
-class _Rows(Dataset[PackedBatch]):
+class _Rows(Dataset[AnyBatch]):
     """Builds planned rows; a dataset for torch's DataLoader."""
 
-    def __init__(self, builder: RowBuilder) -> None:
-        self._builder = builder
+    def __init__(self, builder: RowBuilder, view: RankView | None) -> None:
+        self._builder, self._view = builder, view
 
-    def __getitem__(self, row: PlannedRow) -> PackedBatch | SharedBatch | _Failure:  # type: ignore[override]
+    def __getitem__(self, row: PlannedRow) -> AnyBatch | SharedBatch | _Failure:  # type: ignore[override]
         try:
-            batch = self._builder.build(row)
+            packed = self._builder.build(row)
+            batch: AnyBatch = packed if self._view is None else rank_batch(packed, self._view)
             return batch if get_worker_info() is None else SharedBatch(batch)
         except RowError as error:
             return _Failure(str(error))
@@ -74,8 +76,8 @@ class _RowSampler(Sampler[PlannedRow]):
             yield row
 
 
-class RowLoader(Iterator[PackedBatch]):
-    """Yields this rank's rows in order, without end."""
+class RowLoader(Iterator[Any]):
+    """Yields this rank's rows in order, without end: RankBatches if the loader has a view, otherwise PackedBatches."""
 
     def __init__(
         self,
@@ -85,6 +87,7 @@ class RowLoader(Iterator[PackedBatch]):
         rows: Iterator[PlannedRow],
         num_workers: int,
         plan_inputs: dict[str, Any] | None = None,
+        view: RankView | None = None,
     ) -> None:
         """
         Args:
@@ -94,6 +97,7 @@ class RowLoader(Iterator[PackedBatch]):
             rows: the rows of this rank.
             num_workers: number of processes that build rows; 0: they are built in this process, when asked for.
             plan_inputs: what determines the order of rows, see `plan_fingerprint.py`.
+            view: the part of each row to yield; None: whole rows.
         """
         self.plan = plan
         self.tokenizer: Tokenizer = builder.tokenizer
@@ -110,7 +114,7 @@ class RowLoader(Iterator[PackedBatch]):
                 "prefetch_factor": _ROWS_AHEAD_PER_WORKER,
             }
         loader = DataLoader(
-            _Rows(builder),
+            _Rows(builder, view),
             sampler=self._sampler,
             batch_size=None,
             collate_fn=_identity,
@@ -120,7 +124,7 @@ class RowLoader(Iterator[PackedBatch]):
         )
         self._batches: Iterator[Any] | None = _start(loader)
 
-    def __next__(self) -> PackedBatch:
+    def __next__(self) -> Any:
         """
         Raises:
             RowError: a row cannot be built, or a worker died. The message names the row and its samples.
@@ -172,7 +176,7 @@ class RowLoader(Iterator[PackedBatch]):
         self._batches = None  # torch stops the workers when their iterator is deleted
 
 
-def _start(loader: DataLoader[PackedBatch]) -> Iterator[Any]:
+def _start(loader: DataLoader[AnyBatch]) -> Iterator[Any]:
     """Start the workers, without torch's SIGCHLD handler, which raises in the main thread as soon as a worker dies.
 
     Without it, the call that waits for the row of a dead worker notices within seconds, and can say what the row holds.
@@ -199,6 +203,7 @@ def build_loader(
     tile_rank: int = 0,
     tile_ranks: int = 1,
     planned: PlannedData | None = None,
+    view: RankView | None = None,
 ) -> RowLoader:
     """Open the dataset of a recipe and start loading.
 
@@ -214,6 +219,7 @@ def build_loader(
         tile_rank: rank among those that share the tiles of a row, see batch.tile_range.
         tile_ranks: number of those ranks.
         planned: the recipe's dataset, if it is open already.
+        view: yield the part of each row that this rank computes with, made by the workers, instead of whole rows.
 
     Raises:
         DataError: as plan_data.
@@ -229,4 +235,4 @@ def build_loader(
         recipe.data.seq_length, (tile_rank, tile_ranks) if need_tiles else None, dataset.truncations,
     )  # fmt: skip
     rows = plan.rows_of_rank(consumed_rows, dp_rank, dp_size)
-    return RowLoader(plan, builder, dataset.counts, rows, recipe.data.num_workers, planned.inputs)
+    return RowLoader(plan, builder, dataset.counts, rows, recipe.data.num_workers, planned.inputs, view)

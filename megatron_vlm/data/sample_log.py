@@ -11,21 +11,21 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.data.rank_batch import AnyBatch
 from megatron_vlm.runtime.json_lines import keep_lines, read_lines
 
 _PATTERN = "samples-rank*.jsonl"
 
 
 def log_samples(
-    rows: Iterator[PackedBatch],
+    rows: Iterator[AnyBatch],
     folder: Path,
     consumed_rows: int,
     *,
     rank: int,
     is_writer: bool,
     barrier: Callable[[], None],
-) -> Iterator[PackedBatch]:
+) -> Iterator[AnyBatch]:
     """Log the rows that are read from the returned iterator; every rank of the run calls this.
 
     Args:
@@ -49,14 +49,14 @@ def truncate_logs(folder: Path, consumed_rows: int) -> None:
         keep_lines(path, lambda line: line["row"] < consumed_rows)
 
 
-class SampleLog(Iterator[PackedBatch]):
+class SampleLog(Iterator[AnyBatch]):
     """Yields rows and appends their sample ids to the file of `rank` in `folder`, which must exist."""
 
-    def __init__(self, rows: Iterator[PackedBatch], folder: Path, rank: int) -> None:
+    def __init__(self, rows: Iterator[AnyBatch], folder: Path, rank: int) -> None:
         self._rows = rows
         self._file = (folder / _PATTERN.replace("*", str(rank))).open("a", buffering=1)
 
-    def __next__(self) -> PackedBatch:
+    def __next__(self) -> AnyBatch:
         batch = next(self._rows)
         self._file.write(json.dumps({"row": batch.row_index, "samples": batch.sample_ids}) + "\n")
         return batch

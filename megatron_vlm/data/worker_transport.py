@@ -9,35 +9,34 @@ from __future__ import annotations
 
 import mmap
 import os
-from dataclasses import fields
+from dataclasses import replace
 from multiprocessing import reduction
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.data.rank_batch import AnyBatch
+from megatron_vlm.data.tensor_tree import map_leaves
 
 
 class SharedBatch:
-    """A batch that unpickles as a PackedBatch with the same values, in writable memory. It can be pickled once."""
+    """A batch that unpickles as one with the same values, in writable memory. It can be pickled once."""
 
-    def __init__(self, batch: PackedBatch) -> None:
+    def __init__(self, batch: AnyBatch) -> None:
         """Write the tiles to a file and serve its descriptor. An error raised here can be caught; one raised while
         pickling, in the queue's thread, would leave the trainer waiting.
 
         Raises:
             OSError: out of memory, or multiprocessing's folder for sockets was removed.
         """
-        self._values = {item.name: getattr(batch, item.name) for item in fields(batch)}
-        tiles: torch.Tensor | None = self._values.pop("tiles")
+        tiles = batch.tiles
+        self._batch = map_leaves(replace(batch, tiles=None), torch.Tensor, torch.Tensor.numpy)
         self._shape = None if tiles is None else tuple(tiles.shape)
         self._descriptor = _serve(_write(tiles)) if tiles is not None and tiles.numel() else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arrays = {name: value.numpy() for name, value in self._values.items() if isinstance(value, torch.Tensor)}
-        others = {name: value for name, value in self._values.items() if name not in arrays}
-        return _receive, (others, arrays, self._shape, self._descriptor)
+        return _receive, (self._batch, self._shape, self._descriptor)
 
 
 def _write(tiles: torch.Tensor) -> int:
@@ -61,9 +60,7 @@ def _serve(file: int) -> Any:
         os.close(file)
 
 
-def _receive(
-    others: dict[str, Any], arrays: dict[str, np.ndarray], shape: tuple[int, ...] | None, descriptor: Any
-) -> PackedBatch:
+def _receive(batch: AnyBatch, shape: tuple[int, ...] | None, descriptor: Any) -> AnyBatch:
     tiles = None
     if shape is not None and descriptor is None:
         tiles = torch.empty(shape, dtype=torch.uint8)
@@ -74,5 +71,4 @@ def _receive(
         finally:
             os.close(file)
         tiles = torch.from_numpy(pixels.reshape(shape))
-    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return PackedBatch(**others, **tensors, tiles=tiles)
+    return replace(map_leaves(batch, np.ndarray, torch.from_numpy), tiles=tiles)

@@ -8,6 +8,8 @@ which BLAS computes each row alike (ROW_MULTIPLE). So what else is in a step cha
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -16,6 +18,7 @@ from megatron_vlm.config.inference import InferenceConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch, tile_range
 from megatron_vlm.data.processing.image_tokens import RowFeatures
 from megatron_vlm.data.processing.tiling import ImageGeometry
+from megatron_vlm.data.rank_batch import rank_batch
 from megatron_vlm.inference.kv_cache import PagedKVCache
 from megatron_vlm.inference.scheduler import ROW_MULTIPLE
 from megatron_vlm.inference.step_plan import ImageToEncode, StepPlan
@@ -109,22 +112,25 @@ class ModelRunner:
 
     def _encode(self, image: ImageToEncode) -> torch.Tensor:
         """Features of all tokens of an image, newlines included, on every tensor rank: [image tokens, H]."""
-        row = RowFeatures(self._geometry)
-        row.add(image.size, 0)
-        fields = row.fields()
-        start, stop = tile_range(row.num_tiles, *tile_shard_rank(self.recipe.parallel))
+        image_tokens = RowFeatures(self._geometry)
+        image_tokens.add(image.size, 0)
+        fields = image_tokens.fields()
+        start, stop = tile_range(image_tokens.num_tiles, *tile_shard_rank(self.recipe.parallel))
         tokens = torch.zeros_like(fields["feature_positions"])
         batch = PackedBatch(
             tokens=tokens,
             labels=torch.full_like(tokens, IGNORE_INDEX),
             positions=torch.arange(len(tokens)),
             cu_seqlens=[0, len(tokens)],
-            num_tiles=row.num_tiles,
+            num_tiles=image_tokens.num_tiles,
             tiles=torch.from_numpy(image.tiles[start:stop]) if start < stop else None,
             **fields,
         )
         model = self.model
-        features = encode_tiles(model.vision_model, model.projector, batch, self.recipe.parallel, tower_is_frozen=True)
+        # Every rank merges all tokens of the image.
+        view = replace(model.view, context=(0, 1), sequence=(0, 1), is_last_stage=False)
+        row = rank_batch(batch, view).to(self.device)
+        features = encode_tiles(model.vision_model, model.projector, row, view, tower_is_frozen=True)
         width = self.recipe.model.language.hidden_size
         empty = torch.zeros(len(tokens), 1, width, dtype=self._dtype, device=self.device)
-        return merge_image_features(empty, features, model.image_newline, batch, 0)[:, 0]
+        return merge_image_features(empty, features, model.image_newline, row)[:, 0]

@@ -7,10 +7,12 @@ whole documents, and any variable-length kernel can be used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,21 +22,17 @@ from megatron_vlm.model.packed_sequence import PackedSequence
 from megatron_vlm.runtime.device import fused
 
 
-class _SwapSequenceAndHeads(torch.autograd.Function):
-    """[s / cp, h, d] -> [s, h / cp, d] if to_heads, else the inverse. Each direction is the other's backward."""
+def _to_heads(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> tuple[torch.Tensor, ...]:
+    """[s / cp, h, d] each, of this rank's slice of the row -> [s, h / cp, d] each, in one all-to-all."""
+    ranks = group.size()
+    by_rank = torch.cat([x.unflatten(1, (ranks, -1)).transpose(0, 1) for x in tensors], dim=2)
+    received = tensor_parallel.all_to_all(group, by_rank).flatten(0, 1)
+    return received.split([x.shape[1] // ranks for x in tensors], dim=1)
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, to_heads: bool, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.to_heads, ctx.group = to_heads, group
-        split, join = (1, 0) if to_heads else (0, 1)
-        sent = torch.stack(x.chunk(group.size(), split))
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=group)
-        return torch.cat(received.unbind(0), join)
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
-        return _SwapSequenceAndHeads.apply(grad, not ctx.to_heads, ctx.group), None, None
+def _to_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The inverse for one tensor: [s, h / cp, d] -> [s / cp, h, d]."""
+    return tensor_parallel.all_to_all(group, x.unflatten(0, (group.size(), -1))).transpose(0, 1).flatten(1, 2)
 
 
 @fused
@@ -88,13 +86,15 @@ class PackedAttention(MegatronModule):
             repeats = -(-ranks // key.shape[1]) if key.shape[1] < ranks else 1
             if repeats > 1:  # every rank needs a key/value head: where ranks outnumber heads, heads are repeated
                 key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-            query, key, value = (_SwapSequenceAndHeads.apply(x, True, self.context_group) for x in (query, key, value))
+            query, key, value = _to_heads((query, key, value), self.context_group)
         if packed.cos is not None and packed.sin is not None:
             query, key = rotate(query, packed.cos, packed.sin), rotate(key, packed.cos, packed.sin)
+            # A slice of qkv would keep all of qkv until the backward pass, for the value alone.
+            value = value.contiguous()
         if packed.cache is not None:
             out = packed.cache.attend(self.layer_number, query, key, value, packed)
         else:
             out = attend(query, key, value, packed, self.scale)
         if ranks > 1:
-            out = _SwapSequenceAndHeads.apply(out, False, self.context_group)
+            out = _to_sequence(out, self.context_group)
         return out.flatten(1)

@@ -2,7 +2,7 @@
 
 `sdpa` calls torch's scaled_dot_product_attention on groups of documents and runs on every device. `varlen` calls
 torch's variable-length attention; it needs a GPU, bf16 or fp16, torch 2.11 and a head dimension divisible by 8.
-`attend` uses `varlen` where it is supported.
+`attend` uses `varlen` where it is supported. Then a row has no groups.
 """
 
 from __future__ import annotations
@@ -14,21 +14,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_vlm.model.packed_sequence import DocumentGroup, PackedSequence
+from megatron_vlm.data.document_layout import DocumentGroup
+from megatron_vlm.model.packed_sequence import PackedSequence
+from megatron_vlm.runtime.device import on_gpu
 
 
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequence, scale: float | None = None
 ) -> torch.Tensor:
     """query [s, h, d], key and value [s, kv, d] of the whole row -> [s, h, d], each document by itself."""
-    return (varlen if _supports_varlen(query) else sdpa)(query, key, value, packed, scale)
+    return (sdpa if packed.groups else varlen)(query, key, value, packed, scale)
 
 
-def _supports_varlen(query: torch.Tensor) -> bool:
-    """Whether torch's variable-length kernel supports this device, dtype and head dimension."""
-    head_dim = query.shape[-1]
-    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    return half and head_dim % 8 == 0 and head_dim <= 256 and "window_size" in _varlen_parameters()
+def reads_groups(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `attend` uses `sdpa` on this machine, which reads groups of documents.
+
+    torch's variable-length kernel supports half precision and head dimensions that are multiples of 8.
+    """
+    half = on_gpu() and dtype in (torch.bfloat16, torch.float16)
+    return not (half and head_dim % 8 == 0 and head_dim <= 256 and "window_size" in _varlen_parameters())
 
 
 def _repeat_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

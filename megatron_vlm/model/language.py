@@ -68,12 +68,17 @@ class LanguageModel(LanguageModule):
         return self.embedding.word_embeddings.weight if self.pre_process else None
 
     def loss(
-        self, hidden: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        supervised: torch.Tensor,
+        targets: torch.Tensor,
+        token_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Sum of the losses of this context rank's supervised tokens; labels [s] are already shifted, and
-        token_weights [s] say how much each counts (None: 1).
+        """Sum of the losses of this context rank's supervised tokens [n], which predict the targets [n].
+
+        token_weights [n] say how much each counts (None: 1).
         """
-        return self.output_layer(hidden, labels, self._tied_weight(), token_weights)
+        return self.output_layer(hidden, supervised, targets, self._tied_weight(), token_weights)
 
     def logits(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """fp32 logits [n, V] at the positions `where` [n] of this context rank's slice."""

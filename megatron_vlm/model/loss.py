@@ -18,8 +18,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
-from megatron_vlm.data.batch import IGNORE_INDEX
-
 MAX_LOGITS_PER_CHUNK = 2**26
 """fp32 logits of a chunk on a rank, 256 MB: large enough for full speed, small next to the activations."""
 
@@ -115,7 +113,8 @@ class LossHead(MegatronModule):
     def forward(
         self,
         hidden: torch.Tensor,
-        labels: torch.Tensor,
+        supervised: torch.Tensor,
+        targets: torch.Tensor,
         tied: torch.Tensor | None,
         token_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -123,19 +122,18 @@ class LossHead(MegatronModule):
 
         Args:
             hidden: [s / tp, 1, H] of this tensor rank.
-            labels: [s], already shifted; IGNORE_INDEX where a token is not supervised.
+            supervised: [n], the supervised tokens of this context rank's slice.
+            targets: [n], what they predict.
             tied: the embedding's weight [V / tp, H], used where this layer has none.
-            token_weights: [s] fp32, how much each token counts; None: 1.
+            token_weights: [n] fp32, how much each of them counts; None: 1.
         """
         weight = self.weight if self.weight is not None else tied
         assert weight is not None
-        supervised = (labels != IGNORE_INDEX).nonzero()[:, 0]
-        scales = None if token_weights is None else token_weights[supervised]
         return _ChunkedCrossEntropy.apply(
             self._gather_sequence(hidden)[supervised],
             weight,
-            labels[supervised],
-            scales,
+            targets,
+            token_weights,
             self.group,
             torch.is_grad_enabled(),
         )

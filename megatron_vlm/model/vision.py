@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.config import VisionConfig
+from megatron_vlm.data.document_layout import DocumentLayout
 from megatron_vlm.model.layer_spec import block_spec
 from megatron_vlm.model.norm import LayerNorm
 from megatron_vlm.model.packed_sequence import packed_sequence
@@ -56,20 +57,19 @@ class VisionTower(MegatronModule):
         tokens = tokens + self.position_embedding.weight
         return self.pre_norm(tokens) if self.vision.pre_norm else tokens
 
-    def forward(self, tiles_NCHW: torch.Tensor) -> torch.Tensor:
-        """Tiles [n, 3, side, side] -> this tensor rank's slice of [n * tokens per tile + padding, 1, width]."""
+    def forward(self, tiles_NCHW: torch.Tensor, documents: DocumentLayout) -> torch.Tensor:
+        """Tiles [n, 3, side, side] -> this tensor rank's slice of [n * tokens per tile + padding, 1, width].
+
+        `documents` are the tiles, and the padding if there is any (rank_batch.tile_documents).
+        """
         tokens = self.embed(tiles_NCHW)
-        per_tile = tokens.shape[1]
         hidden = tokens.flatten(0, 1)[:, None]
         padding = -len(hidden) % self.tensor_group.size()
-        cu_seqlens = [per_tile * tile for tile in range(len(tokens) + 1)]
         if padding:
             hidden = torch.cat([hidden, hidden.new_zeros(padding, *hidden.shape[1:])])
-            cu_seqlens.append(cu_seqlens[-1] + padding)
-        packed = packed_sequence(cu_seqlens, causal=False, device=hidden.device)
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tensor_group)
-        return self.decoder(hidden, attention_mask=None, packed_seq_params=packed)
+        return self.decoder(hidden, attention_mask=None, packed_seq_params=packed_sequence(documents))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -12,21 +12,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.config import PARTS, Recipe
-from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.data.rank_batch import AnyBatch, RankBatch, rank_batch
 from megatron_vlm.model.image_merge import encode_tiles, merge_image_features
 from megatron_vlm.model.language import LanguageModel
-from megatron_vlm.model.loss_weights import token_weights
 from megatron_vlm.model.packed_sequence import PackedSequence, packed_sequence, rotary_tables
 from megatron_vlm.model.projector import Projector
+from megatron_vlm.model.rank_view import rank_view
 from megatron_vlm.model.sharding import mark_tensor_parallel_weights
 from megatron_vlm.model.vision import VisionTower, mark_as_replicated
-from megatron_vlm.runtime.device import current_device
 
 
 class VisionLanguageModel(MegatronModule):
@@ -46,6 +44,7 @@ class VisionLanguageModel(MegatronModule):
         super().__init__(config=config)
         self.recipe = recipe
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.view = rank_view(recipe)
         self.language_model = LanguageModel(
             config, recipe.model.language, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
@@ -87,47 +86,44 @@ class VisionLanguageModel(MegatronModule):
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
         self.language_model.set_input_tensor(input_tensor)
 
-    def packed_sequence(self, batch: PackedBatch, cache: object = None) -> PackedSequence:
+    def on_device(self, batch: AnyBatch) -> RankBatch:
+        """This rank's part of a row, on the device of the weights.
+
+        The loader's workers take the parts of a run's rows. A row that no loader has prepared is prepared here.
+        """
+        row = batch if isinstance(batch, RankBatch) else rank_batch(batch, self.view)
+        return row.to(next(self.parameters()).device)
+
+    def packed_sequence(self, batch: AnyBatch, cache: object = None) -> PackedSequence:
         """The document boundaries and rotary tables that every language layer needs for this row."""
-        language, device = self.recipe.model.language, current_device()
-        cos, sin = rotary_tables(batch.positions.to(device), language.head_width, language.rope_theta)
-        return packed_sequence(batch.cu_seqlens, causal=True, device=device, cos=cos, sin=sin, cache=cache)
+        row, language = self.on_device(batch), self.recipe.model.language
+        cos, sin = rotary_tables(row.positions, language.head_width, language.rope_theta)
+        return packed_sequence(row.documents, cos=cos, sin=sin, cache=cache)
 
-    def context_slice(self, row: torch.Tensor) -> torch.Tensor:
-        """This context rank's contiguous slice of a tensor [S, ...] of the whole row."""
-        ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-        length = len(row) // ranks
-        return row[rank * length : (rank + 1) * length]
-
-    def embed(self, batch: PackedBatch) -> torch.Tensor:
+    def embed(self, batch: AnyBatch) -> torch.Tensor:
         """Embeddings of this rank's slice of the row, image features merged in: [s / tp, 1, H]."""
-        tokens = self.context_slice(batch.tokens).to(current_device())
-        hidden = self.language_model.embed(tokens)
+        row = self.on_device(batch)
+        assert row.tokens is not None
+        hidden = self.language_model.embed(row.tokens)
         frozen = "vision" not in self.recipe.training.trainable
-        features = encode_tiles(self.vision_model, self.projector, batch, self.recipe.parallel, tower_is_frozen=frozen)
-        first = parallel_state.get_context_parallel_rank() * len(tokens)
-        if self.config.sequence_parallel:
-            first += parallel_state.get_tensor_model_parallel_rank() * len(hidden)
-        return merge_image_features(hidden, features, self.image_newline, batch, first)
+        features = encode_tiles(self.vision_model, self.projector, row, self.view, tower_is_frozen=frozen)
+        return merge_image_features(hidden, features, self.image_newline, row)
 
-    def forward(self, batch: PackedBatch, cache: object = None) -> torch.Tensor:
+    def forward(self, batch: AnyBatch, cache: object = None) -> torch.Tensor:
         """Run this stage on a row.
 
         Args:
-            batch: the whole row.
+            batch: the whole row, or this rank's part of it.
             cache: a PagedKVCache during generation.
 
         Returns:
             The hidden states [s / tp, 1, H]; on the last stage, without a `cache`, the weighted sum of the losses of
-            this context rank's supervised tokens (fp32 scalar), see loss_weights.py.
+            this context rank's supervised tokens (fp32 scalar), see data/loss_weights.py.
         """
-        hidden = self.embed(batch) if self.pre_process else None
-        hidden = self.language_model.decode(hidden, self.packed_sequence(batch, cache))
+        row = self.on_device(batch)
+        hidden = self.embed(row) if self.pre_process else None
+        hidden = self.language_model.decode(hidden, self.packed_sequence(row, cache))
         if not self.post_process or cache is not None:
             return hidden
-        labels = self.context_slice(batch.labels).to(current_device())
-        normalization = self.recipe.training.loss_normalization
-        if normalization == "token":
-            return self.language_model.loss(hidden, labels)
-        weights = self.context_slice(token_weights(batch, normalization))
-        return self.language_model.loss(hidden, labels, weights.to(current_device(), torch.float32))
+        assert row.supervised is not None and row.targets is not None
+        return self.language_model.loss(hidden, row.supervised, row.targets, row.token_weights)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlm.config import Recipe
-from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.data.rank_batch import AnyBatch
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.json_lines import keep_lines
 from megatron_vlm.runtime.logging import log_rank0
@@ -33,9 +33,9 @@ class RowCounter:
     def __iter__(self) -> RowCounter:
         return self
 
-    def __next__(self) -> PackedBatch:
+    def __next__(self) -> AnyBatch:
         started = time.perf_counter()
-        batch: PackedBatch = next(self.rows)
+        batch: AnyBatch = next(self.rows)
         self.wait_seconds += time.perf_counter() - started
         if self.is_counting:
             self.tokens += batch.num_tokens

@@ -15,8 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from megatron_vlm.config import Recipe
-from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
-from megatron_vlm.model.loss_weights import token_weights
+from megatron_vlm.data.rank_batch import AnyBatch, RankBatch
 from megatron_vlm.model.sharding import unwrap
 from megatron_vlm.runtime.device import current_device
 
@@ -31,35 +30,33 @@ class _StepWeight:
     def __init__(self) -> None:
         self.total = torch.zeros((), dtype=torch.double, device=current_device())
 
-    def loss(
-        self, batch: PackedBatch, model: Any, output: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    def loss(self, row: RankBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """megatron-core's 3-tuple: weighted sum of losses of this context slice, nothing to count, and report."""
-        count = (model.context_slice(batch.labels) != IGNORE_INDEX).sum().double()
-        normalization = model.recipe.training.loss_normalization
-        weight = count
-        if normalization != "token":
-            weight = model.context_slice(token_weights(batch, normalization)).sum()
-        sums = torch.stack([weight, count]).to(output.device)
-        self.total += sums[0]
-        return output, torch.zeros((), dtype=torch.int), {"loss": torch.cat([output.detach().double()[None], sums])}
+        # Filled on the device: a copy from the host would wait for it.
+        weight, count = (
+            torch.full((), value, dtype=torch.double, device=output.device)
+            for value in (row.loss_weight, row.num_supervised)
+        )
+        self.total += weight
+        report = torch.stack([output.detach().double(), weight, count])
+        return output, torch.zeros((), dtype=torch.int), {"loss": report}
 
-    def forward(self, rows: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any]:
-        batch = next(rows)
-        return model(batch), partial(self.loss, batch, unwrap(model))
+    def forward(self, rows: Iterator[AnyBatch], model: Any) -> tuple[torch.Tensor, Any]:
+        row = unwrap(model).on_device(next(rows))
+        return model(row), partial(self.loss, row)
 
     def finalize(self, chunks: list[Any], _: torch.Tensor, **more: Any) -> None:
         finalize_model_grads(chunks, self.total, **more)
 
 
-def rows_for_chunks(rows: Iterator[PackedBatch], chunks: int) -> list[Iterator[PackedBatch]]:
+def rows_for_chunks(rows: Iterator[AnyBatch], chunks: int) -> list[Iterator[AnyBatch]]:
     """One iterator per model chunk (virtual stage) over the same rows, each of which is read once."""
     return list(itertools.tee(rows, chunks))
 
 
 def forward_backward(
     chunks: list[DistributedDataParallel],
-    rows: list[Iterator[PackedBatch]],
+    rows: list[Iterator[AnyBatch]],
     recipe: Recipe,
     *,
     rows_per_step: int | None = None,

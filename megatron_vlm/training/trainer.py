@@ -10,16 +10,18 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_vlm.config import Recipe
-from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.data.loader import RowLoader, build_loader
 from megatron_vlm.data.plan_fingerprint import check_order
 from megatron_vlm.data.planned_data import PlannedData, plan_data
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
+from megatron_vlm.data.rank_batch import AnyBatch
 from megatron_vlm.data.sample_log import log_samples
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import initialize_weights
+from megatron_vlm.model.rank_view import rank_view
+from megatron_vlm.model.sharding import unwrap
 from megatron_vlm.model.vlm import VisionLanguageModel
-from megatron_vlm.runtime.agreement import patient_group, require_agreement
+from megatron_vlm.runtime.garbage_collection import ScheduledCollection
 from megatron_vlm.runtime.launch import local_rank, local_rank0_first
 from megatron_vlm.runtime.logging import log_rank0
 from megatron_vlm.runtime.process_groups import parallel_ranks, tile_shard_rank
@@ -60,11 +62,8 @@ class Trainer:
         self.progress = Progress(tokenizer_fingerprint=self.fingerprint)
         resume_from = self._load_initial_weights(chunks)
         self.chunks = wrap_for_data_parallel(chunks, recipe)
-        with patient_group() as group:
-            self.data = self._plan_data(group)
-            saved = Progress() if resume_from is None else read_progress(resume_from)
-            self._require_agreement(saved, group)
-        resolve_epochs(recipe, self.data.plan.rows, saved)
+        self.data = self._plan_data()
+        resolve_epochs(recipe, self.data.plan.rows, None if resume_from is None else read_progress(resume_from))
         self.optimizer = build_optimizer(self.chunks, recipe)
         self.schedule = build_schedule(self.optimizer, recipe)
         if resume_from is not None:
@@ -79,7 +78,7 @@ class Trainer:
         self.loader = self._build_loader()
         self._check_order()
         self.row_counter = RowCounter(self._log_samples(self.loader), self.ranks)
-        self.rows = rows_for_chunks(self.row_counter, len(self.chunks))
+        self.rows = rows_for_chunks(map(unwrap(self.chunks[0]).on_device, self.row_counter), len(self.chunks))
         self.skipped_updates = SkippedUpdates(recipe)
 
     def _load_initial_weights(self, chunks: list[VisionLanguageModel]) -> Path | None:
@@ -95,21 +94,9 @@ class Trainer:
             log_rank0(f"starting from random weights, seed {training.seed}")
         return resume_from
 
-    def _plan_data(self, group: dist.ProcessGroup) -> PlannedData:
-        with local_rank0_first(group):  # it measures lengths and plans rows; the other ranks find both in the cache
+    def _plan_data(self) -> PlannedData:
+        with local_rank0_first():  # it measures lengths and plans rows; the other ranks find both in the cache
             return plan_data(self.recipe, is_logging_rank=dist.get_rank() == 0, plan_ahead=local_rank() == 0)
-
-    def _require_agreement(self, saved: Progress, group: dist.ProcessGroup) -> None:
-        """Every rank trains on the same rows from the same checkpoint, which is `saved`, or none does."""
-        sources = self.data.dataset.mixture.sources.sources
-        facts = {
-            "the iteration to resume after": str(saved.iteration),
-            "the number of consumed rows": str(saved.consumed_rows),
-            "the tokenizer": self.fingerprint,
-            "the plan of rows": self.data.plan.current.fingerprint(),
-            **{f"the content of {source.name}": source.quick_hash() for source in sources},
-        }
-        require_agreement(facts, group)
 
     def _build_loader(self) -> RowLoader:
         tile_rank, tile_ranks = tile_shard_rank(self.recipe.parallel)
@@ -122,6 +109,7 @@ class Trainer:
             tile_rank=tile_rank,
             tile_ranks=tile_ranks,
             planned=self.data,
+            view=rank_view(self.recipe),
         )
         log_rank0("data: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in loader.summary().items()))
         return loader
@@ -137,7 +125,7 @@ class Trainer:
                 log_rank0(f"the order of samples has changed, which is allowed: {'; '.join(changes)}")
         progress.plan_inputs = json.dumps(loader.plan_inputs)
 
-    def _log_samples(self, rows: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+    def _log_samples(self, rows: Iterator[AnyBatch]) -> Iterator[AnyBatch]:
         if not self.recipe.data.log_samples or self.recipe.training.save is None:
             return rows
         return log_samples(
@@ -153,6 +141,7 @@ class Trainer:
         """Train to the last iteration; save every `save_interval` iterations and at the end."""
         training, progress = self.recipe.training, self.progress
         metrics_log = MetricsLog(self.recipe, progress.iteration)
+        garbage = ScheduledCollection(training.manual_gc_interval)
         while progress.iteration < training.train_iters:
             try:
                 metrics = self.train_step()
@@ -165,6 +154,8 @@ class Trainer:
                 self.save(wait=last or not training.async_save)
             elif self.checkpointer.is_written_everywhere():
                 self._report_last_save()
+            garbage.after(progress.iteration)
+        garbage.close()
         metrics_log.close()
         self.loader.close()
         self.checkpointer.close()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_vlm.data.rank_batch import tile_documents
 from megatron_vlm.model.vlm import VisionLanguageModel
 from tests.checkpoint_convert.whole_model import (
     SINGLE,
@@ -46,7 +47,8 @@ def test_tower_features(pair: tuple[VisionLanguageModel, Any]) -> None:
     tiles = torch.randn(5, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     layer, skipped = reference.config.vision_feature_layer, int(model.vision_model.vision.class_token)
     wanted = reference.model.vision_tower(tiles, output_hidden_states=True).hidden_states[layer][:, skipped:]
-    ours = model.vision_model.drop_class_tokens(model.vision_model(tiles)[:, 0], len(tiles))
+    hidden = model.vision_model(tiles, tile_documents(len(tiles), model.view))
+    ours = model.vision_model.drop_class_tokens(hidden[:, 0], len(tiles))
     assert (ours - wanted).abs().max() < TOLERANCE
     assert wanted.std() > 0.1
 

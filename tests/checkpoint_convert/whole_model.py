@@ -106,9 +106,8 @@ def prompt(model: ModelConfig, sizes: list[tuple[int, int]], seed: int = 0) -> t
 @torch.no_grad()
 def our_features(model: VisionLanguageModel, batch: PackedBatch) -> torch.Tensor:
     """Merged image features [N, H], in the order of their positions."""
-    features = encode_tiles(
-        model.vision_model, model.projector, batch, model.recipe.parallel, tower_is_frozen=False
-    ).flatten(0, 1)
+    row = model.on_device(batch)
+    features = encode_tiles(model.vision_model, model.projector, row, model.view, tower_is_frozen=False).flatten(0, 1)
     table = torch.cat([features, model.image_newline[None]])
     return table[batch.feature_sources]
 

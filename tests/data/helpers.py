@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from PIL import Image
 from megatron_vlm.config.data import DataConfig
 from megatron_vlm.config.model import LanguageConfig, ModelConfig, VisionConfig
 from megatron_vlm.config.training import TrainingConfig
+from megatron_vlm.data.rank_batch import RankView
 
 EOS, PAD = "|||IP_ADDRESS|||", "<|padding|>"
 
@@ -27,6 +28,16 @@ def tiny_model() -> ModelConfig:
         image_token_index=500,
         image_grid_pinpoints=[[8, 8], [8, 16], [16, 8], [16, 16], [24, 8]],
     )
+
+
+def view_of(model: ModelConfig, **changes: Any) -> RankView:
+    """The view of a single process, with changes."""
+    alone = RankView(
+        is_first_stage=True, is_last_stage=True, context=(0, 1), sequence=(0, 1), tile_ranks=1, tower_sequence_ranks=1,
+        tokens_per_tile=model.vision.tokens_per_tile, patches_per_tile=model.vision.patches_per_tile,
+        groups_documents=True, groups_tiles=True, loss_normalization="token",
+    )  # fmt: skip
+    return replace(alone, **changes)
 
 
 def tiny_tokenizer_folder(folder: Path) -> Path:

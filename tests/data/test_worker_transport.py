@@ -5,14 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.data.rank_batch import RankBatch, rank_batch
 from megatron_vlm.data.worker_transport import SharedBatch
+from tests.data.helpers import tiny_model, view_of
 
 
 def batch(tiles: torch.Tensor | None) -> PackedBatch:
@@ -31,9 +33,15 @@ TILES = {
 }
 
 
+def rank_part() -> RankBatch:
+    """A row with groups of documents, one of which is gathered."""
+    return rank_batch(replace(batch(TILES["several"]), cu_seqlens=[0, 5, 11, 12]), view_of(tiny_model()))
+
+
 def _send(queue: Any, done: Any) -> None:
     for tiles in TILES.values():
         queue.put(SharedBatch(batch(tiles)))
+    queue.put(SharedBatch(rank_part()))
     done.wait()  # as torch's workers do: the receiver opens the files through this process
 
 
@@ -43,7 +51,7 @@ def received() -> Iterator[dict[str, PackedBatch]]:
     queue, done = context.Queue(), context.Event()
     worker = context.Process(target=_send, args=(queue, done))
     worker.start()
-    found = {name: queue.get(timeout=60) for name in TILES}
+    found = {name: queue.get(timeout=60) for name in [*TILES, "rank's part"]}
     done.set()
     worker.join()
     yield found
@@ -61,6 +69,28 @@ def test_all_fields_arrive(received: dict[str, PackedBatch], name: str) -> None:
             assert value == wanted, item.name
 
 
+def test_a_ranks_part_arrives_with_what_is_nested_in_it(received: dict[str, Any]) -> None:
+    arrived, expected = received["rank's part"], rank_part()
+    assert isinstance(arrived, RankBatch) and arrived.sample_ids == ["a", "b"]
+    assert _tensors(arrived).keys() == _tensors(expected).keys() >= {"documents.groups.0.gather", "supervised"}
+    for name, tensor in _tensors(expected).items():
+        assert torch.equal(_tensors(arrived)[name], tensor) and _tensors(arrived)[name].dtype == tensor.dtype, name
+
+
+def _tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
+    """Dotted name -> tensor, for all tensors in a dataclass or list."""
+    if isinstance(value, torch.Tensor):
+        return {name[1:]: value}
+    items = (
+        [(item.name, getattr(value, item.name)) for item in fields(value)]
+        if is_dataclass(value)
+        else enumerate(value)
+        if isinstance(value, list)
+        else []
+    )
+    return {key: tensor for part, inner in items for key, tensor in _tensors(inner, f"{name}.{part}").items()}
+
+
 def test_tensors_can_be_written_and_outlive_the_worker(received: dict[str, PackedBatch]) -> None:
     tiles = received["several"].tiles
     assert tiles is not None
@@ -70,7 +100,7 @@ def test_tensors_can_be_written_and_outlive_the_worker(received: dict[str, Packe
 
 
 def test_files_are_closed_with_their_tensors(received: dict[str, PackedBatch]) -> None:
-    assert len(_tile_files()) == 2
+    assert len(_tile_files()) == 3
     received.clear()
     assert not _tile_files()
 

@@ -21,11 +21,13 @@ def _cu_seqlens(lengths: list[int]) -> list[int]:
 def test_variable_length_attention(lengths: list[int], heads: int, kv_heads: int, width: int, causal: bool) -> None:
     """Against SDPA of each document in fp32; outputs and all three gradients."""
     import megatron_vlm.runtime.megatron_patches  # noqa: F401
-    from megatron_vlm.model.attention_kernels import attend, sdpa, varlen
+    from megatron_vlm.data.document_layout import document_layout
+    from megatron_vlm.model.attention_kernels import reads_groups, sdpa, varlen
     from megatron_vlm.model.packed_sequence import packed_sequence
 
     cu_seqlens = _cu_seqlens(lengths)
-    packed = packed_sequence(cu_seqlens, causal=causal, device=torch.device("cuda"))
+    layout = document_layout(cu_seqlens, causal=causal, grouped=True).to(torch.device("cuda"))
+    packed = packed_sequence(layout)
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v, upstream = (
         torch.randn(cu_seqlens[-1], count, width, device="cuda", generator=generator)
@@ -34,7 +36,7 @@ def test_variable_length_attention(lengths: list[int], heads: int, kv_heads: int
     half = [x.bfloat16().requires_grad_() for x in (q, k, v)]
     full = [x.detach().float().requires_grad_() for x in half]
     out, expected = varlen(*half, packed), sdpa(*full, packed)
-    assert torch.equal(out, attend(*half, packed)), "attend does not use the variable-length kernel"
+    assert not reads_groups(torch.bfloat16, width), "the model would not use the variable-length kernel"
     actual = [out, *torch.autograd.grad(out, half, upstream.bfloat16())]
     reference = [expected, *torch.autograd.grad(expected, full, upstream.bfloat16().float())]
     for name, ours, theirs in zip(("output", "dq", "dk", "dv"), actual, reference, strict=True):
@@ -53,10 +55,13 @@ def test_pixels_are_normalised_to_the_same_bits() -> None:
 def test_any_head_dimension_works_in_bf16() -> None:
     """Head dimensions that are not multiples of 8 use SDPA."""
     import megatron_vlm.runtime.megatron_patches  # noqa: F401
-    from megatron_vlm.model.attention_kernels import attend, sdpa
+    from megatron_vlm.data.document_layout import document_layout
+    from megatron_vlm.model.attention_kernels import attend, reads_groups, sdpa
     from megatron_vlm.model.packed_sequence import packed_sequence
 
-    packed = packed_sequence(_cu_seqlens([3, 40, 7]), causal=True, device=torch.device("cuda"))
+    assert reads_groups(torch.bfloat16, 6)
+    layout = document_layout(_cu_seqlens([3, 40, 7]), causal=True, grouped=True).to(torch.device("cuda"))
+    packed = packed_sequence(layout)
     q, k, v = (torch.randn(50, heads, 6, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
     expected = sdpa(q.float(), k.float(), v.float(), packed)
     assert float((attend(q, k, v, packed).float() - expected).norm() / expected.norm()) < BF16

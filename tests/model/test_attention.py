@@ -26,6 +26,7 @@ LENGTHS = [[30], [5, 5, 5], [9, 30, 8, 1, 10, 2], [7, 1, 7, 1, 7], [1300, 40, 11
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_grouped_documents_equal_a_masked_row(lengths: list[int], causal: bool, kv_heads: int) -> None:
     import megatron_vlm.runtime.megatron_patches  # noqa: F401
+    from megatron_vlm.data.document_layout import document_layout
     from megatron_vlm.model.attention_kernels import sdpa
     from megatron_vlm.model.packed_sequence import packed_sequence
 
@@ -35,7 +36,7 @@ def test_grouped_documents_equal_a_masked_row(lengths: list[int], causal: bool, 
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(cu_seqlens[-1], 4, 8, generator=generator, requires_grad=True)
     k, v = (torch.randn(cu_seqlens[-1], kv_heads, 8, generator=generator, requires_grad=True) for _ in range(2))
-    packed = packed_sequence(cu_seqlens, causal=causal, device=q.device)
+    packed = packed_sequence(document_layout(cu_seqlens, causal=causal, grouped=True))
     upstream = torch.randn(cu_seqlens[-1], 4, 8, generator=generator)
     out = sdpa(q, k, v, packed)
     expected = _dense(q, k, v, cu_seqlens, causal)
@@ -44,3 +45,30 @@ def test_grouped_documents_equal_a_masked_row(lengths: list[int], causal: bool, 
     expected_gradients = torch.autograd.grad(expected, (q, k, v), upstream)
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         assert torch.allclose(gradient, expected_gradient, atol=1e-4)
+
+
+def test_attention_keeps_no_more_than_query_key_and_value_for_backward(one_process: None) -> None:
+    """A slice of qkv as the value would keep all of qkv: twice as much for the language model."""
+    from megatron_vlm.config import ParallelConfig
+    from megatron_vlm.data.document_layout import document_layout
+    from megatron_vlm.model.build import build_model
+    from megatron_vlm.model.packed_sequence import packed_sequence, rotary_tables
+    from tests.parallel.rows import tiny_recipe
+
+    (model,) = build_model(tiny_recipe(ParallelConfig()))
+    attention = model.language_model.decoder.layers[0].self_attention.core_attention
+    tokens, heads, dim = 30, 8, 6
+    qkv = torch.randn(tokens, heads, 3 * dim, requires_grad=True)
+    cos, sin = rotary_tables(torch.arange(tokens), dim, 1e4)
+    layout = document_layout([0, tokens], causal=True, grouped=True)
+    storages: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attention(*qkv.split(dim, dim=2), packed_seq_params=packed_sequence(layout, cos=cos, sin=sin))
+    assert qkv.untyped_storage().data_ptr() not in storages
+    # Query, key, value and output, and the kernel's statistics and rotary tables, which are smaller.
+    assert sum(storages.values()) < 5 * tokens * heads * dim * 4

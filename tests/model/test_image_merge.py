@@ -9,10 +9,16 @@ from megatron_vlm.data.batch import Document, assemble_row
 from megatron_vlm.data.processing.conversation import EncodedConversation
 from megatron_vlm.data.processing.image_tokens import bilinear_features, feature_order, num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry
+from megatron_vlm.data.rank_batch import RankView, rank_batch
 from megatron_vlm.model.image_merge import merge_image_features
-from tests.data.helpers import tiny_model
+from tests.data.helpers import tiny_model, view_of
 
 MODE = "anyres_max_1"
+
+
+def view(context: tuple[int, int]) -> RankView:
+    """The 11 tiles are shared by two ranks: the last one encodes a zero tile, too."""
+    return view_of(tiny_model(), context=context, tile_ranks=2)
 
 
 def document(size: tuple[int, int]) -> Document:
@@ -26,11 +32,12 @@ def test_bilinear_features_are_merged_and_pass_gradients_in_every_slice() -> Non
     sizes = [(16, 16), (5, 5), (24, 8)]
     batch = assemble_row([document(size) for size in sizes], 60, 0, geometry)
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(batch.num_tiles + 1, 4, 3, generator=generator, requires_grad=True)
+    features = torch.randn(12, 4, 3, generator=generator, requires_grad=True)
     newline = torch.tensor([7.0, 8.0, 9.0], requires_grad=True)
     hidden = torch.zeros(60, 1, 3)
-    whole = merge_image_features(hidden, features, newline, batch, 0)
-    slices = [merge_image_features(hidden[at : at + 20], features, newline, batch, at) for at in (0, 20, 40)]
+    row, *parts = (rank_batch(batch, view(context)) for context in [(0, 1), (0, 3), (1, 3), (2, 3)])
+    whole = merge_image_features(hidden, features, newline, row)
+    slices = [merge_image_features(hidden[:20], features, newline, part) for part in parts]
     torch.testing.assert_close(torch.cat(slices), whole)
 
     expected, table, first = torch.zeros(60, 3), features.flatten(0, 1), 0

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from megatron_vlm.config import ParallelConfig, Recipe
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
-from megatron_vlm.model.loss_weights import token_weights
+from megatron_vlm.data.loss_weights import token_weights
 from tests.parallel.rows import SEQ_LENGTH, make_row, tiny_recipe
 
 ROWS = 8

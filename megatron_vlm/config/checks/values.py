@@ -46,6 +46,7 @@ NOT_NEGATIVE = (
     "data.cost_per_token",
     "data.cost_per_tile",
     "data.num_workers",
+    "training.manual_gc_interval",
     "training.seed",
     "training.min_lr",
     "training.lr_warmup_iters",

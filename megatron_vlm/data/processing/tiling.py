@@ -176,15 +176,27 @@ def normalise_tiles(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[f
         mean: of red, green and blue, in 0..1.
         std: likewise.
     """
-    # All three are tensors: to divide by a number, a GPU multiplies by its reciprocal, which rounds differently.
-    max_value, mean_tensor, std_tensor = (
-        torch.tensor(values, dtype=torch.float32, device=pixels.device).view(-1, 1, 1)
-        for values in ([255.0], mean, std)
-    )
-    tiles = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+    max_value, mean_tensor, std_tensor = _channel_constants(tuple(mean), tuple(std), pixels.device)
+    if pixels.device.type != "cpu":
+        return pixels.float().div_(max_value).sub_(mean_tensor).div_(std_tensor)
+    tiles = torch.empty(pixels.shape, dtype=torch.float32)
     for tile, values in zip(tiles, pixels, strict=True):  # one tile at a time fits a CPU's cache
         tile.copy_(values).div_(max_value).sub_(mean_tensor).div_(std_tensor)
     return tiles
+
+
+@lru_cache(maxsize=16)
+def _channel_constants(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """255, mean and std as [3 or 1, 1, 1] float32. Copied to a device once: each copy would wait for it.
+
+    All three are tensors: to divide by a number, a GPU multiplies by its reciprocal, which rounds differently.
+    """
+    white, means, stds = (
+        torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1) for values in ((255.0,), mean, std)
+    )
+    return white, means, stds
 
 
 def image_to_tiles(image: Image.Image, model: ModelConfig, aspect_ratio: str) -> np.ndarray:

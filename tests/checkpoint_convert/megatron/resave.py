@@ -1,9 +1,8 @@
 """Run by torchrun: load a checkpoint in parallel layouts, compare each rank's weights with it, and save it again.
 
-    torchrun --nproc-per-node 4 resave.py LOAD SAVE TENSOR,PIPELINE[,STAGES] [TENSOR,PIPELINE[,STAGES] ...]
+    torchrun --nproc-per-node 4 resave.py LOAD SAVE TENSOR,PIPELINE [TENSOR,PIPELINE ...]
 
-STAGES is a pipeline_model_parallel_layout. The last layout saves. The remaining factor of the world size is data
-parallelism.
+The last layout saves. The remaining factor of the world size is data parallelism.
 """
 
 from __future__ import annotations
@@ -42,10 +41,9 @@ def main(load: str, save: str, *layouts: str) -> None:
     checkpoint = require_checkpoint(load)
     with process_group():
         for layout in layouts:
-            tensor, pipeline, *stages = layout.split(",")
+            tensor, pipeline = map(int, layout.split(","))
             recipe = read_recipe(load)
-            recipe.parallel = ParallelConfig(int(tensor), int(pipeline))
-            recipe.parallel.pipeline_model_parallel_layout = stages[0] if stages else None
+            recipe.parallel = ParallelConfig(tensor, pipeline)
             initialize_groups(recipe.parallel)
             tensor_parallel.model_parallel_cuda_manual_seed(1)
             chunks = build_model(recipe)

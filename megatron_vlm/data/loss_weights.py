@@ -19,12 +19,12 @@ _EXPONENT: dict[LossNormalization, float] = {"token": 0.0, "sample": -1.0, "sqrt
 
 
 def token_weights(batch: PackedBatch, normalization: LossNormalization) -> torch.Tensor:
-    """[S] fp64 weights of a row's tokens, on the device of its labels; 0 where a token is not supervised."""
+    """[S] fp64 weights of a row's tokens; 0 where a token is not supervised."""
     supervised = batch.labels != IGNORE_INDEX
     if normalization == "token":
         return supervised.double()
     bounds = torch.tensor(batch.cu_seqlens)
-    before = torch.cat([torch.zeros(1, dtype=torch.long), supervised.cpu().cumsum(0)])
+    before = torch.cat([torch.zeros(1, dtype=torch.long), supervised.cumsum(0)])
     counts = before[bounds[1:]] - before[bounds[:-1]]
     weights = counts.clamp(min=1).double() ** _EXPONENT[normalization]
-    return weights.repeat_interleave(bounds.diff()).to(supervised.device) * supervised
+    return weights.repeat_interleave(bounds.diff()) * supervised
