@@ -14,7 +14,7 @@ import torch
 
 # isort: split
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from checkpoint_convert.errors import ConversionError
 from checkpoint_convert.folder import check_space
@@ -25,7 +25,7 @@ from checkpoint_convert.megatron.writer import StreamingSave, layer_name, slice_
 from megatron_vlm.config import ConfigError, ModelConfig, ParallelConfig, Recipe, recipe_to_dict
 from megatron_vlm.config.checks.model import check_language, check_vision
 from megatron_vlm.model.build import build_model
-from megatron_vlm.model.initialize import initial_value
+from megatron_vlm.model.initialize import all_sharded_tensors, initial_value
 from megatron_vlm.model.sharding import model_sharded_state_dict
 from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.runtime.launch import distributed
@@ -110,16 +110,32 @@ def write_model(
         ConversionError: sizes that megatron-core cannot compute, or tensors that are missing, unexpected or of another
             shape.
     """
-    recipe = Recipe(model=model)
-    recipe.data.seq_length = model.language.max_position_embeddings
-    recipe.data.image_aspect_ratio = aspect_ratio
+    recipe = imported_recipe(model, aspect_ratio, source)
     recipe.data.tokenizer_model = str(save.absolute() / "tokenizer")
     # bf16 is kept; float16 and mixtures of dtypes become fp32, which holds them exactly.
     recipe.training.bf16 = all(tensors.dtype(name) == torch.bfloat16 for name in tensors)
+    return write_checkpoint(staging_dir, recipe, MegatronTensors(entries, tensors, source), fingerprint)
+
+
+def imported_recipe(model: ModelConfig, aspect_ratio: str, source: str) -> Recipe:
+    """The recipe of a model that was not trained here; ConversionError for sizes that megatron-core cannot compute."""
+    recipe = Recipe(model=model)
+    recipe.data.seq_length = model.language.max_position_embeddings
+    recipe.data.image_aspect_ratio = aspect_ratio
     problems = [*check_vision(recipe), *check_language(recipe)]
     if problems:
         raise ConversionError(f"{source}: " + "; ".join(map(str, problems)))
-    return write_checkpoint(staging_dir, recipe, MegatronTensors(entries, tensors, source), fingerprint)
+    return recipe
+
+
+def fill_model(chunks: list[VisionLanguageModel], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy this rank's shards of `tensors`, unsharded and under the parameter map's Megatron names, into the model."""
+    for chunk in chunks:
+        state = model_sharded_state_dict(chunk)
+        apply_factories(state)
+        with torch.no_grad():
+            for shard in all_sharded_tensors(state):
+                shard.data.copy_(slice_for_shard(tensors[layer_name(shard)], shard))
 
 
 def checkpoint_recipe(folder: Path) -> Recipe:

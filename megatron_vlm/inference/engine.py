@@ -11,14 +11,14 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (prepares the process before megatron.core is imported)
-from megatron_vlm.config import InferenceConfig, ParallelConfig, check_inference
+from megatron_vlm.config import InferenceConfig, ParallelConfig, Recipe, check_inference
 from megatron_vlm.data.processing.tiling import ImageGeometry
 from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.inference.block_allocator import BlockAllocator
@@ -26,7 +26,7 @@ from megatron_vlm.inference.counters import EngineCounters
 from megatron_vlm.inference.detokenizer import Detokenizer
 from megatron_vlm.inference.prompts import EncodedPrompt, encode
 from megatron_vlm.inference.prompts import read_prompts as read_prompts
-from megatron_vlm.inference.ranks import max_sequence_length, prepare_rank, serve_rank
+from megatron_vlm.inference.ranks import engine_rank, max_sequence_length, prepare_rank, serve_rank
 from megatron_vlm.inference.request import (
     AnyPrompt,
     EngineError,
@@ -51,12 +51,12 @@ _CONTEXT_TOKENS = 8
 
 
 class Engine:
-    """Generates answers on rank 0; the other ranks run `serve_rank`. Close it, or use it as a context manager."""
+    """Generates answers on one rank of each copy of the model; the others run `serve_rank`. Close it, or use `with`."""
 
     def __init__(self, model: VisionLanguageModel, tokenizer: Tokenizer, config: InferenceConfig | None = None) -> None:
         """Start the engine's thread. `model` is this rank's stage; process groups must exist (runtime.launch).
 
-        Raises ConfigError for wrong settings, or if the ranks hold more than one copy of the model.
+        Raises ConfigError for wrong settings, also those of the process groups.
         """
         self.config = config or InferenceConfig()
         check_inference(self.config)
@@ -250,7 +250,7 @@ class Engine:
         started = time.perf_counter()
         self._channel.broadcast(step.plan)
         logits = self._runner.run(step.plan)
-        assert logits is not None  # rank 0 has them
+        assert logits is not None  # the engine's rank has them
         for part in step.parts:
             if part.is_prefill and part.request.computed == part.request.handle.cached_tokens:
                 self._counters.add_admitted(part.request)
@@ -283,13 +283,49 @@ GenerationEngine = Engine
 
 
 @contextmanager
+def engine_on_ranks(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    load_weights: Callable[[list[VisionLanguageModel]], None],
+    config: InferenceConfig | None = None,
+    timeout_minutes: int = 10,
+) -> Iterator[Engine | None]:
+    """An engine for the model of a recipe; usable inside the block. Every rank of the world enters it.
+
+    Args:
+        recipe: its parallel sizes are the engine's. With more processes than they need, there are as many copies of the
+            model, each with an engine.
+        tokenizer: the model's.
+        load_weights: fills the model chunks of this rank, in the block's process groups.
+        config: sizes of the engine.
+        timeout_minutes: how long ranks wait for each other in the block's collectives.
+
+    On ranks without an engine, the block begins after that of their copy is closed, with None.
+    """
+    config = config or InferenceConfig()
+    check_inference(config, recipe)
+    with distributed(recipe.parallel, timeout_minutes=timeout_minutes):
+        chunks = build_model(recipe)
+        load_weights(chunks)
+        if torch.distributed.get_rank() == engine_rank():
+            with Engine(chunks[0], tokenizer, config) as engine:
+                yield engine
+        else:
+            serve_rank(chunks[0], config)
+            yield None
+
+
+@contextmanager
 def load_engine(
-    folder: str | Path, config: InferenceConfig | None = None, parallel: ParallelConfig | None = None
+    folder: str | Path,
+    config: InferenceConfig | None = None,
+    parallel: ParallelConfig | None = None,
+    timeout_minutes: int = 10,
 ) -> Iterator[Engine | None]:
     """An engine for the newest checkpoint in `folder`, with the tokenizer saved there; usable inside the block.
 
-    The checkpoint may have been written in any parallel layout. `parallel` sets that of the engine, tensor x pipeline
-    parallel size processes. On ranks other than 0, the block begins after the engine of rank 0 is closed, with None.
+    The checkpoint may have been written in any parallel layout. `parallel` sets that of the engine. What happens on the
+    ranks, and the timeout: engine_on_ranks.
 
     Raises:
         CheckpointError: there is no finished checkpoint.
@@ -299,14 +335,9 @@ def load_engine(
     checkpoint, recipe = require_checkpoint(folder), read_recipe(folder)
     tokenizer = load_tokenizer(Path(folder) / "tokenizer")
     recipe.parallel = parallel or ParallelConfig()
-    config = config or InferenceConfig()
-    check_inference(config, recipe)
-    with distributed(recipe.parallel):
-        chunks = build_model(recipe)
+
+    def load_weights(chunks: list[VisionLanguageModel]) -> None:
         load_checkpoint(checkpoint, chunks, recipe, tokenizer_fingerprint=tokenizer.fingerprint)
-        if torch.distributed.get_rank():
-            serve_rank(chunks[0], config)
-            yield None
-        else:
-            with Engine(chunks[0], tokenizer, config) as engine:
-                yield engine
+
+    with engine_on_ranks(recipe, tokenizer, load_weights, config, timeout_minutes) as engine:
+        yield engine

@@ -1,6 +1,6 @@
 """Runs the plan of a step on this rank: one pipeline stage of the model with its part of the key/value cache.
 
-    first stage: embedding, image features -> layers -> hidden states to the next stage -> ... -> logits to rank 0
+    first stage: embedding, image features -> layers -> hidden states to the next stage -> ... -> logits
 
 Every image is encoded by itself, every request is attended by itself, and matrix products have a number of rows for
 which BLAS computes each row alike (ROW_MULTIPLE). So what else is in a step changes logits by rounding at most.
@@ -32,8 +32,9 @@ from megatron_vlm.runtime.process_groups import tile_shard_rank
 class ModelRunner:
     """This rank's stage and its caches of keys, values and image features."""
 
-    def __init__(self, model: VisionLanguageModel, config: InferenceConfig, num_blocks: int) -> None:
+    def __init__(self, model: VisionLanguageModel, config: InferenceConfig, num_blocks: int, engine_rank: int) -> None:
         self.model, self.recipe = model.eval(), model.recipe
+        self._engine_rank = engine_rank
         self.device = current_device()
         self._cache = PagedKVCache(num_blocks, config.inference_dynamic_batching_block_size)
         self._geometry = ImageGeometry.of(self.recipe.model, self.recipe.data.image_aspect_ratio)
@@ -44,7 +45,7 @@ class ModelRunner:
 
     @torch.no_grad()
     def run(self, plan: StepPlan) -> torch.Tensor | None:
-        """Compute a step. On rank 0, returns the fp32 logits [n, V] at plan.logit_positions."""
+        """Compute a step. On the engine's rank, returns the fp32 logits [n, V] at plan.logit_positions."""
         self._cache.start_step(plan, self.device)
         if self.model.pre_process:
             hidden = self._embed(plan)
@@ -54,11 +55,11 @@ class ModelRunner:
         hidden = self.model.language_model.decode(hidden, self._packed_sequence(plan))
         if not self.model.post_process:
             dist.send(hidden, parallel_state.get_pipeline_model_parallel_next_rank())
-            return self._receive_logits(plan) if dist.get_rank() == 0 else None
+            return self._receive_logits(plan) if dist.get_rank() == self._engine_rank else None
         logits = self._logits(hidden, plan)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             if parallel_state.get_tensor_model_parallel_rank() == 0 and len(logits):
-                dist.send(logits.contiguous(), 0)
+                dist.send(logits.contiguous(), self._engine_rank)
             return None
         return logits
 

@@ -11,11 +11,11 @@ import torch
 
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
-from megatron_vlm.data.processing.conversation import IMAGE_PLACEHOLDER, encode_prompt
+from megatron_vlm.data.processing.conversation import IMAGE_PLACEHOLDER, encode_conversation, encode_prompt
 from megatron_vlm.data.processing.image_tokens import RowFeatures, num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, Size, extract_tiles
 from megatron_vlm.data.processing.tokenizer import Tokenizer
-from megatron_vlm.inference.request import AnyPrompt, Prompt, TextPrompt, TokenPrompt
+from megatron_vlm.inference.request import AnsweredPrompt, AnyPrompt, Prompt, TextPrompt, TokenPrompt
 
 
 @dataclass
@@ -45,13 +45,17 @@ def encode(prompt: AnyPrompt, tokenizer: Tokenizer, geometry: ImageGeometry, mod
     """Encode any kind of prompt.
 
     Raises:
-        ValueError: no token, placeholders and images differ in number, a conversation does not end with a question, or
-            a token id is out of range.
+        ValueError: no token, placeholders and images differ in number, a conversation does not end with a question (an
+            AnsweredPrompt: with an answer), or a token id is out of range.
     """
     if isinstance(prompt, TokenPrompt):
         return EncodedPrompt(_checked_ids(prompt.token_ids, model))
     lengths = [num_image_tokens(image.size, geometry) for image in prompt.images]
-    if isinstance(prompt, Prompt):
+    if isinstance(prompt, AnsweredPrompt):
+        encoded = encode_conversation(prompt.turns, tokenizer, lengths, model.image_token_index)
+        ids, starts = encoded.ids.tolist(), encoded.image_starts
+        ids = ids[: len(ids) - ids[::-1].index(tokenizer.eos_id)]  # without the end of the turn, a newline
+    elif isinstance(prompt, Prompt):
         encoded = encode_prompt(prompt.turns, tokenizer, lengths, model.image_token_index)
         ids, starts = encoded.ids.tolist(), encoded.image_starts
     else:

@@ -1,4 +1,7 @@
-"""Tensor- and pipeline-parallel generation: rank 0 schedules and samples, every rank runs each step's plan."""
+"""Tensor- and pipeline-parallel generation: one rank schedules and samples, every rank runs each step's plan.
+
+Every data-parallel rank is a copy of the model with an engine of its own. The engines know nothing of each other.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +19,41 @@ from megatron_vlm.inference.step_plan import StepPlan
 from megatron_vlm.model.vlm import VisionLanguageModel
 
 _IDLE_TIMEOUT = timedelta(days=365)
-"""Ranks wait for the next plan as long as no request comes. If rank 0 exits, its closed connection ends the wait."""
+"""Ranks wait for the next plan as long as no request comes. If the engine's rank exits, its closed connection ends the
+wait."""
+
+
+def _ranks_of_copy() -> list[int]:
+    """The ranks that hold this rank's copy of the model."""
+    return dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+
+
+def engine_rank() -> int:
+    """The rank with the engine of this rank's copy of the model: rank 0 without data parallelism."""
+    return _ranks_of_copy()[0]
 
 
 class PlanChannel:
-    """Broadcasts plans from rank 0 to all other ranks, over gloo. Every rank creates it at the same time."""
+    """Broadcasts plans from the engine's rank to the others of its copy, over gloo. All ranks create it together."""
 
     def __init__(self) -> None:
-        self._group = None
-        if dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT)
+        self._group, self._source = None, engine_rank()
+        ours = _ranks_of_copy()
+        if len(ours) == 1:
+            return
+        copies: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(copies, tuple(ours))
+        for ranks in sorted(set(copies)):  # every rank of the world takes part in creating every group
+            group = dist.new_group(ranks, timeout=_IDLE_TIMEOUT, backend="gloo")
+            if dist.get_rank() in ranks:
+                self._group = group
 
     def broadcast(self, plan: StepPlan | None = None) -> StepPlan | None:
-        """Rank 0 gives a plan, or None to end the other ranks' loops; every rank returns it."""
+        """The engine's rank gives a plan, or None to end the other ranks' loops; every rank returns it."""
         if self._group is None:
             return plan
         sent: list[Any] = [plan]
-        dist.broadcast_object_list(sent, src=0, group=self._group)
+        dist.broadcast_object_list(sent, src=self._source, group=self._group)
         received: StepPlan | None = sent[0]
         return received
 
@@ -54,15 +75,12 @@ def prepare_rank(model: VisionLanguageModel, config: InferenceConfig) -> tuple[P
     """What every rank needs for generation, and the number of blocks of the cache; every rank calls this.
 
     Raises:
-        ConfigError: the ranks hold more than one copy of the model, or the cache is too small for a block.
+        ConfigError: context or virtual pipeline parallelism, or the cache is too small for a block.
     """
-    copy = parallel_state.get_tensor_model_parallel_world_size()
-    copy *= parallel_state.get_pipeline_model_parallel_world_size()
-    if dist.get_world_size() != copy or model.vp_stage is not None:
+    if parallel_state.get_context_parallel_world_size() > 1 or model.vp_stage is not None:
         raise ConfigError(
-            f"world size = {dist.get_world_size()}: generation needs tensor x pipeline parallel size = {copy} "
-            "processes, without context, data or virtual pipeline parallelism. For more copies of the model, start "
-            "more engines."
+            "context_parallel_size or virtual_pipeline_model_parallel_size is above 1: generation uses tensor and "
+            "pipeline parallelism only. Set both to 1; checkpoints of any layout can be loaded."
         )
     channel = PlanChannel()
     num_blocks = channel.minimum(_num_blocks(model, config))
@@ -72,7 +90,7 @@ def prepare_rank(model: VisionLanguageModel, config: InferenceConfig) -> tuple[P
             f"{config.inference_dynamic_batching_buffer_size_gb}: too small for two blocks of "
             f"{config.inference_dynamic_batching_block_size} tokens. Make it larger, or the blocks smaller."
         )
-    return channel, ModelRunner(model, config, num_blocks), num_blocks
+    return channel, ModelRunner(model, config, num_blocks, engine_rank()), num_blocks
 
 
 def _num_blocks(model: VisionLanguageModel, config: InferenceConfig) -> int:
@@ -89,7 +107,7 @@ def _num_blocks(model: VisionLanguageModel, config: InferenceConfig) -> int:
 
 
 def serve_rank(model: VisionLanguageModel, config: InferenceConfig) -> None:
-    """Run the plans of rank 0's engine on another rank, until the engine is closed."""
+    """Run the engine's plans on another rank of its copy of the model, until the engine is closed."""
     channel, runner, _ = prepare_rank(model, config)
     while (plan := channel.broadcast()) is not None:
         runner.run(plan)

@@ -26,6 +26,14 @@ class Prompt:
 
 
 @dataclass
+class AnsweredPrompt(Prompt):
+    """A conversation that ends with an answer, to ask for the answer's log-probabilities; nothing follows it.
+
+    The last tokens are those of the answer, and the end-of-sequence token.
+    """
+
+
+@dataclass
 class TextPrompt:
     """Text that the model continues, without the chat template; each `<image>` in it stands for the next image."""
 

@@ -47,11 +47,17 @@ def _free_port() -> int:
 def process_group(timeout_minutes: int = 10) -> Iterator[None]:
     """torch.distributed inside the block; a process started without torchrun has a world size of 1.
 
+    Where a library has set up torch.distributed already, as accelerate does, it is used, and stays after the block.
+
     After an exception, process groups are destroyed only if the world size is 1. A rank of several must not wait for
     the others: it exits, which closes its connections, so that their next collective fails and torchrun ends them.
     """
     if on_gpu():
         torch.cuda.set_device(local_rank())
+    if dist.is_initialized():
+        yield
+        parallel_state.destroy_model_parallel()
+        return
     timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         dist.init_process_group(collective_backend(), timeout=timeout)

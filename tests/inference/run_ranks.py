@@ -1,6 +1,6 @@
-"""Generate on the ranks of some parallel layouts; rank 0 writes the outputs. Started by test_ranks.py.
+"""Generate on the ranks of some parallel layouts; each rank with an engine writes OUT + its rank. For test_ranks.py.
 
-run_ranks.py CHECKPOINT SPECS.json OUT.json NEW_TOKENS TPxPP...
+run_ranks.py CHECKPOINT SPECS.json OUT NEW_TOKENS TPxPP...
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron.core import tensor_parallel
 from megatron_vlm.config import InferenceConfig, ParallelConfig
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from megatron_vlm.inference.engine import Engine
-from megatron_vlm.inference.ranks import serve_rank
+from megatron_vlm.inference.ranks import engine_rank, serve_rank
 from megatron_vlm.inference.request import SamplingParams, TokenPrompt
 from megatron_vlm.model.build import build_model
 from megatron_vlm.runtime.launch import process_group
@@ -90,14 +90,14 @@ def main() -> None:
             tensor_parallel.model_parallel_cuda_manual_seed(1)
             (model,) = build_model(recipe)
             load_checkpoint(require_checkpoint(checkpoint), [model], recipe)
-            if dist.get_rank():
-                serve_rank(model, CONFIG)
-            else:
+            if dist.get_rank() == engine_rank():
                 engine = Engine(model, load_tokenizer(Path(checkpoint) / "tokenizer"), CONFIG)
                 results[layout] = generate_at_random_times(engine, specs, int(new_tokens))
+            else:
+                serve_rank(model, CONFIG)
             destroy_groups()
-        if dist.get_rank() == 0:
-            Path(out).write_text(json.dumps(results))
+        if results:
+            Path(f"{out}{dist.get_rank()}").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -28,12 +28,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _generate(folder: Path, specs: list[PromptSpec], new_tokens: int, ranks: int, *layouts: str) -> dict[str, Any]:
-    specs_file, out = folder / "specs.json", folder / "out.json"
+    """Layout -> the outputs of its engine; those of a second copy of the model under another name."""
+    specs_file, out = folder / "specs.json", folder / "out"
+    for file in folder.glob("out*"):
+        file.unlink()
     specs_file.write_text(json.dumps([asdict(spec) for spec in specs]))
     command = [RUN_RANKS, folder / "megatron", specs_file, out, str(new_tokens), *layouts]
     launch(*command, ranks=ranks, timeout=60 + 10 * len(specs))
-    results: dict[str, Any] = json.loads(out.read_text())
-    assert [result["leaked"] for result in results.values()] == [0] * len(layouts)
+    results: dict[str, Any] = {}
+    for file in sorted(folder.glob("out*")):
+        for layout, result in json.loads(file.read_text()).items():
+            results[layout if layout not in results else f"{layout}, {file.name}"] = result
+    assert [result["leaked"] for result in results.values()] == [0] * len(results)
     return results
 
 
@@ -42,7 +48,9 @@ def test_two_ranks_give_the_answers_of_one(folder: Path) -> None:
     with load_engine(folder / "megatron", CONFIG) as engine:
         assert engine is not None
         one = generate_at_random_times(engine, specs, 10)
-    for layout, result in _generate(folder, specs, 10, 2, "2x1", "1x2").items():
+    results = _generate(folder, specs, 10, 2, "2x1", "1x2", "1x1")
+    assert len(results) == 4, "1x1 on two ranks has two engines"
+    for layout, result in results.items():
         for alone, answer in zip(one["answers"], result["answers"], strict=True):
             assert answer["tokens"] == alone["tokens"], layout
             assert answer["logprobs"] == pytest.approx(alone["logprobs"], rel=0, abs=1e-4), layout

@@ -94,6 +94,11 @@ def decode_image(data: bytes) -> Image.Image:
         raise ImageUnreadable(_explain(data, error)) from error
 
 
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image as training sees it: rotated upright, in RGB. The argument stays as it is."""
+    return _to_rgb(ImageOps.exif_transpose(image))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         return _grey_to_eight_bits(image).convert("RGB")
