@@ -21,8 +21,8 @@ PIL_BICUBIC = 3
 CHAT_TEMPLATE = (
     "{{ eos_token }}"
     "{% for message in messages %}"
-    "{% if message['role'] not in ['user', 'assistant'] %}"
-    "{{ raise_exception('roles are user and assistant, not ' + message['role']) }}"
+    "{% if message['role'] not in ['user', 'assistant', 'system'] %}"
+    "{{ raise_exception('roles are user, assistant and system, not ' + message['role']) }}"
     "{% endif %}"
     "{{ '<|' + message['role'] + '|>\\n' }}"
     "{% if message['content'] is string %}{% set text = message['content'] %}"

@@ -16,6 +16,7 @@ import logging
 import sys
 
 from megatron_vlm.commands.job_flag import add_job_flag
+from megatron_vlm.commands.max_rejected import MaxRejected, add_max_rejected_flag
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.prepare.shard_writer import MAX_SAMPLES_PER_PART, PrepareSummary, merge_parts, prepare_shards
 
@@ -27,9 +28,11 @@ def _positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Exit code: 0 shards were written (some samples may be quarantined), 1 no sample is valid, 2 error, 130 Ctrl-C."""
+    """Exit code: 0 shards were written (some samples may be quarantined), 1 no sample is valid or too many are
+    quarantined, 2 error, 130 Ctrl-C.
+    """
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--annotations", nargs="+", metavar="PATH", help=".json or .jsonl files, or folders")
+    parser.add_argument("--annotations", nargs="+", metavar="PATH", help=".json, .jsonl or .ndjson files, or folders")
     parser.add_argument("--image-folder", metavar="DIR", help="root of the image paths in annotations")
     parser.add_argument("--output", required=True, metavar="DIR|s3://…", help="shard set to write")
     parser.add_argument("--processes", type=_positive, metavar="N", help="worker processes; default: one per core")
@@ -45,6 +48,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         help=f"samples written at a time; default: 1/16 of the set, at most {MAX_SAMPLES_PER_PART}",
     )  # fmt: skip
     add_job_flag(parser, "write only the samples of job k of n, k from 1")
+    add_max_rejected_flag(parser)
     parser.add_argument("--merge", action="store_true", help="complete a set that was written with --job")
     options = parser.parse_args(argv)
     if options.merge == bool(options.annotations):
@@ -65,10 +69,10 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command to resume", file=sys.stderr)
         return 130
-    return _report(summary, options.output, options.job)
+    return _report(summary, options.output, options.job, options.max_rejected)
 
 
-def _report(summary: PrepareSummary, output: str, job: tuple[int, int] | None) -> int:
+def _report(summary: PrepareSummary, output: str, job: tuple[int, int] | None, max_rejected: MaxRejected) -> int:
     invalid = sum(summary.quarantined.values())
     print(
         f"{summary.read} samples read = {summary.written} written with {summary.images} images + {invalid} quarantined"
@@ -80,7 +84,9 @@ def _report(summary: PrepareSummary, output: str, job: tuple[int, int] | None) -
         print(f"WARNING: {invalid} samples are NOT in the shards; reasons are in {where}", file=sys.stderr)
         for reason, count in summary.quarantined.most_common():
             print(f"  {count:8d}  {reason}", file=sys.stderr)
-    if not summary.written and not job:
+    if job:  # the set as a whole is judged when it is merged
+        return 0
+    if not summary.written:
         print("error: no sample is valid; no shard was written", file=sys.stderr)
         return 1
-    return 0
+    return int(max_rejected.report(invalid, summary.read))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_vlm.config.errors import ConfigError, nearest_key
-from megatron_vlm.config.recipe import ABSENT_SETTINGS, Recipe, Setting, apply, iter_settings, read_yaml
+from megatron_vlm.config.recipe import ABSENT_SETTINGS, OTHER_NAMES, Recipe, Setting, apply, iter_settings, read_yaml
 from megatron_vlm.config.values import without_none
 
 _INTRODUCTION = """\
@@ -133,7 +133,7 @@ def _unknown_arguments(arguments: list[str], settings: list[Setting]) -> list[st
             continue
         name = argument.partition("=")[0]
         plain = name.lstrip("-").replace("-", "_")
-        guess = nearest_key(plain, keys)
+        guess = OTHER_NAMES.get(plain) or nearest_key(plain, keys)
         if plain in ABSENT_SETTINGS:
             remedy = f"About {plain}: {ABSENT_SETTINGS[plain]}."
         elif guess:

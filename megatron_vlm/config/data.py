@@ -15,7 +15,7 @@ class DataConfig:
 
     data_path: list[str] = field(
         default_factory=list,
-        metadata={"help": "Annotation files (.json, .jsonl), shard folders, or one mixture file (.yaml)."},
+        metadata={"help": "Annotation files (.json, .jsonl, .ndjson), shard folders, or one mixture file (.yaml)."},
     )
     image_folder: str | None = field(
         default=None, metadata={"help": "Folder that image paths in annotations start from."}

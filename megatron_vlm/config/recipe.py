@@ -26,6 +26,37 @@ ABSENT_SETTINGS = {
     "data_parallel_size": "it is the world size divided by the model-parallel sizes; leave it out",
 }
 """Settings of Megatron-LM that do not exist here, and why."""
+OTHER_NAMES = {
+    "batch_size": "global_batch_size",
+    "train_batch_size": "global_batch_size",
+    "per_device_train_batch_size": "global_batch_size",
+    "per_device_batch_size": "global_batch_size",
+    "gradient_accumulation_steps": "global_batch_size",
+    "learning_rate": "lr",
+    "warmup_ratio": "lr_warmup_fraction",
+    "max_steps": "train_iters",
+    "steps": "train_iters",
+    "num_train_epochs": "train_iters",
+    "epochs": "train_iters",
+    "max_length": "seq_length",
+    "max_seq_length": "seq_length",
+    "model_max_length": "seq_length",
+    "output": "save",
+    "output_dir": "save",
+    "save_steps": "save_interval",
+    "logging_steps": "log_interval",
+    "model_name_or_path": "pretrained_checkpoint",
+    "tokenizer": "tokenizer_model",
+    "annotations": "data_path",
+    "image_dir": "image_folder",
+    "images": "image_folder",
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "max_grad_norm": "clip_grad",
+    "dataloader_num_workers": "num_workers",
+}
+"""Names that other trainers give to settings of ours whose names are not similar."""
 RENAMED_VALUES = {"data.oversized_samples": {"refuse": "error", "cut": "truncate"}}
 """Setting -> old value -> new value. Old values are accepted for one release, with a warning."""
 
@@ -151,6 +182,10 @@ def _right_name(key: str) -> str:
     if name in ABSENT_SETTINGS:
         return f"About {name}: {ABSENT_SETTINGS[name]}."
     keys = [setting.key for setting in iter_settings(Recipe())]
+    name = OTHER_NAMES.get(name, "")
+    for known in keys:
+        if known.rpartition(".")[2] == name:
+            return f"Did you mean {known}?"
     keys += sorted({parent for known in keys if (parent := known.rpartition(".")[0])})
     guess = nearest_key(key, keys)
     return f"Did you mean {guess}?" if guess else "All settings: megatron-vlm train --help"

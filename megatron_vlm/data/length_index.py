@@ -34,7 +34,7 @@ from megatron_vlm.runtime.file_lock import file_lock
 logger = logging.getLogger(__name__)
 
 REJECTED = -1
-_FORMAT = "2"
+_FORMAT = "3"
 _REJECTED_SUFFIX = ".refused.jsonl"
 _PART_SECONDS = 30.0
 """Of measuring are lost at most when the process is killed."""

@@ -25,8 +25,8 @@ from megatron_vlm.data.processing.image_io import ImageUnreadable, decode_image
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, extract_tiles_into, num_image_tiles
 from megatron_vlm.data.processing.tokenizer import Tokenizer
+from megatron_vlm.data.sources.annotations import count_placeholders
 from megatron_vlm.data.sources.sample_source import Sample, SourceList
-from megatron_vlm.data.truncation import count_images
 
 
 @dataclass
@@ -74,7 +74,7 @@ class RowBuilder:
         if number in self.truncations:
             turns_kept, expected = self.truncations[number]
             turns = turns[:turns_kept]
-            sizes = sizes[: count_images(turns)]
+            sizes = sizes[: count_placeholders(turns)]
         image_lengths = [num_image_tokens(size, self.geometry) for size in sizes]
         encoded = encode_conversation(turns, self.tokenizer, image_lengths, self.image_token_index)
         if len(encoded.ids) != expected:

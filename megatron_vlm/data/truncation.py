@@ -14,10 +14,11 @@ import numpy as np
 from megatron_vlm.data.array_files import map_arrays, write_arrays
 from megatron_vlm.data.errors import SampleError
 from megatron_vlm.data.length_index import LengthIndex
-from megatron_vlm.data.processing.conversation import IMAGE_PLACEHOLDER, Turn, encode_conversation
+from megatron_vlm.data.processing.conversation import Turn, encode_conversation
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, Size, num_image_tiles
 from megatron_vlm.data.processing.tokenizer import Tokenizer
+from megatron_vlm.data.sources.annotations import count_placeholders
 from megatron_vlm.data.sources.sample_source import SampleSource
 from megatron_vlm.data.worker_pool import parallel_map
 
@@ -33,7 +34,7 @@ class Truncations:
     samples: np.ndarray
     """[k] int64: their indices, ascending."""
     turns: np.ndarray
-    """[k] int64: number of turns kept, questions and answers; 0: not even the first answer fits."""
+    """[k] int64: number of turns kept: questions, answers and a system turn; 0: not even the first answer fits."""
     tokens: np.ndarray
     """[k] int64: tokens after truncation."""
     tiles: np.ndarray
@@ -60,26 +61,23 @@ class _Truncator:
         except SampleError:  # the sample was valid when it was measured: building its row will raise an error
             return 0, 0, 0
         sizes = self.index.image_sizes(index)
-        fits, too_many = (0, 0, 0), len(turns)
-        while too_many - fits[0] > 2:
-            middle = fits[0] + (too_many - fits[0]) // 4 * 2
-            tokens, tiles = self._measure(turns[:middle], sizes)
+        system = int(turns[0].role == "system")
+        fits, answers, too_many = (0, 0, 0), 0, len(turns) // 2
+        while too_many - answers > 1:
+            middle = (answers + too_many) // 2
+            kept = system + 2 * middle
+            tokens, tiles = self._measure(turns[:kept], sizes)
             if tokens <= self.seq_length and tiles <= self.max_tiles:
-                fits = (middle, tokens, tiles)
+                fits, answers = (kept, tokens, tiles), middle
             else:
                 too_many = middle
         return fits
 
     def _measure(self, turns: list[Turn], sizes: list[Size]) -> tuple[int, int]:
-        sizes = sizes[: count_images(turns)]
+        sizes = sizes[: count_placeholders(turns)]
         image_lengths = [num_image_tokens(size, self.geometry) for size in sizes]
         encoded = encode_conversation(turns, self.tokenizer, image_lengths, 0)
         return len(encoded.ids), sum(num_image_tiles(size, self.geometry) for size in sizes)
-
-
-def count_images(turns: list[Turn]) -> int:
-    """Number of images in the questions among these turns."""
-    return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
 
 
 def load_truncations(

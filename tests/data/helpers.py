@@ -113,7 +113,7 @@ class Folder:
     def write(self, name: str = "train.json") -> Path:
         path = self.root / name
         lines = [json.dumps(entry) for entry in self.entries]
-        path.write_text("\n".join(lines) if name.endswith("l") else f"[{','.join(lines)}]")
+        path.write_text("\n".join(lines) if name.endswith(("jsonl", "ndjson")) else f"[{','.join(lines)}]")
         return path
 
 

@@ -63,6 +63,15 @@ def test_no_answer_is_truncated(folder: Folder) -> None:
     assert isinstance(summary["tokens_dropped"], int) and summary["tokens_dropped"] > 0
 
 
+def test_a_system_turn_is_kept(folder: Folder) -> None:
+    whole = read(folder)[0]["talk"]
+    talk = folder.entries[1]["conversations"]
+    folder.entries[1]["conversations"] = [{"from": "system", "value": "x"}, *talk]
+    folder.write()
+    answers = read(folder)[0]
+    assert answers["talk"].startswith("It is 0.") and whole.startswith(answers["talk"])
+
+
 def test_one_more_answer_would_not_fit(folder: Folder) -> None:
     tokenizer, geometry = load_tokenizer(folder.root / "tokenizer"), ImageGeometry.of(tiny_model(), "anyres")
     source = AnnotationSource(folder.root / "train.json", folder.images)

@@ -10,7 +10,7 @@ from megatron_vlm.config.errors import nearest
 from megatron_vlm.config.recipe import Recipe
 from megatron_vlm.config.values import to_bytes
 
-_DATA_FILES = (".json", ".jsonl", ".yaml", ".yml")
+_DATA_FILES = (".json", ".jsonl", ".ndjson", ".yaml", ".yml")
 
 
 def path_problems(recipe: Recipe) -> list[Problem]:

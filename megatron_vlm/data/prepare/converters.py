@@ -20,19 +20,25 @@ from __future__ import annotations
 import argparse
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from megatron_vlm.data.errors import DataError
+from megatron_vlm.data.prepare.cells import answer_cell, cell, is_missing, list_cell, parse_list, text_cell
+from megatron_vlm.data.prepare.image_store import ImageStore
 from megatron_vlm.data.prepare.prompts import PROMPTS
 from megatron_vlm.data.prepare.reading_order import parse_box, reading_order
-from megatron_vlm.data.prepare.tables import ImageStore, RowError
-from megatron_vlm.data.processing.conversation import IMAGE_PLACEHOLDER
+from megatron_vlm.data.prepare.tables import RowError
+from megatron_vlm.data.processing.conversation import IMAGE_PLACEHOLDER, Turn
+from megatron_vlm.data.sources.annotations import image_like_key, parse_annotation
+from megatron_vlm.data.sources.message_formats import EntryError, read_turns, shown
 
 Entry = dict[str, Any]
-ErrorHandler = Callable[[Entry, RowError], None]
 
 CONVERTERS: dict[str, type[Converter]] = {}
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_MIN_CHOICES = 2
 
 
 def register(converter: type[Converter]) -> type[Converter]:
@@ -42,7 +48,10 @@ def register(converter: type[Converter]) -> type[Converter]:
 
 
 class Converter(ABC):
-    """Base class. The first line of a converter's docstring is its --help text."""
+    """Base class. The first line of a converter's docstring is its --help text.
+
+    Every entry is validated as training data is, and its images are decoded, before it is written.
+    """
 
     name: str
 
@@ -53,47 +62,59 @@ class Converter(ABC):
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Add the flags of this converter."""
 
+    def split(self, row: Entry) -> Iterator[Entry]:
+        """The samples of a row; by default the row is one."""
+        yield row
+
     @abstractmethod
     def entry(self, row: Entry, images: ImageStore) -> Entry:
-        """Convert a row to a LLaVA entry. An entry without an id gets one later.
+        """Convert a sample to a LLaVA entry. An entry without an id gets one later.
 
         Raises:
-            RowError: the row cannot be converted.
+            RowError: it cannot be converted. Any other exception rejects it, too.
         """
 
-    def entries(self, rows: Iterator[Entry], images: ImageStore, on_error: ErrorHandler) -> Iterator[Entry]:
-        """Convert all rows. `on_error(row, error)` is called for each row that cannot be converted."""
-        for row in rows:
-            try:
-                yield self.entry(row, images)
-            except RowError as error:
-                on_error(row, error)
-
-
-def cell(row: Entry, column: str) -> Any:
-    """The value of a column.
-
-    Raises:
-        RowError: the column is missing or empty.
-    """
-    value = row.get(column)
-    if value is None or value == "":
-        raise RowError("missing column", f"{column!r} is absent or empty; the columns are {sorted(row)}")
-    return value
+    def combine(self, entries: Iterator[Entry]) -> Iterator[Entry]:
+        """The entries to write, made of all converted ones; by default as they are."""
+        yield from entries
 
 
 def conversation(*texts: str, image: str | list[str] | None = None) -> Entry:
-    """An entry of alternating questions and answers. The image placeholders precede the first question."""
-    count = 0 if image is None else 1 if isinstance(image, str) else len(image)
-    first = f"{IMAGE_PLACEHOLDER}\n" * count + texts[0]
-    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate((first, *texts[1:]))]
-    return {**({"image": image} if image is not None else {}), "conversations": turns}
+    """An entry of alternating questions and answers.
+
+    If no question has an image placeholder, placeholders of all images precede the first question.
+    """
+    turns = [Turn(("human", "gpt")[i % 2], text) for i, text in enumerate(texts)]
+    return _entry(turns, [] if image is None else [image] if isinstance(image, str) else image)
+
+
+def _entry(turns: list[Turn], images: list[str]) -> Entry:
+    """An entry with a placeholder for each image; those that the questions have stay."""
+    questions = [number for number, turn in enumerate(turns) if turn.role == "human"]
+    if questions and not any(IMAGE_PLACEHOLDER in turns[number].text for number in questions):
+        first = turns[questions[0]]
+        turns[questions[0]] = Turn(first.role, f"{IMAGE_PLACEHOLDER}\n" * len(images) + first.text)
+    entry: Entry = {"conversations": [{"from": turn.role, "value": turn.text} for turn in turns]}
+    return {"image": images if len(images) > 1 else images[0], **entry} if images else entry
 
 
 def column_arguments(parser: argparse.ArgumentParser, **columns: str) -> None:
     """Add a flag --NAME-column with a default for each column."""
     for name, default in columns.items():
         parser.add_argument(f"--{name}-column", default=default, metavar="NAME", help=f"default: {default}")
+
+
+def images_of(row: Entry, column: str, images: ImageStore) -> list[str]:
+    """The paths of the images in a column that may be empty.
+
+    Raises:
+        RowError: an image is missing or unreadable, or another column seems to hold the images.
+    """
+    paths = images.take_all(row.get(column))
+    if not paths and (suspect := image_like_key(row)) and suspect != column:
+        what = f"{column!r} has no image, but {suspect!r} seems to: give --image-column {suspect}"
+        raise RowError("unknown image key", what)
+    return paths
 
 
 @register
@@ -109,11 +130,10 @@ class QuestionAnswer(Converter):
 
     def entry(self, row: Entry, images: ImageStore) -> Entry:
         options = self.options
-        question, answer = str(cell(row, options.question_column)), cell(row, options.answer_column)
-        answer = str(answer[0] if isinstance(answer, list) else answer)  # of several annotators' answers, the first
+        question, answer = text_cell(row, options.question_column), answer_cell(row, options.answer_column)
         if options.suffix:
             question = f"{question}\n{options.suffix}"
-        return conversation(question, answer, image=images.take_all(row.get(options.image_column)))
+        return conversation(question, answer, image=images_of(row, options.image_column, images))
 
 
 @register
@@ -127,43 +147,16 @@ class Conversations(Converter):
         column_arguments(parser, image="image", turns="conversations")
 
     def entry(self, row: Entry, images: ImageStore) -> Entry:
-        texts = list(_texts(cell(row, self.options.turns_column)))
-        image = images.take_all(row.get(self.options.image_column))
-        count = len(image) if isinstance(image, list) else int(image is not None)
-        placeholders = "".join(texts).count(IMAGE_PLACEHOLDER)
-        if placeholders not in (0, count):
-            raise RowError("image count mismatch", f"{placeholders} {IMAGE_PLACEHOLDER} for {count} images")
-        entry = conversation(*texts, image=image)
-        if placeholders:  # keep them where they are
-            entry["conversations"][0]["value"] = texts[0]
-        return {**({"id": str(row["id"])} if row.get("id") is not None else {}), **entry}
-
-
-_USER_ROLES, _ASSISTANT_ROLES = ("human", "user"), ("gpt", "assistant", "model")
-
-
-def _texts(turns: Any) -> Iterator[str]:
-    """Alternating questions and answers of a conversation in any of the supported forms.
-
-    Raises:
-        RowError: questions and answers do not alternate.
-    """
-    count = 0
-    for turn in turns if isinstance(turns, list) else ():
-        if not isinstance(turn, dict):
-            break
-        role = turn.get("from", turn.get("role"))
-        if role is None and {"user", "assistant"} <= turn.keys():
-            messages: list[tuple[Any, Any]] = [("user", turn["user"]), ("assistant", turn["assistant"])]
-        else:
-            messages = [(role, turn.get("value", turn.get("content")))]
-        for role, text in messages:
-            if role not in (_USER_ROLES, _ASSISTANT_ROLES)[count % 2] or not isinstance(text, str):
-                raise RowError("turns out of order", f"message {count} is {text!r} from {role!r}")
-            count += 1
-            yield text
-    if count == 0 or count % 2:
-        raise RowError("turns out of order", f"{count} messages, but each question needs an answer")
+        column = self.options.turns_column
+        if column not in row and "messages" in row:
+            column = "messages"
+        try:
+            turns, inline = read_turns(cell(row, column), column)
+        except EntryError as error:
+            raise RowError(error.reason, error.what) from None
+        paths = [images.take(image) for image in inline] or images_of(row, self.options.image_column, images)
+        identity = {} if is_missing(row.get("id")) else {"id": str(row["id"])}
+        return {**identity, **_entry(turns, paths)}
 
 
 @register
@@ -181,29 +174,34 @@ class Captions(Converter):
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
-        self.pool = PROMPTS.get(options.prompts)
-        if self.pool is None:
-            with open(options.prompts, encoding="utf-8") as file:
-                self.pool = tuple(line.strip() for line in file if line.strip())
+        self.pool = PROMPTS.get(options.prompts) or _read_pool(Path(options.prompts))
+
+    def split(self, row: Entry) -> Iterator[Entry]:
+        """Each caption of a list of captions is a sample of its own."""
+        column = self.options.caption_column
+        captions = row.get(column)
+        if isinstance(captions, str):
+            captions = parse_list(captions) or captions
+        for caption in (captions or [None]) if isinstance(captions, list) else [captions]:
+            yield {**row, column: caption}
 
     def entry(self, row: Entry, images: ImageStore) -> Entry:
-        caption = str(cell(row, self.options.caption_column)).strip()
+        caption = answer_cell(row, self.options.caption_column)
         image = images.take(cell(row, self.options.image_column))
         # Seeded by the content of the row, so that the prompts do not depend on how rows are split over jobs.
-        prompt = random.Random(f"{self.options.seed} {image} {caption}").choice(self.pool or ())
+        prompt = random.Random(f"{self.options.seed} {image} {caption}").choice(self.pool)
         return conversation(prompt, caption, image=image)
 
-    def entries(self, rows: Iterator[Entry], images: ImageStore, on_error: ErrorHandler) -> Iterator[Entry]:
-        """Each caption of a list of captions becomes an entry of its own."""
-        column = self.options.caption_column
 
-        def single_captions() -> Iterator[Entry]:
-            for row in rows:
-                captions = row.get(column)
-                for caption in captions or [None] if isinstance(captions, list) else [captions]:
-                    yield {**row, column: caption}
-
-        return super().entries(single_captions(), images, on_error)
+def _read_pool(file: Path) -> tuple[str, ...]:
+    try:
+        pool = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        choices = ", ".join(PROMPTS)
+        raise DataError(f"--prompts {file}: neither {choices} nor a file that can be read ({error})") from error
+    if not pool:
+        raise DataError(f"--prompts {file}: the file has no prompt. Write one per line.")
+    return pool
 
 
 @register
@@ -220,10 +218,11 @@ class OcrWords(Converter):
 
     def entry(self, row: Entry, images: ImageStore) -> Entry:
         words = []
-        for word in cell(row, self.options.words_column):
-            text = str(word.get("text", "")).strip()
-            if text and text != self.options.unreadable:
-                words.append((text, *parse_box(word)))
+        for word in list_cell(row, self.options.words_column):
+            if not isinstance(word, dict):
+                raise RowError("bad word", f"{shown(word)} is not an object with text and box")
+            if not is_missing(word.get("text")) and word["text"] != self.options.unreadable:
+                words.append((text_cell(word, "text"), *parse_box(word)))
         if not words:
             raise RowError("no words", "no word is readable")
         image = images.take(cell(row, self.options.image_column))
@@ -245,24 +244,38 @@ class Choice(Converter):
 
     def entry(self, row: Entry, images: ImageStore) -> Entry:
         options = self.options
-        choices = [str(choice) for choice in cell(row, options.choices_column)]
+        choices = self._choices(row)
         correct = self._correct_index(cell(row, options.answer_column), choices)
         listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(_LETTERS, choices, strict=False))
-        question = f"{cell(row, options.question_column)}\n{listed}\nAnswer with the letter of the right choice."
+        question = f"{text_cell(row, options.question_column)}\n{listed}\nAnswer with the letter of the right choice."
         texts = [question, _LETTERS[correct]]
-        if rationale := row.get(options.rationale_column):
-            texts += [options.why, str(rationale)]
-        return conversation(*texts, image=images.take_all(row.get(options.image_column)))
+        if not is_missing(row.get(options.rationale_column)):
+            texts += [options.why, text_cell(row, options.rationale_column)]
+        return conversation(*texts, image=images_of(row, options.image_column, images))
+
+    def _choices(self, row: Entry) -> list[str]:
+        column = self.options.choices_column
+        value = row.get(column)
+        if isinstance(value, dict) and isinstance(value.get("text"), list):  # ARC: {text: [...], label: [...]}
+            row = {column: value["text"]}
+        choices = [text_cell({column: choice}, column) for choice in list_cell(row, column)]
+        if not _MIN_CHOICES <= len(choices) <= len(_LETTERS):
+            raise RowError("bad choices", f"{len(choices)} choices, expected {_MIN_CHOICES} to {len(_LETTERS)}")
+        if len(set(choices)) < len(choices):
+            raise RowError("bad choices", f"two of {shown(choices)} are the same")
+        return choices
 
     def _correct_index(self, answer: Any, choices: list[str]) -> int:
         """Index of the correct choice. `answer` is its index, its letter or its text."""
-        if str(answer) in choices:
-            return choices.index(str(answer))
-        if isinstance(answer, str) and answer.strip(" .()").upper() in list(_LETTERS[: len(choices)]):
-            return _LETTERS.index(answer.strip(" .()").upper())
-        if str(answer).isdigit() and int(answer) < len(choices):
-            return int(answer)
-        raise RowError("unknown answer", f"{answer!r} is none of {choices}")
+        text = str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer).strip()
+        if text in choices:
+            return choices.index(text)
+        letter = text.strip(" .()").upper()
+        if isinstance(answer, str) and len(letter) == 1 and letter in _LETTERS[: len(choices)]:
+            return _LETTERS.index(letter)
+        if text.isdecimal() and int(text) < len(choices):
+            return int(text)
+        raise RowError("unknown answer", f"{shown(answer)} is none of {shown(choices)}")
 
 
 @register
@@ -276,20 +289,16 @@ class MergeTurns(Converter):
         parser.add_argument("--turns", type=int, default=5, metavar="N", help="most questions per conversation")
 
     def entry(self, row: Entry, images: ImageStore) -> Entry:
-        turns = cell(row, "conversations")
-        texts = [str(turn.get("value", "")).replace(IMAGE_PLACEHOLDER, "").strip() for turn in turns]
-        if len(texts) % 2 or [turn.get("from") for turn in turns] != ["human", "gpt"] * (len(texts) // 2):
-            raise RowError("turns out of order", "human and gpt must alternate, and the last turn must be gpt")
-        image = images.take_all(row.get("image"))
-        return {**({"id": row["id"]} if "id" in row else {}), **conversation(*texts, image=image)}
+        annotation = parse_annotation(row, 0, "the input")
+        identity = {"id": row["id"]} if "id" in row else {}
+        return {**identity, **_entry(annotation.turns, [images.take(path) for path in annotation.image_paths])}
 
-    def entries(self, rows: Iterator[Entry], images: ImageStore, on_error: ErrorHandler) -> Iterator[Entry]:
+    def combine(self, entries: Iterator[Entry]) -> Iterator[Entry]:
         merged: Entry | None = None
-        for entry in super().entries(rows, images, on_error):
-            same_image = merged is not None and entry.get("image") is not None and entry["image"] == merged.get("image")
-            if merged and same_image and self._questions(merged) + self._questions(entry) <= self.options.turns:
-                first = entry["conversations"][0]
-                first["value"] = first["value"].replace(f"{IMAGE_PLACEHOLDER}\n", "")
+        for entry in entries:
+            if merged is not None and self._can_merge(merged, entry):
+                for turn in entry["conversations"][::2]:
+                    turn["value"] = turn["value"].replace(IMAGE_PLACEHOLDER, "").strip()
                 merged["conversations"] += entry["conversations"]
                 continue
             if merged is not None:
@@ -298,6 +307,7 @@ class MergeTurns(Converter):
         if merged is not None:
             yield merged
 
-    @staticmethod
-    def _questions(entry: Entry) -> int:
-        return len(entry["conversations"]) // 2
+    def _can_merge(self, merged: Entry, entry: Entry) -> bool:
+        turns = merged["conversations"] + entry["conversations"]
+        same_image = entry.get("image") is not None and entry["image"] == merged.get("image")
+        return same_image and len(turns) <= 2 * self.options.turns and all(turn["from"] != "system" for turn in turns)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megatron_vlm.data.prepare.tables import RowError
+from megatron_vlm.data.sources.message_formats import shown
 
 Word = tuple[str, float, float, float, float]
 """(text, left, top, right, bottom)"""
@@ -20,10 +22,12 @@ def parse_box(word: dict[str, Any]) -> tuple[float, float, float, float]:
     try:
         if isinstance(box, list) and isinstance(box[0], list):
             xs, ys = zip(*box, strict=True)
-            return float(min(xs)), float(min(ys)), float(max(xs)), float(max(ys))
+            box = [min(xs), min(ys), max(xs), max(ys)]
         left, top, right, bottom = map(float, box or ())
-    except (TypeError, ValueError, IndexError):
-        raise RowError("bad box", f"{box!r} of the word {word.get('text')!r}") from None
+    except (TypeError, ValueError, IndexError, OverflowError):
+        raise RowError("bad box", f"{shown(box)} of the word {word.get('text')!r}") from None
+    if not all(map(math.isfinite, (left, top, right, bottom))):
+        raise RowError("bad box", f"{shown(box)} of the word {word.get('text')!r}")
     return left, top, right, bottom
 
 

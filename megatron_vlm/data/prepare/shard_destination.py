@@ -22,6 +22,8 @@ from megatron_vlm.data.shards import s3
 from megatron_vlm.data.shards.mds_format import INDEX
 from megatron_vlm.runtime.atomic_files import atomic_file, is_absent_or_empty
 
+QUARANTINE = "quarantine.jsonl"
+"""Lists the samples that are not in the set."""
 _WORK, _WORK_FOR_S3 = ".work-", "megatron-vlm-shards-"
 _MIN_ABANDONED_SECONDS = 60.0
 """A younger work folder may not be locked yet."""
@@ -91,6 +93,7 @@ class LocalDestination(Destination):
     """A local folder."""
 
     def __init__(self, folder: Path) -> None:
+        folder = folder.resolve()  # `.` has no name
         if not is_absent_or_empty(folder):
             raise DataError(f"{folder} exists and is not empty. Choose another folder or remove it first.")
         self.folder = folder
@@ -125,12 +128,16 @@ class LocalDestination(Destination):
         if self.folder.exists():
             self.folder.rmdir()  # empty, as checked
         self.partial.rename(self.folder)
+        self._beside(QUARANTINE).unlink(missing_ok=True)  # of an earlier run without a valid sample
 
     def write_beside(self, name: str, data: bytes) -> str:
         shutil.rmtree(self.partial, ignore_errors=True)
-        path = self.folder.with_name(f"{self.folder.name}.{name}")
+        path = self._beside(name)
         path.write_bytes(data)
         return str(path)
+
+    def _beside(self, name: str) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.{name}")
 
 
 class S3Destination(Destination):

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.errors import DataError, SampleError
-from megatron_vlm.data.prepare.shard_destination import LocalDestination, S3Destination, open_destination
+from megatron_vlm.data.prepare.annotation_finder import find_annotations
+from megatron_vlm.data.prepare.shard_destination import QUARANTINE, LocalDestination, S3Destination, open_destination
 from megatron_vlm.data.shards.mds_format import INDEX, ShardSample, ShardWriter, merge_indexes
 from megatron_vlm.data.sources.sample_source import AnnotationSource, SourceList
 from megatron_vlm.data.worker_pool import parallel_map, report_progress
 
-QUARANTINE = "quarantine.jsonl"
 MAX_SAMPLES_PER_PART = 4096
 _MIN_SAMPLES_PER_PART = 64
 _MIN_PARTS = 16
@@ -44,21 +44,6 @@ class PrepareSummary:
     """File that lists the quarantined samples, one JSON object per line; None: there are none."""
 
 
-def find_annotations(paths: Sequence[str | Path]) -> list[Path]:
-    """Annotation files at `paths`. A folder stands for all `.json` and `.jsonl` files below it.
-
-    Raises:
-        DataError: a folder has no such file.
-    """
-    found = []
-    for path in map(Path, paths):
-        files = sorted(file for file in path.rglob("*.json*") if file.suffix in (".json", ".jsonl"))
-        if path.is_dir() and not files:
-            raise DataError(f"folder {path} contains no .json or .jsonl file")
-        found += files if path.is_dir() else [path]
-    return found
-
-
 def prepare_shards(
     annotations: Sequence[str | Path],
     image_folder: str | Path | None,
@@ -74,7 +59,7 @@ def prepare_shards(
     written and they are listed in `<output>.quarantine.jsonl`.
 
     Args:
-        annotations: `.json` and `.jsonl` files, and folders of them.
+        annotations: `.json`, `.jsonl` and `.ndjson` files, and folders of them.
         image_folder: root of their image paths.
         output: folder or s3:// prefix. The set becomes visible when it is complete.
         processes: number of processes that decode images; default: one per core.

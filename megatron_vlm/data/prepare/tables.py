@@ -1,27 +1,21 @@
-"""Reads the rows of tables in several file formats, and stores the images in their cells as files."""
+"""Reads the rows of tables in several file formats."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import csv
-import hashlib
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import Any, BinaryIO, cast
 
 from megatron_vlm.data.errors import DataError
-from megatron_vlm.data.processing.image_io import ImageUnreadable, verify_image
 
-_MIN_BASE64_LENGTH = 60
-_MAX_PATH_LENGTH = 250
 _MAX_CELL_LENGTH = 1 << 30
 """Base64 images are far longer than the csv module's default limit."""
+_GZIP = ".gz"
 
 
 class RowError(Exception):
@@ -32,107 +26,92 @@ class RowError(Exception):
         self.reason = reason
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a `.json` (a list), `.jsonl`, `.csv`, `.tsv` or `.parquet` file. All but `.json` are streamed.
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> Iterator[Row | RowError]:
+    """Yield the rows of a `.json` (a list), `.jsonl`, `.ndjson`, `.csv`, `.tsv` or `.parquet` file.
+
+    All but `.json` are streamed. All but `.parquet` may be compressed with gzip (`.jsonl.gz`). A row that cannot be
+    read is yielded as its error.
 
     Raises:
         DataError: the file cannot be read or has another suffix.
     """
+    suffix = Path(path.stem).suffix if path.suffix == _GZIP else path.suffix
+    reader = _READERS.get(suffix)
+    if reader is None or (reader is _parquet and path.suffix == _GZIP):
+        expected = f"{', '.join(_READERS)}, or all but .parquet with {_GZIP}"
+        raise DataError(f"{path}: expected a file ending in {expected}")
     try:
-        yield from _READERS[path.suffix](path)
-    except KeyError:
-        raise DataError(f"{path}: expected a file ending in {', '.join(_READERS)}") from None
-    except (OSError, ValueError, csv.Error) as error:
+        yield from reader(path)
+    except RecursionError:
+        raise DataError(f"{path} cannot be read: it is nested too deeply") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, csv.Error, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _json(path: Path) -> Iterator[dict[str, Any]]:
-    rows = json.loads(path.read_bytes())
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == _GZIP else path.open("rb")
+
+
+def _as_row(value: Any) -> Row | RowError:
+    if isinstance(value, dict):
+        return value
+    return RowError("no row", f"expected an object, got {type(value).__name__}")
+
+
+def _json(path: Path) -> Iterator[Row | RowError]:
+    with _open(path) as file:
+        rows = json.loads(file.read())
+    if isinstance(rows, dict):
+        lists = [str(key) for key, value in rows.items() if isinstance(value, list)]
+        hint = f"; save its list {' or '.join(lists)} as a file" if lists else ""
+        raise ValueError(f"expected a list of rows, got an object{hint}")
     if not isinstance(rows, list):
-        raise ValueError(f"expected a list, got {type(rows).__name__}")
-    yield from rows
+        raise ValueError(f"expected a list of rows, got {type(rows).__name__}")
+    yield from map(_as_row, rows)
 
 
-def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as file:
+def _jsonl(path: Path) -> Iterator[Row | RowError]:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"line {number}: {error}") from error
+                    row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+                except (ValueError, RecursionError) as error:
+                    yield RowError("not JSON", f"line {number}: {error}")
+                else:
+                    yield _as_row(row)
 
 
-def _csv(path: Path) -> Iterator[dict[str, Any]]:
+def _csv(path: Path) -> Iterator[Row | RowError]:
     csv.field_size_limit(_MAX_CELL_LENGTH)
-    with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a byte-order mark
-        yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+    with _open(path) as data, io.TextIOWrapper(data, "utf-8-sig", newline="") as file:  # Excel writes a byte-order mark
+        delimiter = "\t" if ".tsv" in path.suffixes else ","
+        reader = csv.DictReader(file, delimiter=delimiter)
+        for row in reader:
+            if None in row:
+                cells = len(row) - 1 + len(row[None])
+                what = f"line {reader.line_num} has {cells} cells for {len(row) - 1} columns"
+                yield RowError("too many cells", f"{what}: quote cells with {delimiter!r}")
+            else:
+                yield row
 
 
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet(path: Path) -> Iterator[Row | RowError]:
     try:
+        import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise DataError(f"reading {path} needs pyarrow: pip install pyarrow") from error
-    for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):  # rows with images are large
-        yield from batch.to_pylist()
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):  # rows with images are large
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
-_READERS = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
-
-
-class ImageStore:
-    """The folder with the image files of the converted dataset."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def take(self, cell: Any) -> str:
-        """The path, relative to the folder, of the image in a cell. Image bytes are written unchanged.
-
-        Args:
-            cell: a path relative to the folder, the bytes of an image file (raw or Base64), or Hugging Face's
-                {bytes, path}.
-
-        Raises:
-            RowError: the file does not exist, or the bytes are not an image.
-        """
-        if isinstance(cell, dict):
-            cell = cell.get("bytes") or cell.get("path")
-        if isinstance(cell, str) and len(cell) > _MIN_BASE64_LENGTH and not self._exists(cell):
-            with suppress(binascii.Error):  # not Base64: treat it as a path
-                cell = base64.b64decode(cell.rpartition(",")[2], validate=True)  # a data: URL has a comma
-        if isinstance(cell, bytes):
-            return self._write(cell)
-        if not isinstance(cell, str) or not cell:
-            raise RowError("no image", f"{cell!r} is neither bytes nor a path")
-        if not self._exists(cell):
-            raise RowError("missing image", f"{self.folder / cell} does not exist")
-        return cell
-
-    def take_all(self, cell: Any) -> str | list[str] | None:
-        """Like `take`, for a cell that may be empty or hold a list of images."""
-        if cell is None or cell == "" or cell == []:
-            return None
-        if isinstance(cell, list):
-            paths = [self.take(image) for image in cell]
-            return paths if len(paths) > 1 else paths[0]
-        return self.take(cell)
-
-    def _exists(self, path: str) -> bool:
-        return len(path) < _MAX_PATH_LENGTH and (self.folder / path).is_file()
-
-    def _write(self, data: bytes) -> str:
-        try:
-            verify_image(data)
-            with Image.open(io.BytesIO(data)) as image:
-                suffix = (image.format or "bin").lower()
-        except ImageUnreadable as error:
-            raise RowError("unreadable image", str(error)) from error
-        name = hashlib.sha256(data).hexdigest()[:32]  # identical images share a file
-        path = Path(name[:2], f"{name}.{suffix}")
-        (self.folder / path).parent.mkdir(exist_ok=True)
-        if not (self.folder / path).exists():
-            (self.folder / path).write_bytes(data)
-        return str(path)
+_READERS = {".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}

@@ -2,7 +2,8 @@
 
 A conversation is an end-of-sequence token followed by its turns: `<|user|>\\n{question}\\n` for a question,
 `<|assistant|>\\n{answer}` + end-of-sequence token + `\\n` for an answer. The answer, its end-of-sequence token and the
-newline after it are supervised tokens. Questions, roles and image tokens are not.
+newline after it are supervised tokens. Questions, roles and image tokens are not. A system turn, which the published
+data has not, is `<|system|>\\n{text}\\n`, as in the other models with these roles.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ IMAGE_PLACEHOLDER = "<image>"
 TEMPLATE = "instella-1"
 """Name and version of the chat template; part of the cache key of the length index."""
 
+_SYSTEM = "<|system|>\n"
 _USER = "<|user|>\n"
 _ASSISTANT = "<|assistant|>\n"
 _TURN_END = "\n"
@@ -31,7 +33,7 @@ class Turn(NamedTuple):
     """One message."""
 
     role: str
-    """human or gpt"""
+    """human, gpt or, in the first turn, system"""
     text: str
 
 
@@ -96,8 +98,10 @@ class _Encoder:
                 pending = ""
                 self.add(self.tokenizer.encode(text.strip()), supervised=True)
                 self.add([self.tokenizer.eos_id, *newline], supervised=True)
+            elif role == "system":
+                pending += f"{_SYSTEM}{text}{_TURN_END}"
             else:
-                raise ValueError(f"unknown role {role!r}: roles are human and gpt")
+                raise ValueError(f"unknown role {role!r}: roles are human, gpt and system")
         if pending:
             self.add_question(pending + _ASSISTANT)
 
@@ -112,7 +116,7 @@ def _encode(
 ) -> EncodedConversation:
     if not turns:
         raise ValueError("a conversation needs at least one turn")
-    placeholders = sum(text.count(IMAGE_PLACEHOLDER) for role, text in turns if role == "human")
+    placeholders = sum(text.count(IMAGE_PLACEHOLDER) for role, text in turns if role != "gpt")
     if placeholders != len(image_lengths):
         raise ValueError(
             f"{placeholders} {IMAGE_PLACEHOLDER} placeholders for {len(image_lengths)} images: "
@@ -129,7 +133,7 @@ def encode_conversation(
     """Encode a conversation for training.
 
     Args:
-        turns: (role, text) of each turn, role human or gpt. `<image>` in a question stands for the next image.
+        turns: (role, text) of each turn, role human, gpt or system. `<image>` in a question stands for the next image.
         tokenizer: encodes text; its eos_id starts the conversation and ends every answer.
         image_lengths: number of image tokens of each image, in the order of the placeholders.
         image_token_index: id of image tokens; not used by the tokenizer.

@@ -1,26 +1,26 @@
-"""LLaVA-style annotation files: one conversation per entry, checked entry by entry.
+"""Entries of annotation files: one conversation each, in LLaVA's or another form, checked one by one.
 
-An entry is `{"id": …, "image": "path" or ["path", …], "conversations": [{"from": "human"|"gpt", "value": …}, …]}`. An
-absent, null or empty `image` means text only. Other keys are ignored.
+An entry is `{"id": …, "image": "path" or ["path", …], "conversations": [{"from": "human"|"gpt", "value": …}, …]}`.
+`images` is read as `image`, `messages` as `conversations`, and turns in all forms of `message_formats`. An absent, null
+or empty `image` means text only. Other keys are ignored, but one that seems to name the image is an error.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import weakref
-from array import array
+import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megatron_vlm.data.errors import DataError, SampleError
+from megatron_vlm.data.errors import SampleError
 from megatron_vlm.data.processing.conversation import IMAGE_PLACEHOLDER, Turn
-from megatron_vlm.data.sources.json_index import find_items, find_lines
+from megatron_vlm.data.sources.message_formats import EntryError, read_turns, shown
 
-_ROLES = ("human", "gpt")
+CONVERSATION_KEYS = ("conversations", "messages")
+_IMAGE_KEYS = ("image", "images")
+_IMAGE_WORD = re.compile(r"image|img|picture|photo|pixel|frame", re.IGNORECASE)
+_IMAGE_COLUMN = re.compile(r"(image|img|picture|photo)s?_?(path|file|name|filename|url)?s?", re.IGNORECASE)
+_IMAGE_FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 
 @dataclass
@@ -31,56 +31,7 @@ class Annotation:
     image_paths: list[str]
     """As in the file, relative to the image folder."""
     turns: list[Turn]
-    """Alternating human and gpt turns. The first is human, the last is gpt."""
-
-
-class AnnotationFile:
-    """The entries of one `.json` (a list) or `.jsonl` file. Only their byte offsets are held in memory.
-
-    An entry is read from disk on access. Millions of parsed entries would take gigabytes in every rank, whereas the
-    page cache is shared by all ranks and workers of a node.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        """Index the entries.
-
-        Raises:
-            DataError: the file is missing, is not a list of entries, or is empty.
-        """
-        self.path = Path(path)
-        try:
-            with self.path.open("rb") as file:
-                offsets = array("q")
-                for start, end in find_lines(file) if self.path.suffix == ".jsonl" else find_items(file):
-                    offsets.extend((start, end))
-                self._descriptor = os.dup(file.fileno())
-        except OSError as error:
-            raise DataError(
-                f"annotation file {self.path} cannot be read: {error.strerror}. Check data_path."
-            ) from error
-        except ValueError as error:
-            raise DataError(f"annotation file {self.path} {error}") from error
-        weakref.finalize(self, os.close, self._descriptor)
-        self._offsets = np.frombuffer(offsets, np.int64).reshape(-1, 2)
-        if not len(self._offsets):
-            raise DataError(f"annotation file {self.path} has no entry")
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def entry(self, index: int) -> Any:
-        """Entry `index` as parsed JSON.
-
-        Raises:
-            SampleError: the entry is not JSON: a .jsonl file has a bad line, or the file changed after it was opened.
-        """
-        start, end = self._offsets[index].tolist()
-        try:
-            return json.loads(os.pread(self._descriptor, end - start, start).decode("utf-8", "surrogatepass"))
-        except ValueError as error:
-            raise SampleError(
-                f"#{index}", str(self.path), "not JSON", str(error), "Fix or remove the entry."
-            ) from error
+    """Alternating human and gpt turns, after at most one of system. The last is gpt."""
 
 
 def parse_annotation(entry: Any, index: int, file: str) -> Annotation:
@@ -96,64 +47,122 @@ def parse_annotation(entry: Any, index: int, file: str) -> Annotation:
     """
     sample_id = str(entry["id"]) if isinstance(entry, dict) and entry.get("id") is not None else f"#{index}"
     sample_id = sample_id.encode("utf-8", "backslashreplace").decode()  # an id with a lone surrogate cannot be printed
+    try:
+        return _parse(entry, sample_id)
+    except EntryError as error:
+        raise SampleError(sample_id, file, error.reason, error.what, error.remedy) from None
 
-    def invalid(reason: str, what: str, remedy: str) -> SampleError:
-        return SampleError(sample_id, file, reason, what, remedy)
 
+def _parse(entry: Any, sample_id: str) -> Annotation:
     if not isinstance(entry, dict):
-        raise invalid("not an entry", f"expected an object, got {type(entry).__name__}", "Fix or remove it.")
+        raise EntryError("not an entry", f"expected an object, got {type(entry).__name__}", "Fix or remove it.")
     if entry.get("video"):
-        raise invalid("video", "videos are not supported", "Remove the entry, or give the frames as a list of images.")
-    images = entry.get("image")
-    paths = [] if images in (None, "", []) else images if isinstance(images, list) else [images]
-    if not all(isinstance(path, str) and path for path in paths):
-        raise invalid("bad image path", f"image is {images!r}", "Set it to a path or a list of paths.")
-    turns = _parse_turns(entry.get("conversations"), invalid)
-    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
+        remedy = "Remove the entry, or give the frames as a list of images."
+        raise EntryError("video", "videos are not supported", remedy)
+    paths = _image_paths(entry)
+    key, conversation = _conversation(entry)
+    turns, inline = read_turns(conversation, key)
+    if inline and paths:
+        what = f"{len(paths)} images in image and {len(inline)} in the content of the messages"
+        raise EntryError("image count mismatch", what, "Name each image once.")
+    paths = [_checked_path(path) for path in inline] or paths
+    turns = _alternating(turns)
+    placeholders = count_placeholders(turns)
+    if not paths and (suspect := image_like_key(entry)):
+        what = f"{suspect} seems to name the image, but images are read from image or images"
+        raise EntryError("unknown image key", what, f"Rename {suspect} to image, or remove it.")
     if placeholders != len(paths):
-        raise invalid(
-            "image count mismatch",
-            f"the questions have {placeholders} {IMAGE_PLACEHOLDER} placeholders for {len(paths)} images",
-            "Write one placeholder per image.",
-        )
+        what = f"the questions have {placeholders} {IMAGE_PLACEHOLDER} placeholders for {len(paths)} images"
+        raise EntryError("image count mismatch", what, "Write one placeholder per image.")
+    if turns[-1].role == "human":  # nothing to learn from a question without an answer: it goes, with its images
+        turns = turns[:-1]
+        paths = paths[: count_placeholders(turns)]
     return Annotation(sample_id, paths, turns)
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether a tokenizer accepts `text`. JSON escapes may encode a lone surrogate, which is no valid character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def is_url(path: str) -> bool:
+    """Whether an image path is a URL, of whatever kind. In a shard it is only a name."""
+    return _URL.match(path) is not None
 
 
-def _parse_turns(conversations: Any, invalid: Any) -> list[Turn]:
-    if not isinstance(conversations, list) or not conversations:
-        raise invalid("no conversation", "conversations is absent or empty", "Add a question and its answer.")
-    turns = []
-    for number, message in enumerate(conversations):
-        role = message.get("from") if isinstance(message, dict) else None
-        text = message.get("value") if isinstance(message, dict) else None
-        if role not in _ROLES:
-            raise invalid("unknown role", f"turn {number} is from {role!r}", "Roles are human and gpt.")
-        if not isinstance(text, str):
-            raise invalid("no text", f"turn {number} has the value {text!r}", "Set it to a string.")
-        if not _is_unicode(text):
-            raise invalid("no text", f"turn {number} has a lone surrogate, which is no character", "Fix the text.")
-        turns.append(Turn(role, text))
+def count_placeholders(turns: list[Turn]) -> int:
+    """Number of images in the questions among these turns."""
+    return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
+
+
+def _image_paths(entry: dict[str, Any]) -> list[str]:
+    given = {key: entry[key] for key in _IMAGE_KEYS if entry.get(key) not in (None, "", [])}
+    if len(given) == 2 and given["image"] != given["images"]:
+        raise EntryError("bad image path", "both image and images are given, and they differ", "Keep one of them.")
+    for images in given.values():
+        return [_checked_path(path) for path in (images if isinstance(images, list) else [images])]
+    return []
+
+
+def _checked_path(path: Any) -> str:
+    if not isinstance(path, str) or not path.strip():
+        remedy = "Set it to a path or a list of paths (convert-dataset stores image bytes as files)."
+        raise EntryError("bad image path", f"image is {shown(path)}", remedy)
+    return path
+
+
+def _conversation(entry: dict[str, Any]) -> tuple[str, Any]:
+    """(key, value) of the conversation."""
+    for key in CONVERSATION_KEYS:
+        if entry.get(key) is not None:
+            return key, entry[key]
+    keys = ", ".join(sorted(map(str, entry)))[:200]
+    what = f"conversations is absent or empty; the keys are {keys or 'none'}"
+    raise EntryError("no conversation", what, "Add a question and its answer, or convert the file: convert-dataset.")
+
+
+def image_like_key(entry: dict[str, Any]) -> str | None:
+    """A key that is not read, and whose name and value seem to be those of an image."""
+    for key, value in entry.items():
+        if key in (*_IMAGE_KEYS, *CONVERSATION_KEYS):
+            continue
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, dict):
+            first = next((first[name] for name in ("bytes", "path", "url") if first.get(name)), None)
+        if not first or not isinstance(first, str | bytes):
+            continue
+        named = _IMAGE_WORD.search(str(key)) is not None
+        if isinstance(first, bytes):
+            is_image = named
+        else:
+            is_image = bool(_IMAGE_FILE.search(first) or (named and is_url(first)) or _IMAGE_COLUMN.fullmatch(str(key)))
+        if is_image:
+            return str(key)
+    return None
+
+
+def _alternating(turns: list[Turn]) -> list[Turn]:
+    """The turns after checking their order and answers.
+
+    Raises:
+        EntryError: questions and answers do not alternate, or an answer is empty or has an image.
+    """
+    system = turns[:1] if turns[0].role == "system" else []
+    turns = turns[len(system) :]
     # Some published datasets have conversations that start with an answer. That turn answers nothing and is dropped.
-    if turns[0].role != "human":
+    if turns and turns[0].role == "gpt":
         turns = turns[1:]
     for number, turn in enumerate(turns):
-        if turn.role != _ROLES[number % 2]:
-            raise invalid("turns out of order", f"two turns of {turn.role} in a row", "human and gpt must alternate.")
+        if turn.role == "system":
+            what = "a system turn after the first turn"
+            raise EntryError("turns out of order", what, "Move its text to the start, or remove it.")
+        if turn.role != ("human", "gpt")[number % 2]:
+            what = f"two turns of {turn.role} in a row"
+            raise EntryError("turns out of order", what, "human and gpt must alternate.")
         if turn.role == "gpt" and not turn.text.strip():
-            raise invalid("empty answer", f"answer {number // 2} is empty", "Write an answer or remove the turn.")
+            what = f"answer {number // 2} is empty"
+            raise EntryError("empty answer", what, "Write an answer or remove the turn.")
         if turn.role == "gpt" and IMAGE_PLACEHOLDER in turn.text:
-            raise invalid(
-                "image in an answer", f"answer {number // 2} has {IMAGE_PLACEHOLDER}", "Move it to a question."
-            )
-    if not turns or turns[-1].role != "gpt":
-        raise invalid("no answer", "the conversation does not end with an answer", "Add one or remove the question.")
-    return turns
+            what = f"answer {number // 2} has {IMAGE_PLACEHOLDER}"
+            raise EntryError("image in an answer", what, "Move it to a question.")
+    if system and IMAGE_PLACEHOLDER in system[0].text:
+        raise EntryError("image in an answer", f"the system turn has {IMAGE_PLACEHOLDER}", "Move it to a question.")
+    if len(turns) < 2:
+        what = "the conversation does not end with an answer"
+        raise EntryError("no answer", what, "Add one or remove the question.")
+    return [*system, *turns]

@@ -18,7 +18,8 @@ from megatron_vlm.data.shards.cache import ShardCache
 from megatron_vlm.data.shards.mds_format import INDEX, ShardSample
 from megatron_vlm.data.shards.reader import ShardFolder
 from megatron_vlm.data.shards.s3 import is_remote
-from megatron_vlm.data.sources.annotations import AnnotationFile, parse_annotation
+from megatron_vlm.data.sources.annotation_file import SUFFIXES, AnnotationFile
+from megatron_vlm.data.sources.annotations import is_url, parse_annotation
 
 
 @dataclass
@@ -129,6 +130,12 @@ class AnnotationSource(SampleSource):
 
     def sample(self, index: int) -> Sample:
         annotation = parse_annotation(self.entry(index), index, self.name)
+        for path in annotation.image_paths:
+            if is_url(path):
+                remedy = (
+                    "Download it below the image folder and give its path (convert-dataset stores Base64 as files)."
+                )
+                raise SampleError(annotation.id, self.name, "image is a URL", path[:100], remedy)
         paths = [self.image_folder / path for path in annotation.image_paths]
         return Sample(
             id=annotation.id,
@@ -216,18 +223,20 @@ class SourceList:
 
 
 def open_source(path: str | Path, image_folder: str | Path | None, cache: ShardCache | None = None) -> SampleSource:
-    """Open the source at `path`: annotations (`.json`, `.jsonl`) or shards (a folder or s3:// prefix).
+    """Open the source at `path`: annotations (`.json`, `.jsonl`, `.ndjson`) or shards (a folder or s3:// prefix).
 
     Raises:
         DataError: `path` does not exist or is neither.
     """
     if is_remote(path):
         return ShardSource(str(path), cache)
+    if "://" in str(path):
+        raise DataError(f"{path} cannot be read: of URLs only s3:// is. Download it and give its path.")
     location = Path(path)
-    if location.suffix in (".json", ".jsonl") and location.name != INDEX and not location.is_dir():
+    if location.suffix in SUFFIXES and location.name != INDEX and not location.is_dir():
         return AnnotationSource(location, image_folder)
     if location.is_dir():
         return ShardSource(location)
     if location.exists():
-        raise DataError(f"{location} is neither annotations (.json, .jsonl) nor a shard folder")
-    raise DataError(f"{location} does not exist. Check data_path.")
+        raise DataError(f"{location} is neither annotations ({', '.join(SUFFIXES)}) nor a shard folder")
+    raise DataError(f"{location} does not exist. Check the path.")

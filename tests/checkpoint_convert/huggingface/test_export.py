@@ -73,21 +73,22 @@ def test_template_of_several_turns_is_ours(exported: tuple[Path, Any, ModelConfi
     folder, _, model = exported
     processor, tokenizer = AutoProcessor.from_pretrained(folder), load_tokenizer(folder)
     turns = [
+        Turn("system", "Answer briefly. "),
         Turn("human", "Is there a dog? "),
         Turn("gpt", " yes\n"),
         Turn("human", " Sure?\n"),
         Turn("gpt", "A red dog."),
     ]
-    roles = {"human": "user", "gpt": "assistant"}
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
     messages = [{"role": roles[turn.role], "content": turn.text} for turn in turns]
     ids = processor.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
     assert ids == encode_conversation(turns, tokenizer, [], model.image_token_index).ids.tolist()
-    prompt = processor.tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True, return_dict=True)
-    assert prompt["input_ids"] == encode_prompt(turns[:3], tokenizer, [], model.image_token_index).ids.tolist()
+    prompt = processor.tokenizer.apply_chat_template(messages[:4], add_generation_prompt=True, return_dict=True)
+    assert prompt["input_ids"] == encode_prompt(turns[:4], tokenizer, [], model.image_token_index).ids.tolist()
     answer = processor.tokenizer.decode([*tokenizer.encode("A red dog."), tokenizer.eos_id], skip_special_tokens=True)
     assert answer == "A red dog."
-    with pytest.raises(Exception, match="roles are user and assistant, not system"):
-        processor.tokenizer.apply_chat_template([{"role": "system", "content": "x"}])
+    with pytest.raises(Exception, match="roles are user, assistant and system, not tool"):
+        processor.tokenizer.apply_chat_template([{"role": "tool", "content": "x"}])
 
 
 def test_config_round_trip() -> None:

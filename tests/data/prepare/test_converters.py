@@ -77,10 +77,11 @@ def test_base64_images_and_invalid_rows(tmp_path: Path, capsys: pytest.CaptureFi
         {"image": 7, "question": "What?", "answer": "This."},
         {"question": "What?"},
     ]
-    entries = convert(tmp_path, "qa", rows_file(tmp_path / "in.jsonl", rows))
+    entries = convert(tmp_path, "qa", rows_file(tmp_path / "in.jsonl", rows), code=1)
     assert len(entries) == 2 and entries[0]["image"] == entries[1]["image"]
     printed = capsys.readouterr()
-    assert "5 rows read, 2 entries written" in printed.out and "3 rows rejected" in printed.out
+    assert "5 samples read = 2 converted + 3 rejected; 2 entries written" in printed.out
+    assert "3 of 5 samples were rejected, more than --max-rejected 50%" in printed.err
     for reason in ("missing image", "no image", "missing column"):
         assert reason in printed.err
 
@@ -150,11 +151,11 @@ def test_conversations_in_three_forms(tmp_path: Path, images: Path) -> None:
         {"conversations": llava}, {"conversations": chat[:1]}, {"conversations": chat[::-1]}, {"conversations": ["hi"]},
         5,
     ]  # fmt: skip
-    entries = convert(tmp_path, "conversations", rows_file(tmp_path / "in.jsonl", rows))
+    entries = convert(tmp_path, "conversations", rows_file(tmp_path / "in.jsonl", rows), "--max-rejected", "5")
     assert [(e["id"], texts(e)) for e in entries] == [("7", ["What is <image>?", "A."]), ("out-1", ["Hi", "Hello"])]
     rejected = (tmp_path / "out.jsonl.quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["message"].partition(":")[0] for line in rejected] == [
-        "image count mismatch", "turns out of order", "turns out of order", "turns out of order", "no row",
+        "image count mismatch", "no answer", "no answer", "unknown role", "no row",
     ]  # fmt: skip
 
 

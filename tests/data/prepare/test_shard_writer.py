@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.commands import prepare_shards
+from megatron_vlm.data.length_index import load_length_index
 from megatron_vlm.data.prepare import shard_writer
+from megatron_vlm.data.prepare.annotation_finder import find_annotations
+from megatron_vlm.data.processing.tiling import ImageGeometry
+from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from megatron_vlm.data.shards.mds_format import ShardSample
 from megatron_vlm.data.shards.reader import ShardFolder
 from megatron_vlm.data.sources.sample_source import AnnotationSource
-from tests.data.helpers import Folder, mixed_folder
+from tests.data.helpers import Folder, mixed_folder, tiny_model, tiny_tokenizer_folder
 
 TOOL = Path(__file__).parents[3] / "tools" / "prepare_shards.py"
 
@@ -99,6 +103,60 @@ def test_a_folder_of_annotations_and_resuming_after_an_interruption(
     shards = ShardFolder(tmp_path / "s")
     assert [shards[i].annotation for i in range(60)] == folder.entries * 2
     assert run_here(*arguments) == 2 and "not empty" in capsys.readouterr().err
+
+
+def test_a_folder_with_other_json_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Length indexes, lists of rejected samples, shard indexes and metadata of images are no annotations."""
+    folder = mixed_folder(tmp_path / "data", 8)
+    folder.add("empty", "hi", "")
+    path = folder.write("a.json")
+    tokenizer = load_tokenizer(tiny_tokenizer_folder(tmp_path / "tokenizer"))
+    load_length_index(AnnotationSource(path, folder.images), tokenizer, ImageGeometry.of(tiny_model(), "anyres"))
+    assert list((folder.root / ".lengths").glob("*.jsonl"))
+    (folder.root / "a.jsonl.quarantine.jsonl").write_text('{"reason": "x", "conversations": []}\n')
+    (folder.images / "0.json").write_text('{"width": 3, "conversations": 1}')
+    (folder.images / "all.json").write_text('[{"file": "0_0.png"}]')
+    (folder.images / "index.json").write_text('{"version": 2, "shards": []}')
+    arguments = ("--annotations", folder.root, "--image-folder", folder.images, "--processes", 1)
+    assert run_here(*arguments, "--output", tmp_path / "s") == 0
+    assert "9 samples read = 8 written" in capsys.readouterr().out
+    assert [file.name for file in find_annotations([folder.root])] == ["a.json"]
+    (folder.root / "b.jsonl").write_text('{"id": \n')  # damaged: said, not left out
+    assert [file.name for file in find_annotations([folder.root])] == ["a.json", "b.jsonl"]
+    assert run_here("--annotations", folder.images, "--output", tmp_path / "t") == 2
+    assert "no .json or .jsonl or .ndjson file with conversations" in capsys.readouterr().err
+
+
+def test_the_output_may_be_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = mixed_folder(tmp_path / "data", 4)
+    arguments = ("--annotations", folder.write(), "--image-folder", folder.images, "--processes", 1, "--output", ".")
+    monkeypatch.chdir(tmp_path)
+    assert run_here(*arguments) == 2 and "not empty" in capsys.readouterr().err
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    assert run_here(*arguments) == 0
+    assert len(ShardFolder(tmp_path / "new")) == 4 and sorted(tmp_path.iterdir()) == [
+        tmp_path / "data",
+        tmp_path / "new",
+    ]
+
+
+def test_too_many_rejected_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Folder(tmp_path)
+    for name, answer in (("a", ""), ("b", "")):
+        folder.add(name, "hi", answer)
+    arguments = ("--annotations", tmp_path / "train.json", "--output", tmp_path / "s", "--processes", 1)
+    folder.write()
+    assert run_here(*arguments) == 1 and (tmp_path / "s.quarantine.jsonl").exists()
+    folder.add("c", "hi", "yes")
+    folder.write()
+    capsys.readouterr()
+    assert run_here(*arguments) == 1
+    assert "2 of 3 samples were rejected, more than --max-rejected 50%" in capsys.readouterr().err
+    assert len(ShardFolder(tmp_path / "s")) == 1 and not (tmp_path / "s.quarantine.jsonl").exists()
+    assert run_here(*arguments[:-4], "--output", tmp_path / "t", "--max-rejected", 2) == 0
 
 
 def test_resuming_after_a_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

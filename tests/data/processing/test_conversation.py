@@ -87,6 +87,14 @@ def test_only_answers_are_supervised(real: Tokenizer) -> None:
     assert encoded.image_starts == [6, 8] and (encoded.ids == IMAGE).sum() == 5
 
 
+def test_a_system_turn(real: Tokenizer) -> None:
+    encoded = encode_conversation([Turn("system", "Be brief."), *TURNS], real, [7], IMAGE)
+    system = real.encode("<|system|>\nBe brief.\n")
+    ids, labels = collapsed(encoded)
+    assert ids == [FIRST[0], *system, *FIRST[1:]]
+    assert labels[: len(system) + 19] == [IGNORE_INDEX] * (len(system) + 19)
+
+
 def test_sentencepiece_ids_and_labels(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_sentencepiece(tmp_path / "t.model"))
     image, eos = len(tokenizer), tokenizer.eos_id
@@ -123,7 +131,7 @@ def test_a_single_placeholder_is_moved_to_the_front(before: str, after: str) -> 
         (TURNS, [], "1 <image> placeholders for 0 images"),
         (TURNS, [3, 3], "1 <image> placeholders for 2 images"),
         ([Turn("human", "hi")], [], "not an answer"),
-        ([Turn("system", "hi"), Turn("gpt", "a")], [], "unknown role 'system'"),
+        ([Turn("tool", "hi"), Turn("gpt", "a")], [], "unknown role 'tool'"),
         ([], [], "at least one turn"),
     ],
 )

@@ -141,7 +141,7 @@ def add_samples(folder: Folder) -> Folder:
     folder.add("no placeholder", "What?", "It.", image="rgb")
     folder.add("two placeholders", "<image><image>What?", "It.", image="rgb")
     folder.add("wrong role", "hi", "yes")
-    folder.entries[-1]["conversations"][1]["from"] = "system"
+    folder.entries[-1]["conversations"][1]["from"] = "tool"
     folder.add("empty answer", "hi", " ")
     folder.add("no answer", "hi")
     folder.add("two questions", "hi", "yes")

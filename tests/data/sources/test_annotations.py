@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.processing.conversation import Turn
-from megatron_vlm.data.sources.annotations import AnnotationFile, parse_annotation
+from megatron_vlm.data.sources.annotation_file import AnnotationFile
+from megatron_vlm.data.sources.annotations import parse_annotation
 from tests.data.helpers import Folder, conversation
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.ndjson"])
 def test_entries_are_read_as_written(tmp_path: Path, name: str) -> None:
     folder = Folder(tmp_path)
     folder.add("é1", "<image>\nWhat?", "A dög.", image="x/y.png", image_size=[3, 4])
@@ -37,6 +39,52 @@ def test_entries_are_read_as_written(tmp_path: Path, name: str) -> None:
 def test_image_field(image: Any, paths: list[str], question: str) -> None:
     annotation = parse_annotation({"id": 7, "image": image, "conversations": conversation(question, "yes")}, 0, "f")
     assert (annotation.id, annotation.image_paths) == ("7", paths)
+
+
+PART = {"type": "image", "path": "a.png"}
+ASKED = [Turn("human", "<image>\nWhat?"), Turn("gpt", "This.")]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"images": ["a.png"], "messages": [{"role": "user", "content": "<image>\nWhat?"},
+                                           {"role": "assistant", "content": "This."}]},
+        {"messages": [{"role": "user", "content": [PART, {"type": "text", "text": "What?"}]},
+                      {"role": "assistant", "content": [{"type": "text", "text": "This."}]}]},
+        {"image": "a.png", "messages": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+            {"role": "assistant", "content": "This."}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}},
+                                                   {"type": "text", "text": "What?"}]},
+                      {"role": "assistant", "content": "This."}]},
+        {"image": "a.png", "conversations": json.dumps(conversation("<image>\nWhat?", "This."))},
+        {"image": "a.png", "conversations": {"from": ["human", "gpt"], "value": ["<image>\nWhat?", "This."]}},
+        {"image": "a.png", "conversations": [{"user": "<image>\nWhat?", "assistant": "This."}]},
+        {"image": "a.png", "images": "a.png", "conversations": conversation("<image>\nWhat?", "This.")},
+    ],
+)  # fmt: skip
+def test_the_forms_of_a_conversation(given: dict[str, Any]) -> None:
+    annotation = parse_annotation(given, 0, "f")
+    assert (annotation.turns, annotation.image_paths) == (ASKED, ["a.png"])
+
+
+def test_a_system_turn_comes_first() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, *conversation("hi", "yes")]
+    annotation = parse_annotation({"messages": messages}, 0, "f")
+    assert annotation.turns == [Turn("system", "Be brief."), Turn("human", "hi"), Turn("gpt", "yes")]
+
+
+def test_a_trailing_question_goes_with_its_images() -> None:
+    texts = ("<image> one?", "yes", "<image> and this?")
+    annotation = parse_annotation({"image": ["a", "b"], "conversations": conversation(*texts)}, 0, "f")
+    assert annotation.turns == [Turn("human", "<image> one?"), Turn("gpt", "yes")]
+    assert annotation.image_paths == ["a"]
+
+
+def test_metadata_about_an_image_is_no_image() -> None:
+    more = {"image_id": 5, "image_size": [3, 4], "frame_rate": "x", "url": "https://example.com", "source": "coco"}
+    assert parse_annotation({"conversations": conversation("hi", "yes"), **more}, 0, "f").image_paths == []
 
 
 def test_a_leading_answer_is_dropped() -> None:
@@ -63,12 +111,28 @@ INVALID: list[tuple[Any, str]] = [
     (entry(("human", "hi"), ("human", "hi")), "turns out of order"),
     (entry(("gpt", "a"), ("gpt", "b"), ("human", "hi")), "turns out of order"),
     (entry(("human", "hi")), "no answer"),
-    (entry(("human", "hi"), ("gpt", "a"), ("human", "hi")), "no answer"),
     (entry(("gpt", "a")), "no answer"),
     (entry(("human", "hi"), ("gpt", "<image>")), "image in an answer"),
     (entry(("human", "hi"), ("gpt", "a"), image=[3]), "bad image path"),
     (entry(("human", "hi"), ("gpt", "a"), image={"path": "x"}), "bad image path"),
     (entry(("human", "<image>"), ("gpt", "a"), video="a.mp4"), "video"),
+    (entry(("human", "hi"), ("gpt", "a"), image_path="a.png"), "unknown image key"),
+    (entry(("human", "hi"), ("gpt", "a"), img="folder/a"), "unknown image key"),
+    (entry(("human", "hi"), ("gpt", "a"), pictures=[{"path": "a.jpeg"}]), "unknown image key"),
+    (entry(("human", "hi"), ("gpt", "a"), cover_photo="https://example.com/1"), "unknown image key"),
+    (entry(("human", "<image>"), ("gpt", "a"), image_path="a.png"), "unknown image key"),
+    (entry(("human", "hi"), ("gpt", "a"), images=["a.png"]), "image count mismatch"),
+    (entry(("human", "<image>"), ("gpt", "a"), image="a.png", images=["b.png"]), "bad image path"),
+    (entry(("human", "<image>"), ("gpt", "a"), image=" "), "bad image path"),
+    (entry(("system", "x"), ("gpt", "a")), "no answer"),
+    (entry(("human", "hi"), ("gpt", "a"), ("system", "x"), ("human", "hi"), ("gpt", "a")), "turns out of order"),
+    (entry(("system", "<image>"), ("human", "hi"), ("gpt", "a")), "image in an answer"),
+    ({"id": "bad", "conversations": "[{'from': 'human'}]"}, "no conversation"),
+    ({"id": "bad", "conversations": {"from": ["human"], "value": []}}, "no conversation"),
+    ({"id": "bad", "question": "hi", "answer": "a"}, "no conversation"),
+    ({"id": "bad", "messages": ["hi"]}, "unknown role"),
+    ({"id": "bad", "messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "no text"),
+    ({"id": "bad", "messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "no text"),
 ]
 
 
@@ -91,6 +155,7 @@ def test_invalid_entries_are_rejected(bad: Any, reason: str) -> None:
         ("a.json", "{}", r"a\.json begins with '\{'"),
         ("a.json", "[]", "no entry"),
         ("a.jsonl", "\n\n", "no entry"),
+        ("a.ndjson", "\n", "no entry"),
     ],
 )
 def test_files_that_are_not_annotations(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -99,9 +164,12 @@ def test_files_that_are_not_annotations(tmp_path: Path, name: str, text: str, me
         AnnotationFile(tmp_path / name)
 
 
-def test_missing_file() -> None:
-    with pytest.raises(DataError, match=r"nowhere\.json cannot be read: No such file"):
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.json cannot be read: No such file or directory\. Check the path"):
         AnnotationFile("nowhere.json")
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(DataError, match=r"Did you mean .*train\.jsonl\?"):
+        AnnotationFile(tmp_path / "trian.jsonl")
 
 
 def test_a_malformed_line_is_one_invalid_sample(tmp_path: Path) -> None:
