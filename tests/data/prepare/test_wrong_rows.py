@@ -1,4 +1,4 @@
-"""convert-dataset: rows that cannot be meant as they are become refusals with a reason, never text or a trace."""
+"""convert-dataset: rows that cannot be meant as they are are rejected with a reason, never text or a trace."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("kind", sorted({kind for kind, *_ in WRONG}))
-def test_rows_that_are_refused(tmp_path: Path, images: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_that_are_rejected(tmp_path: Path, images: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [(row, reason) for wrong, row, reason in WRONG if wrong == kind]
     assert not convert(tmp_path, kind, rows_file(tmp_path / "in.jsonl", [row for row, _ in rows]), code=1)
     listed = [json.loads(line) for line in (tmp_path / "out.jsonl.quarantine.jsonl").read_text().splitlines()]
@@ -168,7 +168,7 @@ def test_the_list_of_an_earlier_run_is_removed(tmp_path: Path) -> None:
         (["--input", "coco.json"], "save its list annotations or images as a file"),
         (["--input", "text.json"], "expected a list of rows, got str"),
         (["--input", "deep.json"], "nested too deeply"),
-        (["--input", "cut.csv.gz"], "cut.csv.gz cannot be read"),
+        (["--input", "half.csv.gz"], "half.csv.gz cannot be read"),
         (["--input", "in.parquet.gz"], "expected a file ending in"),
         (["--input", "bad.parquet"], "bad.parquet cannot be read"),
         (["--input", "empty.jsonl"], "no row in empty.jsonl"),
@@ -187,7 +187,7 @@ def test_paths_of_the_wrong_kind(
     (tmp_path / "coco.json").write_text('{"info": {}, "annotations": [], "images": []}')
     (tmp_path / "text.json").write_text('"hi"')
     (tmp_path / "deep.json").write_text("[" * 100000)
-    (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(b"question,answer\nWhat?,This\n")[:-9])
+    (tmp_path / "half.csv.gz").write_bytes(gzip.compress(b"question,answer\nWhat?,This\n")[:-9])
     for name in ("in.parquet.gz", "bad.parquet"):
         (tmp_path / name).write_bytes(b"PAR1")
     given = {"--input": "in.jsonl", "--output": "out.jsonl", "--image-folder": "images"}
