@@ -90,13 +90,16 @@ def _convert(source: str, target: Path) -> None:
 
 
 def _train(recipe: Recipe) -> None:
-    from megatron_vlm.runtime.launch import distributed
+    from megatron_vlm.runtime.agreement import require_same_start
+    from megatron_vlm.runtime.launch import initialize_model_parallel, process_group
     from megatron_vlm.runtime.logging import configure_logging
     from megatron_vlm.runtime.process_groups import parallel_ranks
     from megatron_vlm.training.trainer import train
 
-    training = recipe.training
-    with distributed(recipe.parallel, seed=training.seed, timeout_minutes=training.distributed_timeout_minutes):
+    minutes = recipe.training.distributed_timeout_minutes
+    with process_group(minutes):
+        require_same_start(recipe)
+        initialize_model_parallel(recipe.parallel, seed=recipe.training.seed, timeout_minutes=minutes)
         configure_logging(str(parallel_ranks()))
         train(recipe)
 
@@ -119,13 +122,14 @@ def _describe(error: Exception) -> str:
     """One message; for an error that is not the user's to correct, a traceback is printed before it."""
     if isinstance(error, ImportError) and error.name is None:
         return str(error)  # says which package to install
+    from megatron_vlm.runtime.agreement import RanksDisagreeError
     from megatron_vlm.runtime.out_of_memory import describe_out_of_memory, is_out_of_memory
     from megatron_vlm.training.checkpoint import CheckpointError
     from megatron_vlm.training.finite_update import NonFiniteError
 
     if is_out_of_memory(error):
         return describe_out_of_memory(error)
-    if not isinstance(error, ConfigError | DataError | CheckpointError | NonFiniteError):
+    if not isinstance(error, ConfigError | DataError | CheckpointError | NonFiniteError | RanksDisagreeError):
         traceback.print_exception(error)
     return f"{type(error).__name__}: {error}"
 

@@ -27,14 +27,14 @@ def local_rank() -> int:
 
 
 @contextlib.contextmanager
-def local_rank0_first() -> Iterator[None]:
-    """Run the block on local rank 0 of every machine, then on the other ranks. Every rank of the world calls this."""
+def local_rank0_first(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Run the block on local rank 0 of every machine, then on the other ranks. Every rank of the group calls this."""
     is_local_rank0 = local_rank() == 0
     if not is_local_rank0:
-        dist.barrier()
+        dist.barrier(group)
     yield
     if is_local_rank0:
-        dist.barrier()
+        dist.barrier(group)
 
 
 def _free_port() -> int:
@@ -79,10 +79,15 @@ def _destroy() -> None:
     dist.destroy_process_group()
 
 
+def initialize_model_parallel(parallel: ParallelConfig, *, seed: int = 42, timeout_minutes: int = 10) -> None:
+    """megatron-core's process groups and random state for `parallel`, inside a `process_group`."""
+    initialize_groups(parallel, timeout_minutes)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
 @contextlib.contextmanager
 def distributed(parallel: ParallelConfig, *, seed: int = 42, timeout_minutes: int = 10) -> Iterator[None]:
     """torch.distributed with megatron-core's process groups and random state for `parallel`, inside the block."""
     with process_group(timeout_minutes):
-        initialize_groups(parallel)
-        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        initialize_model_parallel(parallel, seed=seed, timeout_minutes=timeout_minutes)
         yield

@@ -38,14 +38,18 @@ class ParallelRanks:
         return f"dp{self.data} pp{self.pipeline} cp{self.context} tp{self.tensor}"
 
 
-def initialize_groups(parallel: ParallelConfig) -> None:
-    """Create megatron-core's process groups. The world size must be a multiple of `parallel.model_parallel_size`."""
+def initialize_groups(parallel: ParallelConfig, timeout_minutes: int = 10) -> None:
+    """Create megatron-core's process groups, whose collectives wait for `timeout_minutes` at most.
+
+    The world size must be a multiple of `parallel.model_parallel_size`.
+    """
     virtual = parallel.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
     )
 
 

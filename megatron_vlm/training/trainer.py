@@ -21,6 +21,7 @@ from megatron_vlm.model.initialize import initialize_weights
 from megatron_vlm.model.rank_view import rank_view
 from megatron_vlm.model.sharding import unwrap
 from megatron_vlm.model.vlm import VisionLanguageModel
+from megatron_vlm.runtime.agreement import patient_group, require_agreement
 from megatron_vlm.runtime.garbage_collection import ScheduledCollection
 from megatron_vlm.runtime.launch import local_rank, local_rank0_first
 from megatron_vlm.runtime.logging import log_rank0
@@ -62,8 +63,11 @@ class Trainer:
         self.progress = Progress(tokenizer_fingerprint=self.fingerprint)
         resume_from = self._load_initial_weights(chunks)
         self.chunks = wrap_for_data_parallel(chunks, recipe)
-        self.data = self._plan_data()
-        resolve_epochs(recipe, self.data.plan.rows, None if resume_from is None else read_progress(resume_from))
+        with patient_group() as group:
+            self.data = self._plan_data(group)
+            saved = Progress() if resume_from is None else read_progress(resume_from)
+            self._require_agreement(saved, group)
+        resolve_epochs(recipe, self.data.plan.rows, saved)
         self.optimizer = build_optimizer(self.chunks, recipe)
         self.schedule = build_schedule(self.optimizer, recipe)
         if resume_from is not None:
@@ -94,9 +98,21 @@ class Trainer:
             log_rank0(f"starting from random weights, seed {training.seed}")
         return resume_from
 
-    def _plan_data(self) -> PlannedData:
-        with local_rank0_first():  # it measures lengths and plans rows; the other ranks find both in the cache
+    def _plan_data(self, group: dist.ProcessGroup) -> PlannedData:
+        with local_rank0_first(group):  # it measures lengths and plans rows; the other ranks find both in the cache
             return plan_data(self.recipe, is_logging_rank=dist.get_rank() == 0, plan_ahead=local_rank() == 0)
+
+    def _require_agreement(self, saved: Progress, group: dist.ProcessGroup) -> None:
+        """Every rank trains on the same rows from the same checkpoint, which is `saved`, or none does."""
+        sources = self.data.dataset.mixture.sources.sources
+        facts = {
+            "the iteration to resume after": str(saved.iteration),
+            "the number of consumed rows": str(saved.consumed_rows),
+            "the tokenizer": self.fingerprint,
+            "the plan of rows": self.data.plan.current.fingerprint(),
+            **{f"the content of {source.name}": source.quick_hash() for source in sources},
+        }
+        require_agreement(facts, group)
 
     def _build_loader(self) -> RowLoader:
         tile_rank, tile_ranks = tile_shard_rank(self.recipe.parallel)

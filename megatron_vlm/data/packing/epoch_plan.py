@@ -11,6 +11,7 @@ The plan depends on lengths, budgets, seed and epoch only: every machine compute
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,6 +48,10 @@ class EpochPlan:
     @property
     def rows(self) -> int:
         return len(self.row_starts) - 1
+
+    def fingerprint(self) -> str:
+        """Of all rows: equal plans have equal ones."""
+        return hashlib.sha256(self.row_starts.tobytes() + self.members.tobytes()).hexdigest()[:16]
 
     def row(self, index: int) -> np.ndarray:
         """[documents] int64: global sample numbers of a row."""
