@@ -19,6 +19,12 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int = field(
         default=1, metadata={"help": "Model chunks per pipeline stage; above 1, the schedule is interleaved."}
     )
+    pipeline_model_parallel_layout: str | None = field(
+        default=None,
+        metadata={
+            "help": "Language layers per stage, such as Et*3|t*4|t*4|t*5L, or auto: about equal cost; default: equally."
+        },
+    )
     context_parallel_size: int = field(
         default=1, metadata={"help": "Context-parallel ranks that share a row (Ulysses)."}
     )

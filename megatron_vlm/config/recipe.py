@@ -20,10 +20,15 @@ from megatron_vlm.config.pinpoints import expand_pinpoints
 from megatron_vlm.config.training import TrainingConfig
 from megatron_vlm.config.values import choices_of, field_types, to_type, without_none
 
+_STAGES = "give the layers of all stages as pipeline_model_parallel_layout, such as Et*3|t*4|t*4|t*5L, or use auto"
 ABSENT_SETTINGS = {
     "sequence_parallel": "it is always on when tensor_model_parallel_size > 1; leave it out",
     "micro_batch_size": "a micro-batch is always one packed row; set global_batch_size in rows",
     "data_parallel_size": "it is the world size divided by the model-parallel sizes; leave it out",
+    "num_layers_in_first_pipeline_stage": _STAGES,
+    "num_layers_in_last_pipeline_stage": _STAGES,
+    "decoder_first_pipeline_num_layers": _STAGES,
+    "decoder_last_pipeline_num_layers": _STAGES,
 }
 """Settings of Megatron-LM that do not exist here, and why."""
 OTHER_NAMES = {

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.config import Recipe
 from megatron_vlm.model.vlm import VisionLanguageModel
+from megatron_vlm.planner.balance import layers_per_stage
 from megatron_vlm.runtime.device import current_device, fused, on_gpu
 from megatron_vlm.runtime.process_groups import vision_groups
 
@@ -51,6 +52,17 @@ def _shared_settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _pipeline_layout(recipe: Recipe) -> list[list[str]] | None:
+    """megatron-core's layout of the stages where the recipe asks for one; without, layers are split equally."""
+    parallel = recipe.parallel
+    if parallel.pipeline_model_parallel_layout is None or parallel.pipeline_model_parallel_size == 1:
+        return None
+    stages = [["decoder"] * count for count in layers_per_stage(recipe)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
+
+
 def language_transformer_config(recipe: Recipe) -> TransformerConfig:
     """megatron-core's settings for the language model in the recipe's parallel layout."""
     language, parallel = recipe.model.language, recipe.parallel
@@ -73,6 +85,7 @@ def language_transformer_config(recipe: Recipe) -> TransformerConfig:
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        pipeline_model_parallel_layout=_pipeline_layout(recipe),
         context_parallel_size=parallel.context_parallel_size,
         # With two stages the previous and the next rank are the same peer. Batched messages to it are silently matched
         # in the wrong order from the third micro-batch on, so the interleaved schedule sends them one by one.

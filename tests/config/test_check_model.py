@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 TENSOR = {"parallel.tensor_model_parallel_size": 4}
+PIPELINE = {"parallel.pipeline_model_parallel_size": 2}
+LAYOUT = "parallel.pipeline_model_parallel_layout"
 CASES = [
     ({"model.vision.hidden_size": 34}, 1, "model.vision.hidden_size = 34", "Use 32 or 36"),
     ({"model.vision.patch_size": 5}, 1, "model.vision.image_size = 28", "Use 25 or 30"),
@@ -82,7 +84,29 @@ CASES = [
     (TENSOR | {"model.language.vocab_size": 510}, 4, "model.language.vocab_size = 510", "to 512, or"),
     ({"model.image_token_index": 512}, 1, "model.image_token_index = 512", "from 0 to 511"),
     ({"model.image_token_index": -1}, 1, "model.image_token_index = -1", "from 0 to 511"),
-    ({"parallel.pipeline_model_parallel_size": 3}, 3, "model.language.num_hidden_layers = 4", "Make that 1 or 2"),
+    ({"parallel.pipeline_model_parallel_size": 3}, 3, "model.language.num_hidden_layers = 4", "layout = auto"),
+    (PIPELINE | {LAYOUT: "Et*2|t*2"}, 2, f"{LAYOUT} = Et*2|t*2", "at its end. Use auto, or for example Et*2|t*2L"),
+    (PIPELINE | {LAYOUT: "Et*2|x*2L"}, 2, f"{LAYOUT} = Et*2|x*2L", "has x, which is none of E, t, L"),
+    (
+        PIPELINE | {LAYOUT: "Et*2|tL"},
+        2,
+        f"{LAYOUT} = Et*2|tL",
+        "3 language layers, but model.language.num_hidden_layers = 4. Use",
+    ),
+    (
+        PIPELINE | {LAYOUT: "Et|t|t*2L"},
+        2,
+        f"{LAYOUT} = Et|t|t*2L",
+        "3 stages, but pipeline_model_parallel_size = 2. Use auto",
+    ),
+    ({LAYOUT: "Et*2|t*2L"}, 1, f"{LAYOUT} = Et*2|t*2L", "2 stages, but pipeline_model_parallel_size = 1. Use auto"),
+    (
+        {"parallel.pipeline_model_parallel_size": 4, LAYOUT: "Et*2||t|tL"},
+        4,
+        f"{LAYOUT} = Et*2||t|tL",
+        "has no layer on stage 1; only the first and the last one may be without. Use auto, or for example Et|t|t|tL",
+    ),
+    ({"parallel.pipeline_model_parallel_size": 6, LAYOUT: "auto"}, 6, f"{LAYOUT} = auto", "at most 5"),
     (
         {"parallel.pipeline_model_parallel_size": 2, "parallel.virtual_pipeline_model_parallel_size": 4},
         2,

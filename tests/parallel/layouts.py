@@ -10,7 +10,7 @@ from megatron_vlm.config import ParallelConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """One case: parallel sizes, `vision_parallel`, optimizer, trainable parts and model family."""
+    """One case: parallel sizes, `vision_parallel`, optimizer, trainable parts, model family, and its rows."""
 
     tp: int = 1
     pp: int = 1
@@ -24,6 +24,14 @@ class Layout:
     recompute: str | None = None
     family: str = "clip-olmo"
     loss: str = "token"
+    stages: str | None = None
+    """pipeline_model_parallel_layout; the tiny model has four language layers."""
+    buckets: bool = False
+    """Overlap with gradient buckets of few parameters, so that each chunk has several."""
+    batch: int = 8
+    """Rows per step. Over the data ranks, that gives the micro-batches that are accumulated."""
+    rows: str = "mixed"
+    """Which rows: see tests.parallel.rows.ROWS."""
 
     @property
     def name(self) -> str:
@@ -35,6 +43,10 @@ class Layout:
         extra += [f"recompute-{self.recompute}"] if self.recompute else []
         extra += [self.family] if self.family != "clip-olmo" else []
         extra += [f"loss-{self.loss}"] if self.loss != "token" else []
+        extra += [self.stages.replace("|", "-").replace("*", "")] if self.stages else []
+        extra += ["buckets"] if self.buckets else []
+        extra += [f"batch{self.batch}"] if self.batch != 8 else []
+        extra += [self.rows] if self.rows != "mixed" else []
         return "_".join(sizes + extra)
 
     def _sizes(self) -> dict[str, int]:
@@ -49,9 +61,19 @@ class Layout:
             vision_parallel=self.vision,
             # megatron-core's distributed optimizer shards Adam's state; SGD runs without it
             use_distributed_optimizer=self.optimizer == "adam",
-            overlap_grad_reduce=self.overlap,
-            overlap_param_gather=self.overlap,
+            overlap_grad_reduce=self.overlap or self.buckets,
+            # megatron-core gathers parameters of the distributed optimizer only
+            overlap_param_gather=(self.overlap or self.buckets) and self.optimizer == "adam",
+            ddp_bucket_size=3000 if self.buckets else None,
+            pipeline_model_parallel_layout=self.stages,
         )
+
+    def reference(self) -> Layout:
+        """The case on one process that this one is compared with."""
+        return Layout(
+            optimizer=self.optimizer, trainable=self.trainable, family=self.family, loss=self.loss, batch=self.batch,
+            rows=self.rows,
+        )  # fmt: skip
 
 
 def _with_sgd(layouts: list[Layout]) -> list[Layout]:
@@ -77,6 +99,8 @@ LAYOUTS: dict[int, list[Layout]] = {
         ),
         Layout(tp=2, trainable=WARM_UP),
         Layout(pp=2, trainable=WARM_UP),
+        Layout(pp=2, stages="Et|t*3L"),
+        Layout(pp=2, stages="auto", optimizer="sgd"),
         Layout(trainable=("vision", "projector")),
         Layout(overlap=True),
         Layout(tp=2, recompute="full"),
@@ -115,3 +139,55 @@ LAYOUTS: dict[int, list[Layout]] = {
         Layout(tp=2, pp=2, cp=2, trainable=("projector", "language"), overlap=True),
     ],
 }
+
+TOWER_ALONE = "E|t*4L"
+FULL_LAYOUTS: dict[int, list[Layout]] = {
+    1: [],
+    2: [
+        *_with_sgd(
+            [
+                Layout(pp=2, stages=TOWER_ALONE),
+                Layout(pp=2, stages="Et*3|tL"),
+                Layout(pp=2, stages="Et*4|L"),
+                Layout(pp=2, vpp=2, stages="E|t*2|t|tL"),
+                Layout(buckets=True),
+                Layout(batch=2),
+            ]
+        ),
+        Layout(pp=2, stages=TOWER_ALONE, trainable=WARM_UP),
+        Layout(pp=2, stages=TOWER_ALONE, trainable=("language",)),
+        Layout(pp=2, stages=TOWER_ALONE, trainable=("vision", "projector")),
+        Layout(pp=2, vpp=2, trainable=WARM_UP),
+        Layout(pp=2, buckets=True, stages="Et|t*3L"),
+        Layout(tp=2, rows="text"),
+        Layout(pp=2, rows="text"),
+        Layout(cp=2, rows="text"),
+        Layout(rows="text"),
+        Layout(pp=2, rows="text", trainable=WARM_UP),
+        Layout(rows="unsupervised"),
+        Layout(pp=2, rows="unsupervised"),
+        Layout(tp=2, rows="unsupervised"),
+        _family(CLIP_MISTRAL, pp=2, stages=TOWER_ALONE),
+    ],
+    4: [
+        *_with_sgd([Layout(pp=4, stages="E|t|t*2|tL"), Layout(pp=2, stages="Et*3|tL", batch=2)]),
+        Layout(pp=4, stages="auto"),
+        Layout(pp=2, tp=2, stages=TOWER_ALONE),
+        Layout(pp=2, cp=2, stages=TOWER_ALONE),
+        Layout(pp=2, tp=2, vision="tensor", stages=TOWER_ALONE),
+        Layout(pp=4, trainable=WARM_UP),
+        Layout(pp=4, trainable=WARM_UP, stages="E|t|t*2|tL"),
+        Layout(tp=2, buckets=True),
+        Layout(pp=2, buckets=True),
+        Layout(pp=2, batch=2),
+        Layout(pp=2, batch=8, rows="text"),
+        Layout(cp=2, buckets=True, rows="text"),
+        Layout(tp=2, pp=2, rows="unsupervised"),
+    ],
+    8: [
+        Layout(tp=2, pp=2, cp=2, stages=TOWER_ALONE),
+        Layout(tp=2, pp=4, stages="E|t|t*2|tL", trainable=WARM_UP),
+        Layout(pp=4, stages="Et|t|t|tL", buckets=True),
+    ],
+}
+"""Those that only `make test-full` runs."""

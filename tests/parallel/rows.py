@@ -46,7 +46,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Settings of vision tower and language model in each model family that differ from the first one's."""
 
 
-def tiny_recipe(parallel: ParallelConfig, family: str = "clip-olmo", **training: object) -> Recipe:
+ROWS = ("mixed", "text", "unsupervised")
+"""With and without images and supervised tokens; text only; no supervised token at all in steps of 8 rows but one."""
+
+
+def tiny_recipe(parallel: ParallelConfig, family: str = "clip-olmo", **training: Any) -> Recipe:
     """The smallest model with every part of the real one; sizes are odd where parallelism allows it."""
     of_vision, of_language = FAMILIES[family]
     vision, language = VisionConfig(**(_VISION | of_vision)), LanguageConfig(**(_LANGUAGE | of_language))
@@ -54,11 +58,10 @@ def tiny_recipe(parallel: ParallelConfig, family: str = "clip-olmo", **training:
         model=ModelConfig(vision, language, image_token_index=IMAGE_TOKEN, image_grid_pinpoints=[[15, 15], [30, 15]]),
         data=DataConfig(seq_length=SEQ_LENGTH),
         training=TrainingConfig(
-            global_batch_size=8,
+            **{"global_batch_size": 8, **training},
             lr=1e-3,
             lr_warmup_fraction=0.0,
             lr_decay_style="constant",
-            **training,  # type: ignore[arg-type]
         ),
         parallel=parallel,
     )
@@ -74,8 +77,8 @@ def _documents(generator: torch.Generator) -> list[int]:
     return lengths
 
 
-def make_row(index: int) -> PackedBatch:
-    """Row `index` of a fixed, infinite sequence, with all of its tiles."""
+def make_row(index: int, kind: str = "mixed") -> PackedBatch:
+    """Row `index` of the fixed, infinite sequence of this kind (see ROWS), with all of its tiles."""
     generator = torch.Generator().manual_seed(1000 + index)
     vision = tiny_recipe(ParallelConfig()).model.vision
     tokens = torch.randint(0, IMAGE_TOKEN, (SEQ_LENGTH,), generator=generator)
@@ -83,6 +86,10 @@ def make_row(index: int) -> PackedBatch:
     positions = torch.zeros(SEQ_LENGTH, dtype=torch.long)
     cu_seqlens, where, sources, tiles = [0], [], [], 0
     with_images, with_labels = index % 4 != 1, index % 5 != 3
+    if kind == "text":
+        with_images = False
+    elif kind == "unsupervised":
+        with_labels = index // 8 == 1  # the second of three steps, so that the other two have an optimizer to disturb
     for length in _documents(generator):
         start, end = cu_seqlens[-1], cu_seqlens[-1] + length
         positions[start:end] = torch.arange(length)
@@ -120,11 +127,13 @@ def make_row(index: int) -> PackedBatch:
     )
 
 
-def rows_of(data_rank: int, data_size: int, tile_shard: tuple[int, int] | None) -> Iterator[PackedBatch]:
+def rows_of(
+    data_rank: int, data_size: int, tile_shard: tuple[int, int] | None, kind: str = "mixed"
+) -> Iterator[PackedBatch]:
     """The rows of a data rank, with the tiles of shard `tile_shard` = (rank, size)."""
     index = data_rank
     while True:
-        row = make_row(index)
+        row = make_row(index, kind)
         if tile_shard is None:
             row.tiles = None
         else:

@@ -1,7 +1,9 @@
 """Run all parallel layouts of this world size in one launch, and compare each with one process.
 
 torchrun --nproc-per-node N run_layouts.py FOLDER            all layouts of one world size, to FOLDER/world_N.json
-python run_layouts.py FOLDER                                 the references, to FOLDER/*.pt, then as above
+torchrun --nproc-per-node N run_layouts.py FOLDER --full     those that only `make test-full` runs
+torchrun --nproc-per-node N run_layouts.py FOLDER NAME ...   the layouts of these names
+python run_layouts.py FOLDER ...                             the references, to FOLDER/*.pt, then as above
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from megatron_vlm.training.finite_update import update
 from megatron_vlm.training.optimizer import build_optimizer, wrap_for_data_parallel
 from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks
 from tests.parallel.gradients import assemble, local_gradients, relative_differences
-from tests.parallel.layouts import LAYOUTS, Layout
+from tests.parallel.layouts import FULL_LAYOUTS, LAYOUTS, Layout
 from tests.parallel.rows import rows_of, tiny_recipe
 
 STEPS = 3
@@ -46,6 +48,7 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
         bf16=layout.bf16,
         recompute_granularity=layout.recompute,
         loss_normalization=layout.loss,
+        global_batch_size=layout.batch,
     )
     check_recipe(recipe, dist.get_world_size())
     initialize_groups(recipe.parallel)
@@ -57,7 +60,7 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
     optimizer = build_optimizer(wrapped, recipe)
     ranks = parallel_ranks()
     tile_shard = tile_shard_rank(recipe.parallel) if ranks.is_first_stage else None
-    rows = rows_for_chunks(rows_of(ranks.data, ranks.data_size, tile_shard), len(chunks))
+    rows = rows_for_chunks(rows_of(ranks.data, ranks.data_size, tile_shard, layout.rows), len(chunks))
     steps = []
     for _ in range(STEPS):
         totals = forward_backward(wrapped, rows, recipe)
@@ -69,14 +72,15 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
         _, norm = update(optimizer)
         gradients = assemble([s for rank in all_shards for s in rank]) if dist.get_rank() == 0 else {}
         steps.append({"loss": loss, "loss_tokens": loss_tokens, "grad_norm": norm, "gradients": gradients})
+    steps[-1]["buckets"] = min(sum(len(group.buckets) for group in chunk.bucket_groups) for chunk in wrapped)
     steps[-1]["frozen_changed"] = sum(not torch.equal(p, before) for p, before in frozen)
     destroy_groups()
     return steps
 
 
 def reference_name(layout: Layout) -> str:
-    """File of the reference; layouts with the same model, optimizer, trainable parts and loss share one."""
-    return f"reference_{layout.family}_{layout.optimizer}_{'-'.join(layout.trainable)}_{layout.loss}.pt"
+    """File of the reference, which layouts with the same model, optimizer, trainable parts and rows share."""
+    return f"reference_{layout.reference().name}.pt"
 
 
 def compare(steps: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, Any]:
@@ -90,25 +94,32 @@ def compare(steps: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dic
         worst["tensors"] = len(differences)
         worst["first_step"] = worst["gradient"][0] if step == 0 else worst["first_step"]
         for key in ("loss", "grad_norm"):
-            worst[key] = max(worst[key], abs(ours[key] - theirs[key]) / abs(theirs[key]))
+            difference = abs(ours[key] - theirs[key])
+            worst[key] = max(worst[key], difference / abs(theirs[key]) if theirs[key] else difference)
         worst["same_tokens"] = ours["loss_tokens"] == theirs["loss_tokens"]
-    worst["frozen_changed"] = steps[-1]["frozen_changed"]
+    worst |= {key: steps[-1][key] for key in ("frozen_changed", "buckets")}
     return worst
 
 
-def main(folder: Path, names: set[str]) -> None:
-    """Run the layouts of this world size, or those among them that `names` lists."""
-    chosen = {
-        ranks: [layout for layout in layouts if not names or layout.name in names] for ranks, layouts in LAYOUTS.items()
+def _chosen(selection: set[str]) -> dict[int, list[Layout]]:
+    if not selection:
+        return LAYOUTS
+    if selection == {"--full"}:
+        return FULL_LAYOUTS
+    return {
+        ranks: [layout for layout in (*layouts, *FULL_LAYOUTS[ranks]) if layout.name in selection]
+        for ranks, layouts in LAYOUTS.items()
     }
+
+
+def main(folder: Path, selection: set[str]) -> None:
+    """Run the layouts of this world size that `selection` chooses: see this module's docstring."""
+    chosen = _chosen(selection)
     with process_group(timeout_minutes=2):
         world = dist.get_world_size()
         if world == 1:
-            for layout in {reference_name(case): case for cases in chosen.values() for case in cases}.values():
-                alone = Layout(
-                    optimizer=layout.optimizer, trainable=layout.trainable, family=layout.family, loss=layout.loss
-                )
-                torch.save(run(alone), folder / reference_name(layout))
+            for name, alone in {reference_name(c): c.reference() for cases in chosen.values() for c in cases}.items():
+                torch.save(run(alone), folder / name)
         results: dict[str, Any] = {}
         for layout in chosen[world]:
             started = time.monotonic()
@@ -118,7 +129,7 @@ def main(folder: Path, names: set[str]) -> None:
                 reference = torch.load(folder / reference_name(layout))
                 results[layout.name] = compare(steps, reference)
                 print(f"{layout.name}: {results[layout.name]} ({time.monotonic() - started:.1f} s)", flush=True)
-        if world == 2 and not names:
+        if world == 2 and not selection:
             steps = run(Layout(tp=2), break_gradient_of="projector.linear_1.weight")
             if dist.get_rank() == 0:
                 results["broken"] = compare(steps, torch.load(folder / reference_name(Layout())))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.layouts import LAYOUTS, Layout
+from tests.parallel.layouts import FULL_LAYOUTS, LAYOUTS, Layout
 from tests.support.launch import launch
 
 GRADIENTS = 1e-5
@@ -26,25 +26,31 @@ SCRIPT = Path(__file__).parent / "run_layouts.py"
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """World size -> differences of its layouts from one process; world size 1 runs first and writes the references."""
-    folder = tmp_path_factory.mktemp("layouts")
+    folders = {selection: tmp_path_factory.mktemp("layouts") for selection in ("", "--full")}
 
     @cache
-    def of_world(world: int) -> dict[str, Any]:
+    def of_world(world: int, selection: str = "") -> dict[str, Any]:
         if world != 1:
-            of_world(1)
-        launch(SCRIPT, str(folder), ranks=world, timeout=400)
+            of_world(1, selection)
+        folder = folders[selection]
+        launch(SCRIPT, str(folder), *filter(None, [selection]), ranks=world, timeout=400)
         found: dict[str, Any] = json.loads((folder / f"world_{world}.json").read_text())
         return found
 
     return of_world
 
 
-CASES = [pytest.param(world, layout, id=f"{world}-{layout.name}") for world in LAYOUTS for layout in LAYOUTS[world]]
+CASES = [
+    pytest.param(world, layout, selection, id=f"{world}-{layout.name}", marks=[pytest.mark.full] if selection else [])
+    for selection, layouts in (("", LAYOUTS), ("--full", FULL_LAYOUTS))
+    for world in layouts
+    for layout in layouts[world]
+]
 
 
-@pytest.mark.parametrize(("world", "layout"), CASES)
-def test_layout_equals_one_process(results: Any, world: int, layout: Layout) -> None:
-    found = results(world)[layout.name]
+@pytest.mark.parametrize(("world", "layout", "selection"), CASES)
+def test_layout_equals_one_process(results: Any, world: int, layout: Layout, selection: str) -> None:
+    found = results(world, selection)[layout.name]
     difference, tensor, step = found["gradient"]
     assert found["same_tokens"], "the number of supervised tokens differs, so the rows differ"
     if layout.bf16:
@@ -55,10 +61,19 @@ def test_layout_equals_one_process(results: Any, world: int, layout: Layout) -> 
     assert found["grad_norm"] < LOSSES, "the gradient norm, which clipping uses, differs"
 
 
-@pytest.mark.parametrize(("world", "layout"), CASES)
-def test_frozen_parameters_do_not_change(results: Any, world: int, layout: Layout) -> None:
+@pytest.mark.parametrize(("world", "layout", "selection"), CASES)
+def test_frozen_parameters_do_not_change(results: Any, world: int, layout: Layout, selection: str) -> None:
     """Bit for bit, in every layout."""
-    assert results(world)[layout.name]["frozen_changed"] == 0
+    assert results(world, selection)[layout.name]["frozen_changed"] == 0
+
+
+@pytest.mark.full
+def test_layouts_with_small_buckets_have_several(results: Any) -> None:
+    """With one bucket per model, as the tiny model has by default, no reduction overlaps with another layer's work."""
+    assert results(2)["dp_overlap"]["buckets"] == 1
+    for world, layouts in FULL_LAYOUTS.items():
+        for layout in layouts:
+            assert not layout.buckets or results(world, "--full")[layout.name]["buckets"] > 3
 
 
 def test_the_comparison_finds_a_wrong_gradient(results: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from math import gcd
 
 from megatron_vlm.config.checks.problems import Problem, divides, divisors, multiples_around
+from megatron_vlm.config.pipeline_layout import AUTO, format_layout, parse_layout
 from megatron_vlm.config.recipe import Recipe
 
 
@@ -167,12 +168,44 @@ def _check_head_split(recipe: Recipe) -> Iterator[Problem]:
 
 def _check_layer_split(recipe: Recipe) -> Iterator[Problem]:
     parallel, layers = recipe.parallel, recipe.model.language.num_hidden_layers
-    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
-    if not divides(stages * chunks, layers):
-        product = "pipeline_model_parallel_size" + (" * virtual_pipeline_model_parallel_size" if chunks > 1 else "")
+    stages = parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
+    layout = parallel.pipeline_model_parallel_layout
+    product = "pipeline_model_parallel_size"
+    if parallel.virtual_pipeline_model_parallel_size > 1:
+        product += " * virtual_pipeline_model_parallel_size"
+    if layout is None:
+        if not divides(stages, layers):
+            yield Problem(
+                "model.language.num_hidden_layers",
+                layers,
+                f"not divisible by {product} = {stages}",
+                f"Make that {'product ' if '*' in product else ''}{divisors(layers, stages)}, or use "
+                "pipeline_model_parallel_layout = auto",
+            )
+    elif layout == AUTO:
+        if stages > layers + 1:
+            yield Problem(
+                "parallel.pipeline_model_parallel_layout",
+                layout,
+                f"{product} = {stages} stages are too many for {layers} layers and the vision tower",
+                f"Make that at most {layers + 1}",
+            )
+    else:
+        yield from _check_layout(layout, layers, stages, product)
+
+
+def _check_layout(layout: str, layers: int, stages: int, product: str) -> Iterator[Problem]:
+    key = "parallel.pipeline_model_parallel_layout"
+    even = [layers // stages + (stage >= stages - layers % stages) for stage in range(stages)] if stages > 0 else []
+    remedy = f"Use auto, or for example {format_layout(even)}"
+    try:
+        given = parse_layout(layout)
+    except ValueError as wrong:
+        yield Problem(key, layout, str(wrong), remedy)
+        return
+    if len(given) != stages:
+        yield Problem(key, layout, f"{len(given)} stages, but {product} = {stages}", remedy)
+    elif sum(given) != layers:
         yield Problem(
-            "model.language.num_hidden_layers",
-            layers,
-            f"not divisible by {product} = {stages * chunks}",
-            f"Make that {'product ' if chunks > 1 else ''}{divisors(layers, stages * chunks)}",
+            key, layout, f"{sum(given)} language layers, but model.language.num_hidden_layers = {layers}", remedy
         )

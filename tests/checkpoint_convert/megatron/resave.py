@@ -1,8 +1,9 @@
 """Run by torchrun: load a checkpoint in parallel layouts, compare each rank's weights with it, and save it again.
 
-    torchrun --nproc-per-node 4 resave.py LOAD SAVE TENSOR,PIPELINE [TENSOR,PIPELINE ...]
+    torchrun --nproc-per-node 4 resave.py LOAD SAVE TENSOR,PIPELINE[,STAGES] [TENSOR,PIPELINE[,STAGES] ...]
 
-The last layout saves. The remaining factor of the world size is data parallelism.
+STAGES is a pipeline_model_parallel_layout. The last layout saves. The remaining factor of the world size is data
+parallelism.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ def main(load: str, save: str, *layouts: str) -> None:
     checkpoint = require_checkpoint(load)
     with process_group():
         for layout in layouts:
-            tensor, pipeline = map(int, layout.split(","))
+            tensor, pipeline, *stages = layout.split(",")
             recipe = read_recipe(load)
-            recipe.parallel = ParallelConfig(tensor, pipeline)
+            recipe.parallel = ParallelConfig(int(tensor), int(pipeline))
+            recipe.parallel.pipeline_model_parallel_layout = stages[0] if stages else None
             initialize_groups(recipe.parallel)
             tensor_parallel.model_parallel_cuda_manual_seed(1)
             chunks = build_model(recipe)

@@ -17,7 +17,7 @@ from tests.checkpoint_convert.megatron import resave
 from tests.support.launch import launch
 from tests.training.tiny_run import MODEL, run, write_recipe
 
-LAYOUTS = ["1,1", "2,1", "4,1", "1,2", "1,4", "2,2"]
+LAYOUTS = ["1,1", "2,1", "4,1", "1,2", "1,2,Et*3|tL", "1,4", "1,4,E|t|t*2|tL", "2,2", "2,2,E|t*4L"]
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,10 @@ class Run:
 
 def resume_in_another_layout(folder: Path) -> dict[str, Any]:
     """Saved after two steps in one layout and loaded in the next: the losses of the third step agree."""
-    layouts = [Layout(), Layout(tp=2, pp=2), Layout(tp=2), Layout(pp=2, vpp=2), Layout(cp=2), Layout(pp=4)]
+    layouts = [
+        Layout(), Layout(tp=2, pp=2, stages="E|t*4L"), Layout(tp=2), Layout(pp=2, vpp=2), Layout(cp=2),
+        Layout(pp=4, stages="auto"), Layout(tp=2, pp=2),
+    ]  # fmt: skip
     run = Run(layouts[0], folder / "0")
     run.train(2)
     run.save(2)

@@ -19,9 +19,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_resumes_in_every_layout(results: dict[str, Any]) -> None:
-    """Through five layouts one after the other, each loading what the one before saved."""
+    """Through six layouts one after the other, each loading what the one before saved."""
     differences = results["resume_in_another_layout"]["loss"]
-    assert len(differences) == 5 and max(map(abs, differences.values())) < 1e-6, differences
+    assert len(differences) == 6 and max(map(abs, differences.values())) < 1e-6, differences
 
 
 def test_every_data_rank_writes_its_share(results: dict[str, Any]) -> None:

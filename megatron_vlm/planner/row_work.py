@@ -1,0 +1,62 @@
+"""The estimated work of one row, apart for what a pipeline stage can hold: vision tower, language layer, loss head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vlm.config import Recipe
+from megatron_vlm.data.packing.row_cost import cost_of_model, row_cost
+
+TYPICAL_DOCUMENT = 2048
+"""Tokens of a sample with one tiled image and its text; the published instruction mix has 2,270 on average."""
+SUPERVISED_SHARE = 1 / 8
+"""Answers among all tokens of a row, image tokens included."""
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """What a row holds on average."""
+
+    tokens: int
+    tiles: float
+    document_tokens: float
+    """Length of the document that a token is in: the sum of squared lengths over the sum of lengths."""
+    supervised_tokens: float
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> RowShape:
+        """A row that is full of images, as far as its budgets of tokens and tiles allow. It needs no data."""
+        tokens = recipe.data.seq_length
+        tiles = min(recipe.data.max_tiles_per_row, tokens // max(1, recipe.model.vision.patches_per_tile))
+        return cls(tokens, tiles, min(tokens, TYPICAL_DOCUMENT), tokens * SUPERVISED_SHARE)
+
+
+@dataclass(frozen=True)
+class RowWork:
+    """Forward and backward work of a row, recomputation included: operations, or the unit of `data.cost_per_*`."""
+
+    tower: float
+    """Vision tower and projector."""
+    layer: float
+    """One language layer."""
+    head: float
+    """Final norm and loss head."""
+
+
+def row_work(recipe: Recipe, shape: RowShape | None = None) -> RowWork:
+    """The work of a row of `shape`, by default that of RowShape.of_recipe."""
+    shape = shape or RowShape.of_recipe(recipe)
+    model, training = recipe.model, recipe.training
+    cost, operations = row_cost(recipe), cost_of_model(model, tuple(training.trainable))
+    layers = model.language.num_hidden_layers
+    layer = (cost.per_token_squared * shape.document_tokens + cost.per_token) * shape.tokens / layers
+    tower = cost.per_tile * shape.tiles
+    if training.recompute_granularity == "full":  # one forward pass more
+        passes = 2 + ("language" in training.trainable)
+        layer *= (passes + 1) / passes
+        if "vision" in training.trainable:
+            tower *= 4 / 3
+    # Three matrix products: logits, and the gradients of hidden states and of the weight, which may be frozen.
+    products = 2 + ("language" in training.trainable)
+    head = products * 2 * model.language.hidden_size * model.language.vocab_size * shape.supervised_tokens
+    return RowWork(tower=tower, layer=layer, head=head * cost.per_token / max(operations.per_token, 1.0))
