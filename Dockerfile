@@ -17,6 +17,6 @@ RUN python3 -m pip list --format=freeze \
         | grep -iE '^(torch|torchvision|torchaudio|triton|pytorch[-_]triton[-_]rocm|apex|transformer[-_]engine|flash[-_]attn|amd[-_]aiter|megatron[-_]core)==' \
         > /tmp/from-base.txt \
     && cat /tmp/from-base.txt \
-    && python3 -m pip install -c /tmp/from-base.txt '.[train,inference,test]' \
+    && python3 -m pip install -c /tmp/from-base.txt '.[train,serve,inference,test]' \
     && python3 -m pip install --no-deps mosaicml-streaming==0.13.0 \
     && python3 -c 'import torch; assert torch.version.hip, "pip has replaced the ROCm build of torch"'

@@ -84,6 +84,12 @@ GROUPS = {
             "are two checkpoints the same model? weights, settings, logits, greedy tokens",
         ),
     },
+    "inference": {
+        "serve": Command(
+            "megatron_vlm.serve",
+            "a text-generation server: OpenAI's and Megatron-LM's protocols, a chat page",
+        ),
+    },
 }
 
 _EXAMPLES = f"""\
@@ -93,6 +99,7 @@ examples
   {PROGRAM} train --config recipe.yaml --data-path shards --save run
   torchrun --nproc-per-node 8 --no-python {PROGRAM} train --config recipe.yaml --save run
   {PROGRAM} export --load run --save hf --format llava_next
+  {PROGRAM} serve run --port 5000
 
 {PROGRAM} COMMAND --help describes a command. {PROGRAM} --version lists versions."""
 

@@ -46,9 +46,6 @@ from megatron_vlm.runtime.device import on_gpu
 from megatron_vlm.runtime.launch import distributed
 from megatron_vlm.training.checkpoint import load_checkpoint, read_recipe, require_checkpoint
 
-_CONTEXT_TOKENS = 8
-"""Last tokens of a prompt without chat template that the answer is decoded after: its first space depends on them."""
-
 
 class Engine:
     """Generates answers on one rank of each copy of the model; the others run `serve_rank`. Close it, or use `with`."""
@@ -83,8 +80,26 @@ class Engine:
 
     # ---- called from any thread ----
 
-    def submit(self, prompt: AnyPrompt, params: SamplingParams | None = None) -> Handle:
+    def encode(self, prompt: AnyPrompt) -> EncodedPrompt:
+        """Token ids and tiles of a prompt, to be submitted once or several times.
+
+        Raises:
+            ValueError: the prompt is invalid (see prompts.encode).
+        """
+        return encode(prompt, self.tokenizer, self._geometry, self.recipe.model)
+
+    def submit(
+        self,
+        prompt: AnyPrompt | EncodedPrompt,
+        params: SamplingParams | None = None,
+        notify: Callable[[], None] | None = None,
+    ) -> Handle:
         """Queue a request. Its prompt is encoded, and its images are tiled, in the calling thread.
+
+        Args:
+            prompt: a prompt, encoded or not.
+            params: greedy decoding of a few tokens by default.
+            notify: called by the engine's thread after each output; it must return at once and never raise.
 
         Raises:
             ValueError: the prompt is invalid (see prompts.encode).
@@ -93,9 +108,17 @@ class Engine:
             EngineError: the engine is closed.
         """
         self._check_open()
-        encoded = encode(prompt, self.tokenizer, self._geometry, self.recipe.model)
-        context = [] if isinstance(prompt, Prompt) else encoded.ids[-_CONTEXT_TOKENS:]
-        return self._submit(encoded, params or SamplingParams(), context)
+        encoded = prompt if isinstance(prompt, EncodedPrompt) else self.encode(prompt)
+        return self._submit(encoded, params or SamplingParams(), notify)
+
+    def max_new_tokens(self, prompt: EncodedPrompt) -> int:
+        """New tokens that can follow a prompt at most; below 1 if the prompt is too long."""
+        return self._limit() - len(prompt.ids)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine's thread, if it was an error; the engine answers no request after it."""
+        return self._failure
 
     def generate(self, prompts: Sequence[AnyPrompt], max_new_tokens: int) -> list[list[int]]:
         """Greedy decoding.
@@ -116,7 +139,7 @@ class Engine:
         encoded = []
         for number, prompt in enumerate(prompts):
             try:
-                encoded.append(encode(prompt, self.tokenizer, self._geometry, self.recipe.model))
+                encoded.append(self.encode(prompt))
                 self._check_length(encoded[-1], max_new_tokens)
             except ValueError as error:
                 raise type(error)(f"prompt {number}: {error}") from error
@@ -126,7 +149,7 @@ class Engine:
         for prompt_ids in encoded:
             while True:
                 try:
-                    handles.append(self._submit(prompt_ids, params, []))
+                    handles.append(self._submit(prompt_ids, params))
                     break
                 except QueueFull:
                     if not handles:  # other callers fill the queue
@@ -172,28 +195,31 @@ class Engine:
             raise EngineError("The engine is closed.")
 
     def _check_length(self, prompt: EncodedPrompt, max_new_tokens: int) -> None:
-        total = len(prompt.ids) + max_new_tokens
-        capacity = self._scheduler.allocator.total * self._scheduler.block_size
-        limit = min(self.max_sequence_length, capacity)
+        total, limit = len(prompt.ids) + max_new_tokens, self._limit()
         if total > limit:
-            what = "a sequence has at most" if self.max_sequence_length <= capacity else "the key/value cache holds"
+            what = "a sequence has at most" if limit == self.max_sequence_length else "the key/value cache holds"
             raise PromptTooLong(
                 f"The prompt has {len(prompt.ids)} tokens (image tokens included) and max_new_tokens is "
                 f"{max_new_tokens}: {total} in all, but {what} {limit}."
             )
 
-    def _submit(self, prompt: EncodedPrompt, params: SamplingParams, context: list[int]) -> Handle:
+    def _limit(self) -> int:
+        """Prompt and new tokens that both the model and the cache have room for."""
+        return min(self.max_sequence_length, self._scheduler.allocator.total * self._scheduler.block_size)
+
+    def _submit(
+        self, prompt: EncodedPrompt, params: SamplingParams, notify: Callable[[], None] | None = None
+    ) -> Handle:
         self._check_length(prompt, params.max_new_tokens)
         for token in params.stop_token_ids:
             if not 0 <= token < self.recipe.model.language.vocab_size:
                 raise ValueError(f"stop_token_ids has {token}, which is no token id of the model.")
-        handle = Handle(prompt.ids, self._wake)
-        image_id = self.recipe.model.image_token_index
+        handle = Handle(prompt.ids, self._wake, notify)
         request = Request(
             handle=handle,
             params=params,
             prompt=prompt,
-            detokenizer=Detokenizer(self.tokenizer, params.stop, [token for token in context if token != image_id]),
+            detokenizer=Detokenizer(self.tokenizer, params.stop, prompt.context),
             generator=torch.Generator().manual_seed(random.getrandbits(62) if params.seed is None else params.seed),
             ids=list(prompt.ids),
             submitted=time.monotonic(),

@@ -17,6 +17,8 @@ from megatron_vlm.data.processing.tiling import ImageGeometry, Size, extract_til
 from megatron_vlm.data.processing.tokenizer import Tokenizer
 from megatron_vlm.inference.request import AnsweredPrompt, AnyPrompt, Prompt, TextPrompt, TokenPrompt
 
+_CONTEXT_TOKENS = 8
+
 
 @dataclass
 class PromptImage:
@@ -39,6 +41,8 @@ class EncodedPrompt:
 
     ids: list[int]
     images: list[PromptImage] = field(default_factory=list)
+    context: list[int] = field(default_factory=list)
+    """Last text tokens of a prompt that the answer continues: the answer's first space depends on them."""
 
 
 def encode(prompt: AnyPrompt, tokenizer: Tokenizer, geometry: ImageGeometry, model: ModelConfig) -> EncodedPrompt:
@@ -49,8 +53,10 @@ def encode(prompt: AnyPrompt, tokenizer: Tokenizer, geometry: ImageGeometry, mod
             AnsweredPrompt: with an answer), or a token id is out of range.
     """
     if isinstance(prompt, TokenPrompt):
-        return EncodedPrompt(_checked_ids(prompt.token_ids, model))
+        ids = _checked_ids(prompt.token_ids, model)
+        return EncodedPrompt(ids, context=ids[-_CONTEXT_TOKENS:])
     lengths = [num_image_tokens(image.size, geometry) for image in prompt.images]
+    context: list[int] = []
     if isinstance(prompt, AnsweredPrompt):
         encoded = encode_conversation(prompt.turns, tokenizer, lengths, model.image_token_index)
         ids, starts = encoded.ids.tolist(), encoded.image_starts
@@ -60,11 +66,12 @@ def encode(prompt: AnyPrompt, tokenizer: Tokenizer, geometry: ImageGeometry, mod
         ids, starts = encoded.ids.tolist(), encoded.image_starts
     else:
         ids, starts = _encode_text(prompt, tokenizer, lengths, model.image_token_index)
+        context = [token for token in ids[-_CONTEXT_TOKENS:] if token != model.image_token_index]
     images = [
         _prompt_image(start, length, extract_tiles(image, geometry), image.size)
         for start, length, image in zip(starts, lengths, prompt.images, strict=True)
     ]
-    return EncodedPrompt(ids, images)
+    return EncodedPrompt(ids, images, context)
 
 
 def _checked_ids(token_ids: Sequence[int], model: ModelConfig) -> list[int]:

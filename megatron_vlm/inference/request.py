@@ -155,7 +155,9 @@ class Handle:
     One thread reads the outputs; any thread may call `cancel`.
     """
 
-    def __init__(self, prompt_token_ids: list[int], wake: Callable[[], None]) -> None:
+    def __init__(
+        self, prompt_token_ids: list[int], wake: Callable[[], None], notify: Callable[[], None] | None = None
+    ) -> None:
         self.prompt_token_ids = prompt_token_ids
         """Image tokens included."""
         self.cached_tokens = 0
@@ -166,7 +168,7 @@ class Handle:
         """Set when the last output has been read."""
         self._outputs: queue.SimpleQueue[TokenOutput | EngineError] = queue.SimpleQueue()
         self._cancelled = threading.Event()
-        self._wake = wake
+        self._wake, self._notify = wake, notify
 
     @property
     def prompt_tokens(self) -> int:
@@ -203,6 +205,8 @@ class Handle:
     def put(self, output: TokenOutput | EngineError) -> None:
         """Called by the engine only."""
         self._outputs.put(output)
+        if self._notify is not None:
+            self._notify()
 
 
 @dataclass(frozen=True)

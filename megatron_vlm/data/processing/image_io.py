@@ -36,7 +36,7 @@ class ImageUnreadable(Exception):
 
 
 class ImageTooLarge(ImageUnreadable):
-    """The image has more than MAX_PIXELS, according to its header."""
+    """The image has too many pixels, according to its header."""
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
@@ -44,13 +44,13 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if image.getexif().get(_EXIF_ORIENTATION) in _ROTATED else (width, height)
 
 
-def _check(image: Image.Image) -> None:
+def _check(image: Image.Image, max_pixels: int = MAX_PIXELS) -> None:
     if image.format == "EPS":
         raise ImageUnreadable("PostScript is not supported: it is a program, not an image")
-    if image.width * image.height > MAX_PIXELS:
+    if image.width * image.height > max_pixels:
         raise ImageTooLarge(
-            f"{image.width}x{image.height} pixels, more than {MAX_PIXELS // 10**6} million: not decoded, since a small "
-            "file can claim any size"
+            f"{image.width}x{image.height} pixels, more than {max_pixels / 10**6:.4g} million: not decoded, since a "
+            "small file can claim any size"
         )
 
 
@@ -76,15 +76,20 @@ def verify_image(data: bytes) -> tuple[int, int]:
     return size
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None) -> Image.Image:
     """Decode an image to RGB, rotated upright.
+
+    Args:
+        data: a whole file.
+        max_pixels: nothing larger is decoded.
+        formats: Pillow's names of the formats that are tried; None: all.
 
     Raises:
         ImageUnreadable: the image cannot be decoded, or is not supported.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            _check(image)
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            _check(image, max_pixels)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)

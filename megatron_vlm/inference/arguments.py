@@ -1,0 +1,42 @@
+"""Command-line flags of the generation engine, under the names of its settings."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import MISSING, fields
+
+from megatron_vlm.config import InferenceConfig, ParallelConfig
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """A flag per setting of InferenceConfig, and the parallel layout."""
+    group = parser.add_argument_group("engine")
+    for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        text = f"{size.partition('_')[0]}-parallel ranks; start the command with torchrun [1]"
+        group.add_argument(_flag(size), type=int, default=1, metavar="N", help=text)
+    for setting in fields(InferenceConfig):
+        assert setting.default is not MISSING
+        kind = type(setting.default)
+        text = f"{setting.metadata['help']} [{str(setting.default).lower()}]"
+        if kind is bool:
+            group.add_argument(
+                _flag(setting.name), action=argparse.BooleanOptionalAction, default=setting.default, help=text
+            )
+        else:
+            metavar = "N" if kind is int else "X"
+            group.add_argument(_flag(setting.name), type=kind, default=setting.default, metavar=metavar, help=text)
+
+
+def engine_settings(options: argparse.Namespace) -> tuple[InferenceConfig, ParallelConfig]:
+    """The settings that `add_engine_arguments` parsed, not checked yet."""
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+    )
+    return InferenceConfig(
+        **{setting.name: getattr(options, setting.name) for setting in fields(InferenceConfig)}
+    ), parallel
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,8 @@
+"""An HTTP server for the generation engine: Megatron-LM's protocol, OpenAI's, and a chat page.
+
+    process.py    the process: socket, engine, signals, exit code
+    app.py        the application: routes, errors
+    ...           one module per protocol, and what they share
+
+This package needs fastapi and uvicorn: pip install 'megatron-vlm[serve]'.
+"""

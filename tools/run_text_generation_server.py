@@ -1,0 +1,8 @@
+"""A text-generation server: the same as megatron-vlm serve."""
+
+import sys
+
+from megatron_vlm.serve import main
+
+if __name__ == "__main__":
+    sys.exit(main())
