@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_vlm.config import ConfigError, Recipe, check_recipe, parse_command_line
 from megatron_vlm.data.errors import DataError
+from megatron_vlm.runtime import exit_codes
 
 _LONGEST_CONVERSION_MINUTES = 60
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
@@ -19,7 +20,7 @@ _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MAST
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m megatron_vlm.train") -> int:
-    """Exit code: 0 trained, 2 the recipe is wrong. After any other error the process exits with 1.
+    """Returns an exit code of `runtime/exit_codes.py`. After an error the process exits without returning.
 
     `arguments` are those of the process by default; `prog` is the program's name in the help text.
     """
@@ -32,16 +33,16 @@ def main(arguments: list[str] | None = None, prog: str = "python -m megatron_vlm
     except ConfigError as error:
         if is_logging_rank:
             print(error, file=sys.stderr, flush=True)
-        return 2
+        return exit_codes.WRONG_SETTINGS
     try:
         if not options.dry_run:
             _convert_pretrained(recipe)
-            _train(recipe)
-        elif is_logging_rank:
+            return exit_codes.FINISHED if _train(recipe) else exit_codes.SAVED
+        if is_logging_rank:
             _dry_run(recipe)
     except Exception as error:
         _fail(error)
-    return 0
+    return exit_codes.FINISHED
 
 
 def _world_size() -> int:
@@ -89,7 +90,8 @@ def _convert(source: str, target: Path) -> None:
         raise DataError(f"pretrained_checkpoint {source} could not be converted; the reason is printed above")
 
 
-def _train(recipe: Recipe) -> None:
+def _train(recipe: Recipe) -> bool:
+    """Whether the run is finished; otherwise it was stopped, and saved."""
     from megatron_vlm.runtime.agreement import require_same_start
     from megatron_vlm.runtime.launch import initialize_model_parallel, process_group
     from megatron_vlm.runtime.logging import configure_logging
@@ -101,7 +103,7 @@ def _train(recipe: Recipe) -> None:
         require_same_start(recipe)
         initialize_model_parallel(recipe.parallel, seed=recipe.training.seed, timeout_minutes=minutes)
         configure_logging(str(parallel_ranks()))
-        train(recipe)
+        return train(recipe)
 
 
 def _dry_run(recipe: Recipe) -> None:
@@ -115,7 +117,13 @@ def _dry_run(recipe: Recipe) -> None:
 def _fail(error: Exception) -> None:
     """Print what is wrong and exit at once: the other ranks' next collective fails, and torchrun ends them."""
     print(f"[rank {os.environ.get('RANK', '0')}] {_describe(error)}", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(_exit_code(error))
+
+
+def _exit_code(error: Exception) -> int:
+    from megatron_vlm.training.finite_update import NonFiniteError
+
+    return exit_codes.WRONG_SETTINGS if isinstance(error, ConfigError | NonFiniteError) else exit_codes.FAILED
 
 
 def _describe(error: Exception) -> str:

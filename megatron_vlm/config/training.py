@@ -83,6 +83,12 @@ class TrainingConfig:
     adam_eps: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
     sgd_momentum: float = field(default=0.9, metadata={"help": "Momentum of sgd."})
     clip_grad: float = field(default=1.0, metadata={"help": "Maximum gradient norm; 0 disables clipping."})
+    exit_interval: int | None = field(
+        default=None, metadata={"help": "Save and stop, to be started again, at each iteration divisible by this."}
+    )
+    exit_duration_in_mins: float | None = field(
+        default=None, metadata={"help": "Save and stop, to be started again, this many minutes after training began."}
+    )
     max_skipped_updates: int = field(
         default=10,
         metadata={

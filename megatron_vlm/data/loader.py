@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 _ROWS_AHEAD_PER_WORKER = 2
 _MAX_EXAMPLES = 5
+_GRACE_SECONDS = 120
+"""For which a worker lives on after SIGTERM."""
 
 
 class _Failure:
@@ -112,6 +114,7 @@ class RowLoader(Iterator[Any]):
             workers = {
                 "multiprocessing_context": "fork",  # workers share the annotations, without a copy
                 "prefetch_factor": _ROWS_AHEAD_PER_WORKER,
+                "worker_init_fn": _outlive_signals,
             }
         loader = DataLoader(
             _Rows(builder, view),
@@ -187,6 +190,12 @@ def _start(loader: DataLoader[AnyBatch]) -> Iterator[Any]:
     batches = iter(loader)
     signal.signal(signal.SIGCHLD, handler)
     return batches
+
+
+def _outlive_signals(_: int) -> None:
+    """Schedulers signal every process of a job: workers leave that to their rank, which needs rows to end its step."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
 
 
 def _identity(batch: Any) -> Any:

@@ -46,6 +46,8 @@ from megatron_vlm.training.optimizer import (
 )
 from megatron_vlm.training.run_length import batch_size, resolve_epochs
 from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks
+from megatron_vlm.training.stop import StopRequest
+from megatron_vlm.training.watchdog import Watchdog
 
 
 class Trainer:
@@ -84,6 +86,8 @@ class Trainer:
         self.row_counter = RowCounter(self._log_samples(self.loader), self.ranks)
         self.rows = rows_for_chunks(map(unwrap(self.chunks[0]).on_device, self.row_counter), len(self.chunks))
         self.skipped_updates = SkippedUpdates(recipe)
+        self.stop_request = StopRequest(recipe)
+        self.watchdog = Watchdog(recipe.training.distributed_timeout_minutes)
 
     def _load_initial_weights(self, chunks: list[VisionLanguageModel]) -> Path | None:
         """Set the weights of a new run; if there is a checkpoint to resume from, return it instead."""
@@ -153,28 +157,44 @@ class Trainer:
             barrier=dist.barrier,
         )
 
-    def train(self) -> None:
-        """Train to the last iteration; save every `save_interval` iterations and at the end."""
+    def train(self) -> str | None:
+        """Train to the last iteration; save every `save_interval` iterations and at the end.
+
+        Returns:
+            Why it stopped before the last iteration, after saving; None if it is finished.
+        """
+        metrics_log = MetricsLog(self.recipe, self.progress.iteration)
+        garbage = ScheduledCollection(self.recipe.training.manual_gc_interval)
+        with self.stop_request.catch_signals():
+            stopped = self._train(metrics_log, garbage)
+        self.watchdog.stop()
+        garbage.close()
+        metrics_log.close()
+        self.loader.close()
+        self.checkpointer.close()
+        return stopped
+
+    def _train(self, metrics_log: MetricsLog, garbage: ScheduledCollection) -> str | None:
         training, progress = self.recipe.training, self.progress
-        metrics_log = MetricsLog(self.recipe, progress.iteration)
-        garbage = ScheduledCollection(training.manual_gc_interval)
         while progress.iteration < training.train_iters:
+            self.watchdog.progress()
             try:
                 metrics = self.train_step()
             except NonFiniteError:  # on every rank; what is being written is from before
                 self._report_last_save()
                 raise
             metrics_log.write(progress.iteration, metrics)
-            last = progress.iteration == training.train_iters
+            stopped = self.stop_request.reason(progress.iteration)
+            last = stopped is not None or progress.iteration == training.train_iters
             if training.save and (last or progress.iteration % training.save_interval == 0):
-                self.save(wait=last or not training.async_save)
+                with self.watchdog.paused():
+                    self.save(wait=last or not training.async_save)
             elif self.checkpointer.is_written_everywhere():
                 self._report_last_save()
             garbage.after(progress.iteration)
-        garbage.close()
-        metrics_log.close()
-        self.loader.close()
-        self.checkpointer.close()
+            if stopped is not None:
+                return stopped
+        return None
 
     def train_step(self) -> dict[str, float]:
         """Train on the next `batch_size` rows and update the weights. Returns the metrics of the step."""
@@ -235,8 +255,8 @@ class Trainer:
                 log_rank0(f"saved {written}")
 
 
-def train(recipe: Recipe) -> None:
-    """Train a recipe on this rank; arguments and errors as in Trainer."""
+def train(recipe: Recipe) -> bool:
+    """Train a recipe on this rank; arguments and errors as in Trainer. Returns whether it is finished."""
     trainer = Trainer(recipe)
     size = dist.get_world_size()
     parallel = recipe.parallel
@@ -246,4 +266,13 @@ def train(recipe: Recipe) -> None:
         f"{parallel.virtual_pipeline_model_parallel_size} virtual) x context {parallel.context_parallel_size}, "
         f"vision_parallel {parallel.vision_parallel}"
     )
-    trainer.train()
+    stopped = trainer.train()
+    if stopped is not None:
+        log_rank0(f"stopped after iteration {trainer.progress.iteration}, because {stopped}. {_how_to_resume(recipe)}")
+    return stopped is None
+
+
+def _how_to_resume(recipe: Recipe) -> str:
+    if recipe.training.save is None:
+        return "WARNING: nothing is saved, because there is no --save"
+    return f"The same command resumes from {recipe.training.save}"

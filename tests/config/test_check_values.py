@@ -22,6 +22,8 @@ OUT_OF_RANGE = [
     ("training.log_interval", -1),
     ("training.distributed_timeout_minutes", 0),
     ("training.max_skipped_updates", 0),
+    ("training.exit_interval", 0),
+    ("training.exit_duration_in_mins", 0.0),
     ("training.seed", -1),
     ("training.lr", 0.0),
     ("training.vision_lr", -1e-5),

@@ -36,6 +36,7 @@ AT_LEAST_ONE = (
     "training.lr_wsd_decay_iters",
     "training.distributed_timeout_minutes",
     "training.max_skipped_updates",
+    "training.exit_interval",
     "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size",
     "parallel.virtual_pipeline_model_parallel_size",
@@ -66,6 +67,7 @@ POSITIVE = (
     "training.projector_lr",
     "training.language_lr",
     "training.adam_eps",
+    "training.exit_duration_in_mins",
 )
 FRACTIONS = ("training.lr_warmup_fraction", "training.adam_beta1", "training.adam_beta2", "training.sgd_momentum")
 
