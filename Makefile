@@ -63,6 +63,7 @@ gpu-check: $(READY)  ## on a machine with a GPU: the tests that need one, then t
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 	    echo "make gpu-check: torch finds no GPU here. Nothing was checked."; exit 1; }
 	$(PY) -m pytest -q -m gpu tests/gpu
+	$(PY) -W ignore -m benchmarks.attention
 	$(PY) -W ignore -m benchmarks.real_size
 	$(PY) -W ignore -m benchmarks.feeding
 

@@ -10,6 +10,10 @@ LossNormalization = Literal["token", "sample", "sqrt"]
 PARTS: tuple[Part, ...] = get_args(Part)
 """The parts of a model, in the order of computation."""
 
+AttentionBackend = Literal[
+    "auto", "torch_varlen", "flash_attn_2", "flash_attn_3", "transformer_engine", "aiter", "sdpa"
+]
+
 
 @dataclass
 class TrainingConfig:
@@ -94,6 +98,12 @@ class TrainingConfig:
         metadata={
             "help": "So many updates in a row that are skipped for a NaN or infinite loss or gradient end the run."
         },
+    )
+    attention_backend: AttentionBackend = field(
+        default="auto", metadata={"help": "Attention kernel; auto takes the fastest that works on this machine."}
+    )
+    vision_attention_backend: AttentionBackend | None = field(
+        default=None, metadata={"help": "Attention kernel of the vision tower; default: attention_backend."}
     )
     recompute_granularity: Literal["full", "selective"] | None = field(
         default=None,

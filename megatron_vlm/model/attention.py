@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vlm.model.attention_kernels import attend
+from megatron_vlm.model.attention_kernels import Kernel
 from megatron_vlm.model.packed_sequence import PackedSequence
 from megatron_vlm.runtime.device import fused
 
@@ -50,13 +50,14 @@ class PackedAttention(MegatronModule):
         config: TransformerConfig,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
+        kernel: Kernel,
         softmax_scale: float | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
         self.context_group = pg_collection.cp
-        self.scale = softmax_scale
+        self.kernel, self.scale = kernel, softmax_scale
 
     def forward(
         self,
@@ -94,7 +95,7 @@ class PackedAttention(MegatronModule):
         if packed.cache is not None:
             out = packed.cache.attend(self.layer_number, query, key, value, packed)
         else:
-            out = attend(query, key, value, packed, self.scale)
+            out = self.kernel(query, key, value, packed, self.scale)
         if ranks > 1:
             out = _to_sequence(out, self.context_group)
         return out.flatten(1)

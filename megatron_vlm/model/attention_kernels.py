@@ -1,38 +1,35 @@
 """Attention kernels for packed rows. All have the same signature and compute the same function.
 
-`sdpa` calls torch's scaled_dot_product_attention on groups of documents and runs on every device. `varlen` calls
-torch's variable-length attention; it needs a GPU, bf16 or fp16, torch 2.11 and a head dimension divisible by 8.
-`attend` uses `varlen` where it is supported. Then a row has no groups.
+    query [s, h, d], key and value [s, kv, d] of the whole row -> [s, h, d], each document by itself
+
+`sdpa` runs on every device and in every dtype, on groups of documents. The others need a GPU, half precision and a
+package, and read cumulative lengths. `attention_backend` says which one a model part uses.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from megatron_vlm.data.document_layout import DocumentGroup
 from megatron_vlm.model.packed_sequence import PackedSequence
-from megatron_vlm.runtime.device import on_gpu
 
 
-def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequence, scale: float | None = None
-) -> torch.Tensor:
-    """query [s, h, d], key and value [s, kv, d] of the whole row -> [s, h, d], each document by itself."""
-    return (sdpa if packed.groups else varlen)(query, key, value, packed, scale)
+class Kernel(Protocol):
+    """The signature of all kernels; `scale` is that of the scores, 1 / sqrt(d) by default."""
 
-
-def reads_groups(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether `attend` uses `sdpa` on this machine, which reads groups of documents.
-
-    torch's variable-length kernel supports half precision and head dimensions that are multiples of 8.
-    """
-    half = on_gpu() and dtype in (torch.bfloat16, torch.float16)
-    return not (half and head_dim % 8 == 0 and head_dim <= 256 and "window_size" in _varlen_parameters())
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packed: PackedSequence,
+        scale: float | None = None,
+    ) -> torch.Tensor: ...
 
 
 def _repeat_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +42,7 @@ def _repeat_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 def sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequence, scale: float | None = None
 ) -> torch.Tensor:
-    """torch's scaled_dot_product_attention, one call per group of documents; arguments as in `attend`."""
+    """torch's scaled_dot_product_attention, one call per group of documents."""
     key, value = _repeat_heads(query, key, value)
     outputs = [_attend_group(query, key, value, group, packed.causal, scale) for group in packed.groups]
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -67,7 +64,7 @@ def _attend_group(
 
 
 @functools.cache
-def _varlen_parameters() -> frozenset[str]:
+def torch_varlen_parameters() -> frozenset[str]:
     """Parameters of the installed torch's varlen_attn (2.13 has more than 2.11); empty where it is missing."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -76,14 +73,14 @@ def _varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def varlen(
+def torch_varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequence, scale: float | None = None
 ) -> torch.Tensor:
-    """torch's variable-length attention (a flash kernel): one call per row, no padding; arguments as in `attend`."""
+    """torch's variable-length attention: FlashAttention-2 on CUDA, AOTriton or CK on ROCm."""
     from torch.nn.attention.varlen import varlen_attn
 
     gqa: dict[str, Any] = {}
-    if "enable_gqa" in _varlen_parameters():
+    if "enable_gqa" in torch_varlen_parameters():
         gqa["enable_gqa"] = query.shape[1] != key.shape[1]
     else:
         key, value = _repeat_heads(query, key, value)
@@ -101,3 +98,91 @@ def varlen(
     )
     assert isinstance(out, torch.Tensor)
     return out
+
+
+def flash_attn_2(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequence, scale: float | None = None
+) -> torch.Tensor:
+    """The package flash-attn: CUDA, or Composable Kernel on ROCm."""
+    from flash_attn import flash_attn_varlen_func
+
+    return _flash_attention(flash_attn_varlen_func, query, key, value, packed, scale)
+
+
+def flash_attn_3(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequence, scale: float | None = None
+) -> torch.Tensor:
+    """FlashAttention-3, built from the folder `hopper` of flash-attn."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return _flash_attention(flash_attn_varlen_func, query, key, value, packed, scale)
+
+
+def aiter(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequence, scale: float | None = None
+) -> torch.Tensor:
+    """AMD's aiter: Composable Kernel and assembly."""
+    from aiter import flash_attn_varlen_func
+
+    return _flash_attention(flash_attn_varlen_func, query, key, value, packed, scale)
+
+
+def _flash_attention(
+    function: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed: PackedSequence,
+    scale: float | None,
+) -> torch.Tensor:
+    """flash-attn's interface, which the other packages took over. Fewer key/value heads need no repeating."""
+    out = function(
+        query,
+        key,
+        value,
+        cu_seqlens_q=packed.cu_seqlens_q,
+        cu_seqlens_k=packed.cu_seqlens_kv,
+        max_seqlen_q=packed.max_seqlen_q,
+        max_seqlen_k=packed.max_seqlen_kv,
+        softmax_scale=scale,
+        causal=packed.causal,
+    )
+    # Some versions of FlashAttention-3 return the log-sum-exp, too.
+    attended: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return attended
+
+
+def transformer_engine(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequence, scale: float | None = None
+) -> torch.Tensor:
+    """Transformer Engine's DotProductAttention in its packed format: cuDNN, or flash-attn where TE prefers it."""
+    module = _dot_product_attention(query.shape[1], key.shape[1], query.shape[2], scale)
+    out: torch.Tensor = module(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        qkv_format="thd",
+        cu_seqlens_q=packed.cu_seqlens_q,
+        cu_seqlens_kv=packed.cu_seqlens_kv,
+        max_seqlen_q=packed.max_seqlen_q,
+        max_seqlen_kv=packed.max_seqlen_kv,
+        attn_mask_type="padding_causal" if packed.causal else "padding",  # thd accepts no other masks
+        pad_between_seqs=False,
+    )
+    return out.view(query.shape)
+
+
+@functools.cache
+def _dot_product_attention(heads: int, kv_heads: int, head_dim: int, scale: float | None) -> Any:
+    """One module for all layers: it has no weights, and as a part of the model it would add keys to checkpoints."""
+    from transformer_engine.pytorch import DotProductAttention
+
+    return DotProductAttention(
+        heads,
+        head_dim,
+        num_gqa_groups=kv_heads,
+        attention_dropout=0.0,
+        qkv_format="thd",
+        attn_mask_type="padding_causal",
+        softmax_scale=scale,
+    )

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, get_nu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.config import LanguageConfig
+from megatron_vlm.model.attention_kernels import Kernel
 from megatron_vlm.model.layer_spec import block_spec
 from megatron_vlm.model.loss import LossHead
 from megatron_vlm.model.norm import LANGUAGE_NORMS
@@ -27,6 +28,7 @@ class LanguageModel(LanguageModule):
         self,
         config: TransformerConfig,
         language: LanguageConfig,
+        kernel: Kernel,
         *,
         pre_process: bool,
         post_process: bool,
@@ -43,7 +45,7 @@ class LanguageModel(LanguageModule):
         layers = get_num_layers_to_build(config, vp_stage)
         self.decoder = TransformerBlock(
             config,
-            block_spec(LANGUAGE_NORMS[language.normalization], layers),
+            block_spec(LANGUAGE_NORMS[language.normalization], layers, kernel),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_vlm.model.attention import PackedAttention
+from megatron_vlm.model.attention_kernels import Kernel
 
 
-def block_spec(norm: type[torch.nn.Module], num_layers: int) -> TransformerBlockSubmodules:
+def block_spec(norm: type[torch.nn.Module], num_layers: int, kernel: Kernel) -> TransformerBlockSubmodules:
     """A block of `num_layers` pre-norm layers from megatron-core's local spec, which needs no Transformer Engine.
 
     megatron-core's local attention rejects packed sequences and its norm rejects sequence parallelism, so both are
@@ -19,5 +22,5 @@ def block_spec(norm: type[torch.nn.Module], num_layers: int) -> TransformerBlock
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     # Checkpoint keys of norms are their module names; the local spec would use those of Transformer Engine's layers.
     layer.submodules.sharded_state_dict_keys_map = {}
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    layer.submodules.self_attention.submodules.core_attention = partial(PackedAttention, kernel=kernel)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

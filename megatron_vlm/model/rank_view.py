@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from megatron.core import parallel_state
 
 from megatron_vlm.config import Recipe
 from megatron_vlm.data.rank_batch import RankView
-from megatron_vlm.model.attention_kernels import reads_groups
+from megatron_vlm.model.attention_backend import choose_attention
 from megatron_vlm.runtime.process_groups import tile_shard_rank
 
 
 def rank_view(recipe: Recipe) -> RankView:
     """The view of this process; process groups must exist."""
-    vision, language = recipe.model.vision, recipe.model.language
-    dtype = torch.bfloat16 if recipe.training.bf16 else torch.float32
+    vision = recipe.model.vision
     tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
     stage = parallel_state.get_pipeline_model_parallel_rank()
     _, tile_ranks = tile_shard_rank(recipe.parallel)
@@ -27,7 +25,7 @@ def rank_view(recipe: Recipe) -> RankView:
         tower_sequence_ranks=tensor_ranks if recipe.parallel.vision_parallel == "tensor" else 1,
         tokens_per_tile=vision.tokens_per_tile,
         patches_per_tile=vision.patches_per_tile,
-        groups_documents=reads_groups(dtype, language.head_width),
-        groups_tiles=reads_groups(dtype, vision.hidden_size // vision.num_attention_heads),
+        groups_documents=choose_attention(recipe, "language").reads_groups,
+        groups_tiles=choose_attention(recipe, "vision").reads_groups,
         loss_normalization=recipe.training.loss_normalization,
     )

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.config import VisionConfig
 from megatron_vlm.data.document_layout import DocumentLayout
+from megatron_vlm.model.attention_kernels import Kernel
 from megatron_vlm.model.layer_spec import block_spec
 from megatron_vlm.model.norm import LayerNorm
 from megatron_vlm.model.packed_sequence import packed_sequence
@@ -28,7 +29,9 @@ from megatron_vlm.model.unused_layers import UnusedLayers
 class VisionTower(MegatronModule):
     """A ViT up to the feature layer. Class token, pre-norm and patch bias are present if the config says so."""
 
-    def __init__(self, config: TransformerConfig, vision: VisionConfig, groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self, config: TransformerConfig, vision: VisionConfig, groups: ProcessGroupCollection, kernel: Kernel
+    ) -> None:
         super().__init__(config=config)
         self.vision, self.tensor_group = vision, groups.tp
         width, dtype = vision.hidden_size, config.params_dtype
@@ -44,7 +47,7 @@ class VisionTower(MegatronModule):
             for parameter in self.pre_norm.parameters():
                 parameter.sequence_parallel = False  # type: ignore[attr-defined]
         self.decoder = TransformerBlock(
-            config, block_spec(LayerNorm, config.num_layers), post_layer_norm=False, pg_collection=groups
+            config, block_spec(LayerNorm, config.num_layers, kernel), post_layer_norm=False, pg_collection=groups
         )
         self.unused = UnusedLayers(vision, dtype)
         self.replicated = False

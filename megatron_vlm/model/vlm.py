@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.config import PARTS, Recipe
 from megatron_vlm.data.rank_batch import AnyBatch, RankBatch, rank_batch
+from megatron_vlm.model.attention_backend import choose_attention
 from megatron_vlm.model.image_merge import encode_tiles, merge_image_features
 from megatron_vlm.model.language import LanguageModel
 from megatron_vlm.model.packed_sequence import PackedSequence, packed_sequence, rotary_tables
@@ -45,8 +46,9 @@ class VisionLanguageModel(MegatronModule):
         self.recipe = recipe
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.view = rank_view(recipe)
+        kernel = choose_attention(recipe, "language").kernel
         self.language_model = LanguageModel(
-            config, recipe.model.language, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+            config, recipe.model.language, kernel, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
         # The pipeline schedule and the gradient finalizer read these from the outermost module.
         self.model_type = self.language_model.model_type
@@ -54,7 +56,9 @@ class VisionLanguageModel(MegatronModule):
         mark_tensor_parallel_weights(self.language_model)
         if pre_process:
             vision = recipe.model.vision
-            self.vision_model = VisionTower(vision_config, vision, vision_groups)
+            self.vision_model = VisionTower(
+                vision_config, vision, vision_groups, choose_attention(recipe, "vision").kernel
+            )
             if recipe.parallel.vision_parallel == "tensor":
                 mark_tensor_parallel_weights(self.vision_model)
             elif config.sequence_parallel:

@@ -39,5 +39,10 @@ def collective_backend() -> str:
     return "nccl" if on_gpu() else "gloo"
 
 
+def compute_capability() -> tuple[int, int]:
+    """Of this process's GPU, such as (9, 0)."""
+    return torch.cuda.get_device_capability()
+
+
 def device_name() -> str:
     return torch.cuda.get_device_name() if on_gpu() else "CPU"

@@ -16,6 +16,7 @@ from megatron_vlm.data.planned_data import PlannedData, plan_data
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from megatron_vlm.data.rank_batch import AnyBatch
 from megatron_vlm.data.sample_log import log_samples
+from megatron_vlm.model.attention_backend import describe_attention
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import initialize_weights
 from megatron_vlm.model.rank_view import rank_view
@@ -266,6 +267,7 @@ def train(recipe: Recipe) -> bool:
         f"{parallel.virtual_pipeline_model_parallel_size} virtual) x context {parallel.context_parallel_size}, "
         f"vision_parallel {parallel.vision_parallel}"
     )
+    log_rank0(describe_attention(recipe))
     stopped = trainer.train()
     if stopped is not None:
         log_rank0(f"stopped after iteration {trainer.progress.iteration}, because {stopped}. {_how_to_resume(recipe)}")

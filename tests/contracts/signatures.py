@@ -1,0 +1,94 @@
+"""Signatures of the functions that we call in packages which cannot be installed here, copied from published sources.
+
+`test_published_sources.py` downloads the sources that PyPI has and compares. The others were read at the commit given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Published:
+    """A function or method of a release."""
+
+    package: str
+    version: str
+    path: str
+    """Of the file inside the wheel or the source archive."""
+    name: str
+    signature: str
+    """Without types."""
+
+    @property
+    def id(self) -> str:
+        return f"{self.package}-{self.version}:{self.name}"
+
+
+_FLASH = "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
+_TE_INIT = (
+    "self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0, qkv_format='sbhd', "
+    "attn_mask_type='causal', window_size=None, {new}sequence_parallel=False, tp_size=1, get_rng_state_tracker=None, "
+    "tp_group=None, layer_number=None, attention_type='self', cp_group=None, cp_global_ranks=None, cp_stream=None, "
+    "cp_comm_type='p2p', softmax_scale=None, softmax_type='vanilla', return_max_logit=False"
+)
+_TE_FORWARD = (
+    "attention_mask=None, qkv_format=None, cu_seqlens_q=None, cu_seqlens_kv=None, cu_seqlens_q_padded=None, "
+    "cu_seqlens_kv_padded=None, max_seqlen_q=None, max_seqlen_kv=None, attn_mask_type=None, window_size=None, "
+    "{new}checkpoint_core_attention=False, core_attention_bias_type='no_bias', core_attention_bias=None, "
+    "alibi_slopes=None, fast_zero_fill=True, inference_params=None, pad_between_seqs=None, fp8_output=False, "
+)
+_TE_FILE = "transformer_engine/pytorch/attention/dot_product_attention/dot_product_attention.py"
+
+FLASH_ATTN_2 = (
+    Published(
+        "flash-attn", "2.8.3", "flash_attn/flash_attn_interface.py", "flash_attn_varlen_func",
+        f"{_FLASH}, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
+        "alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None",
+    ),
+)  # fmt: skip
+FLASH_ATTN_3 = (
+    Published(
+        "flash-attn", "2.8.3", "hopper/flash_attn_interface.py", "flash_attn_varlen_func",
+        f"{_FLASH}, seqused_q=None, seqused_k=None, softmax_scale=None, causal=False, qv=None, q_descale=None, "
+        "k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, "
+        "pack_gqa=None, deterministic=False, sm_margin=0",
+    ),
+)  # fmt: skip
+_AITER = (
+    f"{_FLASH}, min_seqlen_q=0, dropout_p=0.0, softmax_scale=None, logits_soft_cap=0.0, causal=False, "
+    "window_size={window}, bias=None, alibi_slopes=None, deterministic=False, return_lse=False, "
+    "return_attn_probs=False, how_v3_bf16_cvt=1, block_table=None, out=None, cu_seqlens_q_padded=None, "
+    "cu_seqlens_k_padded=None"
+)
+AITER_COMMIT = "ROCm/aiter@e4048607a535ace3a2b51ded31b1c8c2d45c0879"
+AITER = (
+    Published("amd-aiter", "0.1.7.post2.dev18", "aiter/ops/mha.py", "flash_attn_varlen_func",
+              _AITER.format(window="(-1, -1)")),
+    Published(AITER_COMMIT, "2026-08-22", "aiter/ops/mha.py", "flash_attn_varlen_func",
+              _AITER.format(window="(-1, -1, 0)") + ", sink_ptr=None"),
+)  # fmt: skip
+TE_INIT = (
+    Published("transformer-engine", "2.11.0", _TE_FILE, "DotProductAttention.__init__", _TE_INIT.format(new="")),
+    Published("transformer-engine", "2.20.2", _TE_FILE, "DotProductAttention.__init__",
+              _TE_INIT.format(new="bottom_right_diagonal=None, softcap=0.0, ") + ", name=None"),
+)  # fmt: skip
+TE_FORWARD = (
+    Published("transformer-engine", "2.11.0", _TE_FILE, "DotProductAttention.forward",
+              "self, query_layer, key_layer, value_layer, " + _TE_FORWARD.format(new="") + "num_splits=1"),
+    Published("transformer-engine", "2.20.2", _TE_FILE, "DotProductAttention.forward",
+              "self, query_layer=None, key_layer=None, value_layer=None, "
+              + _TE_FORWARD.format(new="bottom_right_diagonal=None, softcap=None, ")
+              + "bf16_backward=False, num_splits=1, score_mod=None, score_mod_bprop=None, score_mod_tensors=None, "
+              "score_mod_bprop_tensors=None, qkv_layer=None, kv_layer=None, qkv_interleave_dim=-3, "
+              "thd_attention_policies=None, thd_attention_policy_dispatch='auto'"),
+)  # fmt: skip
+ALL = (*FLASH_ATTN_2, *FLASH_ATTN_3, *AITER, *TE_INIT, *TE_FORWARD)
+
+
+def with_signature(published: Published, body: Any) -> Any:
+    """A function with the published signature that calls body(arguments by name)."""
+    scope: dict[str, Any] = {"body": body}
+    exec(f"def function({published.signature}):\n    return body(dict(locals()))", scope)
+    return scope["function"]
