@@ -17,6 +17,12 @@ class DataConfig:
         default_factory=list,
         metadata={"help": "Annotation files (.json, .jsonl, .ndjson), shard folders, or one mixture file (.yaml)."},
     )
+    valid_data_path: list[str] | None = field(
+        default=None, metadata={"help": "Validation data, in the forms of data_path; default: none, or valid_share."}
+    )
+    valid_share: float = field(
+        default=0.0, metadata={"help": "Share of each dataset's samples that is held out of training for validation."}
+    )
     image_folder: str | None = field(
         default=None, metadata={"help": "Folder that image paths in annotations start from."}
     )

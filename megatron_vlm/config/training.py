@@ -125,6 +125,16 @@ class TrainingConfig:
     save_interval: int = field(
         default=1000, metadata={"help": "Iterations between checkpoints; the last iteration is always saved."}
     )
+    eval_interval: int | None = field(
+        default=None, metadata={"help": "Iterations between evaluations on validation data; default: save_interval."}
+    )
+    eval_iters: int | None = field(
+        default=None,
+        metadata={"help": "Rows of an evaluation, in steps of global_batch_size; default: all validation data."},
+    )
+    best_metric: str | None = field(
+        default=None, metadata={"help": "Metric of evaluations whose lowest value is kept in SAVE/best: eval_loss, ..."}
+    )
     log_interval: int = field(default=1, metadata={"help": "Iterations between progress lines."})
     manual_gc_interval: int = field(
         default=100,

@@ -43,6 +43,9 @@ class PackedBatch:
     tiles: torch.Tensor | None = None
     """[n, 3, image_size, image_size] uint8: the tiles that this rank encodes (see tile_range), if any."""
     sample_ids: list[str] = field(default_factory=list)
+    """Of each document, without the padded tail."""
+    datasets: list[int] = field(default_factory=list)
+    """Index of the dataset (source) of each document, without the padded tail."""
     num_tokens: int = 0
     """S without the padded tail."""
     row_index: int = -1
@@ -77,6 +80,8 @@ class Document:
     encoded: EncodedConversation
     image_sizes: list[Size]
     """Upright (width, height) of each image, in the order of appearance."""
+    dataset: int = 0
+    """Index of the dataset (source) that it is from."""
 
 
 def assemble_row(documents: Sequence[Document], seq_length: int, pad_id: int, geometry: ImageGeometry) -> PackedBatch:
@@ -118,5 +123,6 @@ def assemble_row(documents: Sequence[Document], seq_length: int, pad_id: int, ge
         num_tiles=features.num_tiles,
         **features.fields(),
         sample_ids=[document.sample_id for document in documents],
+        datasets=[document.dataset for document in documents],
         num_tokens=num_tokens,
     )

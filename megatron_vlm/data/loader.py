@@ -238,10 +238,29 @@ def build_loader(
         raise DataError(f"global_batch_size {batch_size} is not a multiple of the data-parallel size {dp_size}")
     is_logging_rank = dp_rank == 0 and need_tiles and tile_rank == 0  # one process of the run
     planned = planned or plan_data(recipe, is_logging_rank=is_logging_rank)
-    dataset, plan = planned.dataset, planned.plan
+    rows = planned.plan.rows_of_rank(consumed_rows, dp_rank, dp_size)
+    return load_rows(recipe, planned, rows, (tile_rank, tile_ranks) if need_tiles else None, view)
+
+
+def load_rows(
+    recipe: Recipe,
+    planned: PlannedData,
+    rows: Iterator[PlannedRow],
+    tile_shard: tuple[int, int] | None,
+    view: RankView | None,
+) -> RowLoader:
+    """Start loading some rows.
+
+    Args:
+        recipe: its data and model are used.
+        planned: the dataset of the rows.
+        rows: in the order in which they are read.
+        tile_shard: (rank, size) among the ranks that encode a row's tiles; None: this rank decodes no image.
+        view: the part of each row to yield; None: whole rows.
+    """
+    dataset = planned.dataset
     builder = RowBuilder(
         dataset.mixture.sources, dataset.indexes, dataset.tokenizer, dataset.geometry, recipe.model.image_token_index,
-        recipe.data.seq_length, (tile_rank, tile_ranks) if need_tiles else None, dataset.truncations,
+        recipe.data.seq_length, tile_shard, dataset.truncations,
     )  # fmt: skip
-    rows = plan.rows_of_rank(consumed_rows, dp_rank, dp_size)
-    return RowLoader(plan, builder, dataset.counts, rows, recipe.data.num_workers, planned.inputs, view)
+    return RowLoader(planned.plan, builder, dataset.counts, rows, recipe.data.num_workers, planned.inputs, view)

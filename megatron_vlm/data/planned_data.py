@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_vlm.data.dataset import MixtureDataset, open_dataset, open_plan_cache
+from megatron_vlm.data.held_out import hold_out
 from megatron_vlm.data.packing.row_plan import RowPlan
 from megatron_vlm.data.plan_fingerprint import plan_inputs
 
@@ -21,6 +22,8 @@ class PlannedData:
     plan: RowPlan
     inputs: dict[str, Any]
     """What determines the order of rows, see `plan_fingerprint.py`."""
+    held_out: MixtureDataset | None = None
+    """The samples that data.valid_share keeps out of training, if it does."""
 
 
 def plan_data(recipe: Recipe, *, is_logging_rank: bool, plan_ahead: bool = False) -> PlannedData:
@@ -35,9 +38,18 @@ def plan_data(recipe: Recipe, *, is_logging_rank: bool, plan_ahead: bool = False
         DataError: something cannot be opened, no sample is usable, or a sample is longer than a row and
             oversized_samples is `error`.
     """
-    dataset = open_dataset(recipe, is_logging_rank)
+    dataset, held_out = open_dataset(recipe, is_logging_rank), None
+    if recipe.data.valid_share:
+        dataset, held_out = hold_out(dataset, recipe.data.valid_share)
+    return plan_dataset(recipe, dataset, plan_ahead=plan_ahead, held_out=held_out)
+
+
+def plan_dataset(
+    recipe: Recipe, dataset: MixtureDataset, *, plan_ahead: bool = False, held_out: MixtureDataset | None = None
+) -> PlannedData:
+    """Plan the first epoch of an open dataset, or read it from the cache; arguments as in plan_data."""
     inputs = plan_inputs(recipe, dataset)
     plans = open_plan_cache(recipe, dataset, inputs)
     if plan_ahead and recipe.data.num_workers:
         plans.plan_ahead()
-    return PlannedData(dataset, RowPlan(plans), inputs)
+    return PlannedData(dataset, RowPlan(plans), inputs, held_out)

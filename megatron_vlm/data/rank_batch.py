@@ -41,6 +41,8 @@ class RankView:
     groups_tiles: bool
     """Whether the vision tower's attention kernel reads groups of documents."""
     loss_normalization: LossNormalization
+    by_dataset: bool = False
+    """Whether losses are reported for each dataset."""
 
     def tiles_per_rank(self, num_tiles: int) -> int:
         """Tiles that each rank encodes, zero tiles included; at least one."""
@@ -80,6 +82,8 @@ class RankBatch:
     """[m] int64: what they predict; on the last stage."""
     token_weights: torch.Tensor | None = None
     """[m] float32: how much each of them counts in the loss; None: 1. See loss_weights.py."""
+    token_datasets: torch.Tensor | None = None
+    """[m] int64: index of the dataset of each of them, if the view is by dataset; on the last stage."""
     num_supervised: int = 0
     """m"""
     loss_weight: float = 0.0
@@ -123,7 +127,16 @@ def rank_batch(batch: PackedBatch, view: RankView) -> RankBatch:
         if view.loss_normalization != "token":
             weights = token_weights(batch, view.loss_normalization)[here]
             row.token_weights, row.loss_weight = weights[row.supervised].float(), float(weights.sum())
+        if view.by_dataset:
+            row.token_datasets = _dataset_of_tokens(batch)[here][row.supervised]
     return row
+
+
+def _dataset_of_tokens(batch: PackedBatch) -> torch.Tensor:
+    """[S] index of the dataset of each token; 0 in the padded tail, which has no supervised token."""
+    lengths = torch.tensor(batch.cu_seqlens).diff()
+    of_documents = torch.tensor(batch.datasets + [0] * (len(lengths) - len(batch.datasets)))
+    return of_documents.repeat_interleave(lengths)
 
 
 def tile_documents(num_tiles: int, view: RankView) -> DocumentLayout:

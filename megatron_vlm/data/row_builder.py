@@ -82,7 +82,7 @@ class RowBuilder:
                 f"row {row.row_index}: sample {sample.id!r} of {sample.file} has {len(encoded.ids)} tokens, but "
                 f"{expected} when it was measured: the data changed. Start the run again from its checkpoint."
             )
-        return sample, Document(sample.id, encoded, sizes)
+        return sample, Document(sample.id, encoded, sizes, source_index)
 
     def _read_tiles(
         self, row: PlannedRow, samples: Sequence[Sample], documents: Sequence[Document], start: int, stop: int

@@ -82,6 +82,10 @@ class LanguageModel(LanguageModule):
         """
         return self.output_layer(hidden, supervised, targets, self._tied_weight(), token_weights)
 
+    def token_losses(self, hidden: torch.Tensor, supervised: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """[n] fp32 losses of this context rank's supervised tokens, without gradients; arguments as in `loss`."""
+        return self.output_layer.token_losses(hidden, supervised, targets, self._tied_weight())
+
     def logits(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """fp32 logits [n, V] at the positions `where` [n] of this context rank's slice."""
         return self.output_layer.logits(hidden, where, self._tied_weight())

@@ -42,19 +42,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        vocab_start = group.rank() * len(weight)
         chunk = max(1, MAX_LOGITS_PER_CHUNK // len(weight))
         for start in range(0, len(hidden), chunk):
             chunk_hidden = hidden[start : start + chunk]
-            logits = (chunk_hidden @ weight.t()).float()
-            target = targets[start : start + chunk] - vocab_start
-            in_shard = (target >= 0) & (target < len(weight))
-            target = target.clamp(0, len(weight) - 1)[:, None]
-            logits -= _all_reduce(logits.amax(1, keepdim=True), dist.ReduceOp.MAX, group)
-            target_logits = _all_reduce(logits.gather(1, target)[:, 0] * in_shard, dist.ReduceOp.SUM, group)
-            probabilities = logits.exp_()
-            normalizer = _all_reduce(probabilities.sum(1), dist.ReduceOp.SUM, group)
-            losses = normalizer.log() - target_logits
+            losses, probabilities, normalizer, target, in_shard = _cross_entropy(
+                chunk_hidden, weight, targets[start : start + chunk], group
+            )
             scale = None if token_weights is None else token_weights[start : start + chunk]
             total += losses.sum() if scale is None else losses @ scale
             if need_hidden or need_weight:
@@ -82,6 +75,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross entropy of a chunk: hidden [n, H], weight [V / tp, H], targets [n].
+
+    Returns:
+        losses [n]; probabilities [n, V / tp], not yet divided by normalizer [n]; targets [n, 1] in this rank's shard of
+        the vocabulary; whether they are in it [n].
+    """
+    logits = (hidden @ weight.t()).float()
+    target = targets - group.rank() * len(weight)
+    in_shard = (target >= 0) & (target < len(weight))
+    target = target.clamp(0, len(weight) - 1)[:, None]
+    logits -= _all_reduce(logits.amax(1, keepdim=True), dist.ReduceOp.MAX, group)
+    target_logits = _all_reduce(logits.gather(1, target)[:, 0] * in_shard, dist.ReduceOp.SUM, group)
+    probabilities = logits.exp_()
+    normalizer = _all_reduce(probabilities.sum(1), dist.ReduceOp.SUM, group)
+    return normalizer.log() - target_logits, probabilities, normalizer, target, in_shard
 
 
 def _all_reduce(values: torch.Tensor, op: Any, group: dist.ProcessGroup) -> torch.Tensor:
@@ -137,6 +150,20 @@ class LossHead(MegatronModule):
             self.group,
             torch.is_grad_enabled(),
         )
+
+    @torch.no_grad()
+    def token_losses(
+        self, hidden: torch.Tensor, supervised: torch.Tensor, targets: torch.Tensor, tied: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[n] fp32 losses of supervised tokens, without gradients; arguments as in `forward`."""
+        weight = self.weight if self.weight is not None else tied
+        assert weight is not None
+        hidden, chunk = self._gather_sequence(hidden), max(1, MAX_LOGITS_PER_CHUNK // len(weight))
+        losses = [
+            _cross_entropy(hidden[where], weight, chunk_targets, self.group)[0]
+            for where, chunk_targets in zip(supervised.split(chunk), targets.split(chunk), strict=True)
+        ]
+        return torch.cat(losses)
 
     def logits(self, hidden: torch.Tensor, where: torch.Tensor, tied: torch.Tensor | None) -> torch.Tensor:
         """fp32 logits [n, V] at the positions `where` [n] of this context rank's slice, on every tensor rank."""

@@ -113,16 +113,18 @@ class VisionLanguageModel(MegatronModule):
         features = encode_tiles(self.vision_model, self.projector, row, self.view, tower_is_frozen=frozen)
         return merge_image_features(hidden, features, self.image_newline, row)
 
-    def forward(self, batch: AnyBatch, cache: object = None) -> torch.Tensor:
+    def forward(self, batch: AnyBatch, cache: object = None, *, token_losses: bool = False) -> torch.Tensor:
         """Run this stage on a row.
 
         Args:
             batch: the whole row, or this rank's part of it.
             cache: a PagedKVCache during generation.
+            token_losses: return the loss of each supervised token on the last stage, without gradients.
 
         Returns:
             The hidden states [s / tp, 1, H]; on the last stage, without a `cache`, the weighted sum of the losses of
-            this context rank's supervised tokens (fp32 scalar), see data/loss_weights.py.
+            this context rank's supervised tokens (fp32 scalar), see data/loss_weights.py; with `token_losses`, the [m]
+            fp32 losses of these tokens.
         """
         row = self.on_device(batch)
         hidden = self.embed(row) if self.pre_process else None
@@ -130,4 +132,6 @@ class VisionLanguageModel(MegatronModule):
         if not self.post_process or cache is not None:
             return hidden
         assert row.supervised is not None and row.targets is not None
+        if token_losses:
+            return self.language_model.token_losses(hidden, row.supervised, row.targets)
         return self.language_model.loss(hidden, row.supervised, row.targets, row.token_weights)

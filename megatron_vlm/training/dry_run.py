@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megatron_vlm.config import Recipe
-from megatron_vlm.data.planned_data import plan_data
+from megatron_vlm.data.planned_data import PlannedData, plan_data
+from megatron_vlm.data.validation import choose_rows, open_validation
 from megatron_vlm.training.run_length import resolve_epochs, rows_of_iterations
 
 
@@ -16,6 +17,7 @@ def describe_run(recipe: Recipe, world_size: int) -> str:
     parallel, training = recipe.parallel, recipe.training
     planned = plan_data(recipe, is_logging_rank=True)
     summary, plan = planned.dataset.counts, planned.plan
+    validation = open_validation(recipe, planned, is_logging_rank=True)
     resolve_epochs(recipe, plan.rows)
     rows, samples = plan.rows, len(plan.current.members)
     per_step = samples / rows * training.global_batch_size
@@ -34,7 +36,17 @@ def describe_run(recipe: Recipe, world_size: int) -> str:
             f"packing efficiency {100 * plan.packing_efficiency:.1f} %, {samples / rows:.1f} samples per row",
             f"step       {training.global_batch_size} rows = {per_step:.0f} samples{rampup}",
             f"run        {training.train_iters} steps = {epochs:.2f} epochs of {steps:.0f} steps",
+            *(_describe_validation(recipe, validation) if validation is not None else []),
             f"trainable  {', '.join(training.trainable)}; {training.optimizer}, lr {training.lr:g} "
             f"{training.lr_decay_style} to {training.min_lr:g}, warmup {training.warmup_iters} steps",
         ]
     )
+
+
+def _describe_validation(recipe: Recipe, validation: PlannedData) -> list[str]:
+    training = recipe.training
+    limit = None if training.eval_iters is None else training.eval_iters * training.global_batch_size
+    rows = len(choose_rows(validation.plan, limit))
+    samples = int(validation.dataset.usable.sum())
+    interval = training.eval_interval or training.save_interval
+    return [f"validation {samples} samples, {rows} of {validation.plan.rows} rows every {interval} steps"]

@@ -101,9 +101,14 @@ def global_loss(totals: torch.Tensor) -> tuple[float, int]:
 
     `totals` are those of forward_backward.
     """
+    loss, weight, count = sum_over_ranks(totals).tolist()
+    return loss / weight if weight else 0.0, int(count)
+
+
+def sum_over_ranks(totals: torch.Tensor) -> torch.Tensor:
+    """Sums of the last stages' totals over data and context ranks, on every rank of the world."""
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         totals = torch.zeros_like(totals)  # tensor ranks hold the same loss: count it once
     totals = totals.to(current_device())
     dist.all_reduce(totals)
-    loss, weight, count = totals.tolist()
-    return loss / weight if weight else 0.0, int(count)
+    return totals

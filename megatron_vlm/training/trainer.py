@@ -16,6 +16,7 @@ from megatron_vlm.data.planned_data import PlannedData, plan_data
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from megatron_vlm.data.rank_batch import AnyBatch
 from megatron_vlm.data.sample_log import log_samples
+from megatron_vlm.data.validation import open_validation
 from megatron_vlm.model.attention_backend import describe_attention
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import initialize_weights
@@ -27,6 +28,7 @@ from megatron_vlm.runtime.garbage_collection import ScheduledCollection
 from megatron_vlm.runtime.launch import local_rank, local_rank0_first
 from megatron_vlm.runtime.logging import log_rank0
 from megatron_vlm.runtime.process_groups import parallel_ranks, tile_shard_rank
+from megatron_vlm.training.best_checkpoint import BestCheckpoint
 from megatron_vlm.training.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -48,6 +50,7 @@ from megatron_vlm.training.optimizer import (
 from megatron_vlm.training.run_length import batch_size, resolve_epochs
 from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks
 from megatron_vlm.training.stop import StopRequest
+from megatron_vlm.training.validation import Validator
 from megatron_vlm.training.watchdog import Watchdog
 
 
@@ -67,9 +70,9 @@ class Trainer:
         resume_from = self._load_initial_weights(chunks)
         self.chunks = wrap_for_data_parallel(chunks, recipe)
         with patient_group() as group:
-            self.data = self._plan_data(group)
+            self.data, validation = self._plan_data(group)
             saved = Progress() if resume_from is None else read_progress(resume_from)
-            self._require_agreement(saved, group)
+            self._require_agreement(saved, validation, group)
         resolve_epochs(recipe, self.data.plan.rows, saved)
         self.optimizer = build_optimizer(self.chunks, recipe)
         self.schedule = build_schedule(self.optimizer, recipe)
@@ -89,6 +92,8 @@ class Trainer:
         self.skipped_updates = SkippedUpdates(recipe)
         self.stop_request = StopRequest(recipe)
         self.watchdog = Watchdog(recipe.training.distributed_timeout_minutes)
+        self.validator = Validator(recipe, validation, self.ranks) if validation is not None else None
+        self.best = BestCheckpoint(recipe) if recipe.training.best_metric is not None else None
 
     def _load_initial_weights(self, chunks: list[VisionLanguageModel]) -> Path | None:
         """Set the weights of a new run; if there is a checkpoint to resume from, return it instead."""
@@ -103,11 +108,14 @@ class Trainer:
             log_rank0(f"starting from random weights, seed {training.seed}")
         return resume_from
 
-    def _plan_data(self, group: dist.ProcessGroup) -> PlannedData:
+    def _plan_data(self, group: dist.ProcessGroup) -> tuple[PlannedData, PlannedData | None]:
+        """Training data, and validation data if there is any."""
+        is_logging_rank = dist.get_rank() == 0
         with local_rank0_first(group):  # it measures lengths and plans rows; the other ranks find both in the cache
-            return plan_data(self.recipe, is_logging_rank=dist.get_rank() == 0, plan_ahead=local_rank() == 0)
+            data = plan_data(self.recipe, is_logging_rank=is_logging_rank, plan_ahead=local_rank() == 0)
+            return data, open_validation(self.recipe, data, is_logging_rank)
 
-    def _require_agreement(self, saved: Progress, group: dist.ProcessGroup) -> None:
+    def _require_agreement(self, saved: Progress, validation: PlannedData | None, group: dist.ProcessGroup) -> None:
         """Every rank trains on the same rows from the same checkpoint, which is `saved`, or none does."""
         sources = self.data.dataset.mixture.sources.sources
         facts = {
@@ -115,6 +123,7 @@ class Trainer:
             "the number of consumed rows": str(saved.consumed_rows),
             "the tokenizer": self.fingerprint,
             "the plan of rows": self.data.plan.current.fingerprint(),
+            "the plan of validation rows": "none" if validation is None else validation.plan.current.fingerprint(),
             **{f"the content of {source.name}": source.quick_hash() for source in sources},
         }
         require_agreement(facts, group)
@@ -173,6 +182,10 @@ class Trainer:
         metrics_log.close()
         self.loader.close()
         self.checkpointer.close()
+        if self.validator is not None:
+            self.validator.close()
+        if self.best is not None:
+            self.best.close()
         return stopped
 
     def _train(self, metrics_log: MetricsLog, garbage: ScheduledCollection) -> str | None:
@@ -184,6 +197,8 @@ class Trainer:
             except NonFiniteError:  # on every rank; what is being written is from before
                 self._report_last_save()
                 raise
+            if self.validator is not None and self.validator.is_due(progress.iteration):
+                metrics |= self._evaluate(self.validator)
             metrics_log.write(progress.iteration, metrics)
             stopped = self.stop_request.reason(progress.iteration)
             last = stopped is not None or progress.iteration == training.train_iters
@@ -196,6 +211,14 @@ class Trainer:
             if stopped is not None:
                 return stopped
         return None
+
+    def _evaluate(self, validator: Validator) -> dict[str, float]:
+        with self.watchdog.paused():
+            values = validator.run(self.chunks)
+        log_rank0("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        if self.best is not None:
+            self.best.consider(values, self.chunks, self.progress)
+        return values
 
     def train_step(self) -> dict[str, float]:
         """Train on the next `batch_size` rows and update the weights. Returns the metrics of the step."""

@@ -9,3 +9,12 @@ def test_log_samples_needs_a_save_folder(problems_of: Callable[..., list[str]]) 
     (problem,) = problems_of({"data.log_samples": True})
     assert "data.log_samples = True" in problem and "training.save" in problem
     assert not problems_of({"data.log_samples": True, "training.save": "runs/one"})
+
+
+def test_the_best_checkpoint_needs_validation_data_and_a_folder(problems_of: Callable[..., list[str]]) -> None:
+    problems = problems_of({"training.best_metric": "eval_loss"})
+    assert len(problems) == 2 and all("training.best_metric = eval_loss" in problem for problem in problems)
+    changes = {"training.best_metric": "eval_loss", "training.save": "runs/one", "data.valid_share": 0.1}
+    assert not problems_of(changes)
+    (problem,) = problems_of({**changes, "data.valid_data_path": ["other.json"]})
+    assert "data.valid_share = 0.1" in problem and "Remove one" in problem

@@ -42,7 +42,7 @@ def test_every_setting_has_a_flag_that_sets_it_and_nothing_else():
             arguments, expected = ["28x56", "56x28"], [[28, 56], [56, 28]]
         elif setting.hint == list[int] | None:
             arguments, expected = ["8", "2", "64"], [8, 2, 64]
-        elif setting.hint == list[str]:
+        elif setting.hint in (list[str], list[str] | None):
             arguments, expected = ["one", "two"], ["one", "two"]
         elif setting.hint in (int, int | None, float, float | None):
             whole = setting.hint in (int, int | None)

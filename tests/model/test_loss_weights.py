@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,6 +64,24 @@ def test_the_loss_of_a_step_is_that_of_its_documents(build: Any, normalization: 
     documents = [document for row in rows for document in _document_losses(chunks[0].module, row)]
     assert loss == pytest.approx(_expected(documents, normalization), rel=1e-6)
     assert count == sum(map(len, documents))
+
+
+@pytest.mark.parametrize("normalization", ["token", "sample", "sqrt"])
+def test_an_evaluation_gives_the_loss_of_each_dataset(build: Any, normalization: str) -> None:
+    from megatron_vlm.data.rank_batch import rank_batch
+    from megatron_vlm.model.rank_view import rank_view
+    from megatron_vlm.training.validation import dataset_losses
+
+    recipe, chunks = build(normalization)
+    rows = [make_row(index) for index in range(ROWS)]
+    view = replace(rank_view(recipe), by_dataset=True)
+    found = dataset_losses(chunks, [iter([rank_batch(row, view) for row in rows])], recipe, ROWS, datasets=2)
+    documents = [_document_losses(chunks[0].module, row) for row in rows]
+    for dataset in (0, 1):
+        own = [losses for row in documents for losses in row[dataset::2]]
+        loss, weight, count = found[dataset].tolist()
+        assert loss / weight == pytest.approx(_expected(own, normalization), rel=1e-6)
+        assert count == sum(map(len, own))
 
 
 @pytest.mark.parametrize("normalization", ["token", "sample", "sqrt"])

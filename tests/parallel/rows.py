@@ -123,6 +123,7 @@ def make_row(index: int, kind: str = "mixed") -> PackedBatch:
         tiles=torch.randint(
             256, (tiles, 3, vision.image_size, vision.image_size), dtype=torch.uint8, generator=generator
         ),
+        datasets=[document % 2 for document in range(len(cu_seqlens) - 1)],
         num_tokens=cu_seqlens[-2] if cu_seqlens[-1] == SEQ_LENGTH else SEQ_LENGTH,
     )
 

@@ -12,6 +12,7 @@ import gc
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,16 @@ import megatron_vlm.runtime.megatron_patches  # noqa: F401
 from megatron.core import tensor_parallel
 
 from megatron_vlm.config import check_recipe
+from megatron_vlm.data.rank_batch import rank_batch
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import initialize_weights
+from megatron_vlm.model.rank_view import rank_view
 from megatron_vlm.runtime.launch import process_group
 from megatron_vlm.runtime.process_groups import destroy_groups, initialize_groups, parallel_ranks, tile_shard_rank
 from megatron_vlm.training.finite_update import update
-from megatron_vlm.training.optimizer import build_optimizer, wrap_for_data_parallel
+from megatron_vlm.training.optimizer import build_optimizer, synchronize_parameters, wrap_for_data_parallel
 from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks
+from megatron_vlm.training.validation import dataset_losses
 from tests.parallel.gradients import assemble, local_gradients, relative_differences
 from tests.parallel.layouts import FULL_LAYOUTS, LAYOUTS, Layout
 from tests.parallel.rows import rows_of, tiny_recipe
@@ -73,6 +77,13 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
         gradients = assemble([s for rank in all_shards for s in rank]) if dist.get_rank() == 0 else {}
         steps.append({"loss": loss, "loss_tokens": loss_tokens, "grad_norm": norm, "gradients": gradients})
     steps[-1]["buckets"] = min(sum(len(group.buckets) for group in chunk.bucket_groups) for chunk in wrapped)
+    synchronize_parameters(wrapped)
+    per_rank = recipe.training.global_batch_size // ranks.data_size
+    view = replace(rank_view(recipe), by_dataset=True)
+    again = rows_of(ranks.data, ranks.data_size, tile_shard, layout.rows)
+    rows_by_dataset = (rank_batch(row, view) for row in again)
+    evaluated = rows_for_chunks(rows_by_dataset, len(chunks))
+    steps[-1]["evaluation"] = dataset_losses(wrapped, evaluated, recipe, per_rank, datasets=2).tolist()
     steps[-1]["frozen_changed"] = sum(not torch.equal(p, before) for p, before in frozen)
     destroy_groups()
     return steps
@@ -97,6 +108,8 @@ def compare(steps: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dic
             difference = abs(ours[key] - theirs[key])
             worst[key] = max(worst[key], difference / abs(theirs[key]) if theirs[key] else difference)
         worst["same_tokens"] = ours["loss_tokens"] == theirs["loss_tokens"]
+    pairs = zip(sum(steps[-1]["evaluation"], []), sum(reference[-1]["evaluation"], []), strict=True)
+    worst["evaluation"] = max(abs(ours - theirs) / max(abs(theirs), 1e-9) for ours, theirs in pairs)
     worst |= {key: steps[-1][key] for key in ("frozen_changed", "buckets")}
     return worst
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config import ParallelConfig
+from megatron_vlm.config import Recipe
 from megatron_vlm.training.dry_run import describe_run
 from tests.data.helpers import make_recipe, mixed_folder, tiny_tokenizer_folder
 
@@ -21,11 +21,13 @@ def test_a_mixture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = make_recipe(
         [str(tmp_path / "mix.yaml")], folder.images, tiny_tokenizer_folder(tmp_path / "t"), data_root=str(tmp_path)
     )
-    recipe.parallel = ParallelConfig()
+    recipe.data.valid_data_path = [str(tmp_path / "a.json")]
+    recipe = Recipe(recipe.model, recipe.data, recipe.training)
     recipe.training.epochs, recipe.training.rampup_batch_size = 2, [2, 2, 8]
     with caplog.at_level(logging.INFO):
         report = describe_run(recipe, world_size=2)
     assert "run        14 steps = 2.09 epochs" in report
+    assert "validation 20 samples" in report and "rows every 1000 steps" in report
     assert "growing from 2 by 2 over the first 8 rows" in report
     assert "41 samples, 40 usable, rejected {'missing image': 1}, too long 0" in report and "2 ranks = data 2" in report
     (table,) = [message for message in caplog.messages if message.startswith("samples of the first epoch:")]

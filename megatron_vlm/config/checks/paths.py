@@ -21,15 +21,16 @@ def path_problems(recipe: Recipe) -> list[Problem]:
 def _check_data(recipe: Recipe) -> Iterator[Problem]:
     if not recipe.data.data_path:
         yield Problem("data.data_path", [], "no data", "Give annotation files, shard folders or a mixture file")
-    for name in recipe.data.data_path:
+    named = {"data_path": recipe.data.data_path, "valid_data_path": recipe.data.valid_data_path or []}
+    for setting, name in [(setting, name) for setting, names in named.items() for name in names]:
         path = Path(name)
         if _remote(name) or path.is_dir():
             continue
         if not path.exists():
-            yield _missing("data.data_path", path, "file or folder")
+            yield _missing(f"data.{setting}", path, "file or folder")
         elif path.suffix not in _DATA_FILES:
             yield Problem(
-                "data.data_path",
+                f"data.{setting}",
                 name,
                 f"unknown file type ({path.suffix or 'no suffix'})",
                 f"Use a file ending in {', '.join(_DATA_FILES)}, or a shard folder",
@@ -42,7 +43,9 @@ def _check_data(recipe: Recipe) -> Iterator[Problem]:
 
 def _check_cache(recipe: Recipe) -> Iterator[Problem]:
     data = recipe.data
-    remote = next((name for name in [*data.data_path, data.data_root or ""] if _remote(name)), None)
+    remote = next(
+        (name for name in [*data.data_path, *(data.valid_data_path or []), data.data_root or ""] if _remote(name)), None
+    )
     if remote and data.cache_dir is None:
         wrong = f"not set, but shards of {remote} are cached there"
         yield Problem("data.cache_dir", None, wrong, "Give a folder on a local disk")

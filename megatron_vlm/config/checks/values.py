@@ -33,6 +33,8 @@ AT_LEAST_ONE = (
     "training.save_retain_interval",
     "parallel.ddp_bucket_size",
     "training.log_interval",
+    "training.eval_interval",
+    "training.eval_iters",
     "training.lr_wsd_decay_iters",
     "training.distributed_timeout_minutes",
     "training.max_skipped_updates",
@@ -69,7 +71,13 @@ POSITIVE = (
     "training.adam_eps",
     "training.exit_duration_in_mins",
 )
-FRACTIONS = ("training.lr_warmup_fraction", "training.adam_beta1", "training.adam_beta2", "training.sgd_momentum")
+FRACTIONS = (
+    "data.valid_share",
+    "training.lr_warmup_fraction",
+    "training.adam_beta1",
+    "training.adam_beta2",
+    "training.sgd_momentum",
+)
 
 
 def check_values(recipe: Recipe) -> Iterator[Problem]:

@@ -14,3 +14,5 @@ class Progress:
     tokenizer_fingerprint: str = ""
     plan_inputs: str = ""
     """What determines the order of rows, as JSON (data.plan_fingerprint); empty in checkpoints of older versions."""
+    best_metric: float | None = None
+    """Lowest value of training.best_metric so far."""
