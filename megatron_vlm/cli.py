@@ -86,8 +86,16 @@ GROUPS = {
     },
     "inference": {
         "serve": Command(
-            "megatron_vlm.serve",
+            "megatron_vlm.text_generation.serve",
             "a text-generation server: OpenAI's and Megatron-LM's protocols, a chat page",
+        ),
+        "chat": Command(
+            "megatron_vlm.commands.chat_client",
+            "talk to a server in the terminal",
+        ),
+        "ask": Command(
+            "megatron_vlm.text_generation.ask",
+            "one answer from a checkpoint or a Hugging Face folder, without a server",
         ),
     },
 }
@@ -99,7 +107,8 @@ examples
   {PROGRAM} train --config recipe.yaml --data-path shards --save run
   torchrun --nproc-per-node 8 --no-python {PROGRAM} train --config recipe.yaml --save run
   {PROGRAM} export --load run --save hf --format llava_next
-  {PROGRAM} serve run --port 5000
+  {PROGRAM} ask hf --image photo.jpg "What is this?"
+  {PROGRAM} serve hf --port 5000
 
 {PROGRAM} COMMAND --help describes a command. {PROGRAM} --version lists versions."""
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_vlm.serve import main
+from megatron_vlm.text_generation.serve import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -29,7 +29,7 @@ from megatron_vlm.inference.server.backend import Backend
 from megatron_vlm.inference.server.settings import ServerSettings
 from tests.support.launch import ROOT
 
-SERVE = ("-m", "megatron_vlm.serve")
+SERVE = ("-m", "megatron_vlm.text_generation.serve")
 
 CONFIG = InferenceConfig(
     inference_max_requests=8,
@@ -86,7 +86,7 @@ class ServerProcess:
     """`megatron-vlm serve`, or other Python; its output is read line by line."""
 
     def __init__(
-        self, *arguments: str | Path, ranks: int = 1, run: Sequence[str] = ("-m", "megatron_vlm.serve")
+        self, *arguments: str | Path, ranks: int = 1, run: Sequence[str] = ("-m", "megatron_vlm.text_generation.serve")
     ) -> None:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
         command = [sys.executable, *torchrun, *run, *map(str, arguments)]

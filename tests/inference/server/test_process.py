@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from megatron_vlm.serve import main
+from megatron_vlm.text_generation.serve import main
 from tests.inference.server.running import ServerProcess
 
 # A server whose model takes for ever to load.

@@ -1,11 +1,12 @@
-"""Command-line flags of the generation engine, under the names of its settings."""
+"""The engine's flags, under the names of its settings."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import MISSING, fields
 
-from megatron_vlm.config import InferenceConfig, ParallelConfig
+from megatron_vlm.config import ConfigError, InferenceConfig, ParallelConfig
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +37,17 @@ def engine_settings(options: argparse.Namespace) -> tuple[InferenceConfig, Paral
     return InferenceConfig(
         **{setting.name: getattr(options, setting.name) for setting in fields(InferenceConfig)}
     ), parallel
+
+
+def check_world_size(parallel: ParallelConfig) -> None:
+    """Raise ConfigError unless the processes hold one copy of the model."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if world_size != copy:
+        raise ConfigError(
+            f"world size = {world_size}, but tensor x pipeline parallel size = {copy}: this command has one copy of "
+            "the model. Start it with torchrun and as many processes, or change the sizes."
+        )
 
 
 def _flag(name: str) -> str:

@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from pathlib import Path
 
-from megatron_vlm.config import ConfigError, ParallelConfig, check_inference
-from megatron_vlm.data.errors import DataError
-from megatron_vlm.inference.arguments import add_engine_arguments, engine_settings
+from megatron_vlm.config import ConfigError, check_inference
+from megatron_vlm.text_generation.arguments import add_engine_arguments, check_world_size, engine_settings
+from megatron_vlm.text_generation.failures import report_failure
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:
@@ -67,16 +66,13 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 def _serve(folder: Path, options: argparse.Namespace) -> int:
     """Not before the flags are known to be right: torch is imported here."""
     from checkpoint_convert.engine import open_engine
-    from checkpoint_convert.errors import ConversionError
-    from megatron_vlm.inference.request import EngineError
     from megatron_vlm.inference.server.process import ServerProcess, follow
     from megatron_vlm.inference.server.settings import ServerSettings
-    from megatron_vlm.training.checkpoint import CheckpointError
 
     config, parallel = engine_settings(options)
     try:
         check_inference(config)
-        _check_world_size(parallel)
+        check_world_size(parallel)
         opened = open_engine(folder, config, parallel)
         if os.environ.get("RANK", "0") != "0":
             follow(opened)
@@ -105,24 +101,8 @@ def _serve(folder: Path, options: argparse.Namespace) -> int:
             return 2
         process.run(opened)
         return 0
-    except (CheckpointError, ConfigError, ConversionError, DataError) as error:
-        return _fail(str(error), 2)
-    except EngineError as error:
-        return _fail(f"the engine has failed: {error}", 1)
     except Exception as error:
-        traceback.print_exception(error)
-        return _fail(f"{type(error).__name__}: {error}", 1)
-
-
-def _check_world_size(parallel: ParallelConfig) -> None:
-    """Raise ConfigError unless the processes hold one copy of the model."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if world_size != copy:
-        raise ConfigError(
-            f"world size = {world_size}, but tensor x pipeline parallel size = {copy}: a server has one copy of the "
-            "model. For more copies, start more servers."
-        )
+        return report_failure(error)
 
 
 def _api_keys(file: Path | None) -> tuple[str, ...]:
@@ -135,15 +115,6 @@ def _api_keys(file: Path | None) -> tuple[str, ...]:
     if not keys:
         raise ConfigError(f"api_key_file {file} has no key: write one per line.")
     return keys
-
-
-def _fail(message: str, code: int) -> int:
-    """Print what is wrong. A rank of several exits at once: the others' next collective fails, and they end too."""
-    rank = os.environ.get("RANK")
-    print(message if rank is None else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(code)
-    return code
 
 
 if __name__ == "__main__":

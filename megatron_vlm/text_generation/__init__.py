@@ -1,0 +1,1 @@
+"""The commands that generate text with any model: `serve` and `ask`."""
