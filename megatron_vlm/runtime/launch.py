@@ -17,6 +17,7 @@ import megatron_vlm.runtime.megatron_patches  # noqa: F401  (before megatron.cor
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_vlm.config import ParallelConfig
+from megatron_vlm.runtime import rocm
 from megatron_vlm.runtime.device import collective_backend, on_gpu
 from megatron_vlm.runtime.process_groups import initialize_groups
 
@@ -54,6 +55,7 @@ def process_group(timeout_minutes: int = 10) -> Iterator[None]:
     """
     if on_gpu():
         torch.cuda.set_device(local_rank())
+        rocm.set_environment()
     if dist.is_initialized():
         yield
         parallel_state.destroy_model_parallel()

@@ -22,7 +22,10 @@ def test_citation_has_this_version() -> None:
 def test_every_package_that_make_installs_has_an_exact_version() -> None:
     pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
     extras = PROJECT["optional-dependencies"]
-    wanted = [*PROJECT["dependencies"], *(line for name in extras if name != "gpu" for line in extras[name])]
+    wanted = [
+        *PROJECT["dependencies"],
+        *(line for name in extras if name not in ("cuda", "gpu") for line in extras[name]),
+    ]
     names = {re.match(r"[\w-]+", line).group().lower() for line in wanted}  # type: ignore[union-attr]
     assert names - pinned == {PROJECT["name"]}
 
