@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -50,8 +50,25 @@ class _StepWeight:
 
 
 def rows_for_chunks(rows: Iterator[AnyBatch], chunks: int) -> list[Iterator[AnyBatch]]:
-    """One iterator per model chunk (virtual stage) over the same rows, each of which is read once."""
-    return list(itertools.tee(rows, chunks))
+    """One iterator per model chunk (virtual stage) over the same rows, each of which is read once.
+
+    A row is kept until the last chunk has taken it, and no longer: itertools.tee keeps the last 57, with their tiles.
+    """
+    waiting: list[deque[AnyBatch]] = [deque() for _ in range(chunks)]
+
+    def take(mine: deque[AnyBatch]) -> Iterator[AnyBatch]:
+        while True:
+            if not mine:
+                try:
+                    row = next(rows)
+                except StopIteration:
+                    return
+                for queue in waiting:
+                    queue.append(row)
+                del row
+            yield mine.popleft()
+
+    return [take(mine) for mine in waiting]
 
 
 def forward_backward(

@@ -291,6 +291,8 @@ def train(recipe: Recipe) -> bool:
         f"vision_parallel {parallel.vision_parallel}"
     )
     log_rank0(describe_attention(recipe))
+    if recipe.training.save is None:
+        log_rank0("WARNING: there is no --save, so the trained model is thrown away at the end")
     stopped = trainer.train()
     if stopped is not None:
         log_rank0(f"stopped after iteration {trainer.progress.iteration}, because {stopped}. {_how_to_resume(recipe)}")
