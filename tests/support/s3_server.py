@@ -129,21 +129,21 @@ def store() -> Iterator[Proxy]:
             "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
         }.items():
             patch.setenv(name, value)
-        from megatron_vlm.data.shards import s3
+        from megatron_vlm.runtime.s3 import client
 
-        s3._client_of.cache_clear()
-        s3._client().create_bucket(Bucket=BUCKET)
+        client.client_of.cache_clear()
+        client.client().create_bucket(Bucket=BUCKET)
         yield state
-        s3._client_of.cache_clear()
+        client.client_of.cache_clear()
 
 
 def put_folder(folder: Path, url: str) -> None:
     """Upload a folder's files without verification."""
-    from megatron_vlm.data.shards import s3
+    from megatron_vlm.runtime.s3 import join, objects
 
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            s3.upload(path, s3.join(url, str(path.relative_to(folder))))
+            objects.write(path.read_bytes(), join(url, str(path.relative_to(folder))))
 
 
 def wait_for(condition: Any, seconds: float) -> None:

@@ -12,6 +12,7 @@ from megatron_vlm.data.prepare.shard_writer import prepare_shards
 from megatron_vlm.data.shards import s3
 from megatron_vlm.data.shards.cache import ShardCache
 from megatron_vlm.data.shards.reader import ShardFolder
+from megatron_vlm.runtime.s3 import client
 from tests.data.helpers import mixed_folder
 from tests.support.s3_server import BUCKET, Fault, Proxy, store
 
@@ -20,7 +21,7 @@ URL = f"s3://{BUCKET}/up"
 
 @pytest.fixture
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setattr(s3, "retry_policy", s3.RetryPolicy(attempts=2, first_delay=0.02, timeout=2.0))
+    monkeypatch.setattr(client, "retry_policy", client.RetryPolicy(attempts=2, first_delay=0.02, timeout=2.0))
     with store() as running:
         yield running
 
@@ -39,7 +40,7 @@ def test_upload(tmp_path: Path, proxy: Proxy, capsys: pytest.CaptureFixture[str]
     assert puts[-1].endswith("/index.json") and not any(path.endswith("shard.00000.mds") for path in puts)
     local, remote = ShardFolder(tmp_path / "s"), ShardFolder(URL, ShardCache(tmp_path / "cache"))
     assert [remote[i] for i in range(30)] == [local[i] for i in range(30)]
-    s3._client().put_object(Bucket=BUCKET, Key="up/00000/shard.00000.mds", Body=b"other")  # a damaged object
+    client.client().put_object(Bucket=BUCKET, Key="up/00000/shard.00000.mds", Body=b"other")  # a damaged object
     assert tool.main([str(tmp_path / "s"), URL]) == 0
     assert "1 uploaded and verified" in capsys.readouterr().out
     prepare_shards([folder.write()], folder.images, tmp_path / "other", 1, size_limit=9000)

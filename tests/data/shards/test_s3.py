@@ -21,6 +21,7 @@ from megatron_vlm.data.shards import s3
 from megatron_vlm.data.shards.cache import ShardCache
 from megatron_vlm.data.shards.mds_format import ShardSample
 from megatron_vlm.data.shards.reader import ShardFolder
+from megatron_vlm.runtime.s3 import client
 from tests.data.helpers import make_recipe, mixed_folder, tiny_tokenizer_folder
 from tests.support.s3_server import BUCKET, Fault, Proxy, put_folder, store, wait_for
 
@@ -36,13 +37,13 @@ def one_store() -> Iterator[Proxy]:
 @pytest.fixture
 def proxy(one_store: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """An empty store without faults, and few fast retries."""
-    monkeypatch.setattr(s3, "retry_policy", s3.RetryPolicy(attempts=4, first_delay=0.02, timeout=1.0))
+    monkeypatch.setattr(client, "retry_policy", client.RetryPolicy(attempts=4, first_delay=0.02, timeout=1.0))
     yield one_store
     monkeypatch.undo()
     one_store.faults.clear()
     one_store.requests.clear()
     for name in s3.list_names(f"s3://{BUCKET}/"):
-        s3._client().delete_object(Bucket=BUCKET, Key=name)
+        client.client().delete_object(Bucket=BUCKET, Key=name)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_permanent_errors_name_the_shard(tmp_path: Path, proxy: Proxy, shards: P
 def test_missing_and_replaced_objects(tmp_path: Path, proxy: Proxy, shards: Path) -> None:
     put_folder(shards, URL)
     remote = ShardFolder(URL, ShardCache(tmp_path / "cache"))
-    s3._client().delete_object(Bucket=BUCKET, Key="train/00001/shard.00000.mds")
+    client.client().delete_object(Bucket=BUCKET, Key="train/00001/shard.00000.mds")
     with pytest.raises(DataError, match=rf"{URL}/00001/shard.00000.mds does not exist"):
         read_all(remote)
     data = bytearray((shards / "00000" / "shard.00000.mds").read_bytes())
@@ -211,9 +212,9 @@ def environment(**variables: str | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.delenv(name, raising=False) if value is None else patch.setenv(name, value)
-        s3._client_of.cache_clear()
+        client.client_of.cache_clear()
         yield
-    s3._client_of.cache_clear()
+    client.client_of.cache_clear()
 
 
 def test_invalid_endpoint_and_missing_credentials(tmp_path: Path, proxy: Proxy) -> None:

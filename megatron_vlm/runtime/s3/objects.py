@@ -1,0 +1,117 @@
+"""Whole objects and ranges of them: verified reads and writes, listing, removal."""
+
+from __future__ import annotations
+
+import hashlib
+from base64 import b64encode
+from collections.abc import Iterator
+
+from megatron_vlm.runtime.s3.client import BadTransfer, ObjectMissing, client, retry, split
+
+
+def read_bytes(url: str) -> bytes:
+    """The content of an object.
+
+    Raises:
+        ObjectMissing: the object does not exist.
+        S3Error: it could not be read.
+    """
+    bucket, key = split(url)
+
+    def read() -> bytes:
+        response = client().get_object(Bucket=bucket, Key=key)
+        data: bytes = response["Body"].read()
+        if len(data) != response["ContentLength"]:
+            raise BadTransfer(f"received {len(data)} of {response['ContentLength']} bytes")
+        return data
+
+    return retry("read", url, read)
+
+
+def read_range(url: str, start: int, length: int) -> bytes:
+    """`length` bytes of an object from `start` on; length is at least 1.
+
+    Raises:
+        ObjectMissing: the object does not exist.
+        S3Error: it could not be read, or is too short.
+    """
+    bucket, key = split(url)
+
+    def read() -> bytes:
+        response = client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{start + length - 1}")
+        data: bytes = response["Body"].read()
+        if len(data) != length:
+            raise BadTransfer(f"received {len(data)} of {length} bytes from byte {start} on")
+        return data
+
+    return retry("read", url, read)
+
+
+def write(data: bytes, url: str) -> None:
+    """Write an object and verify it: the store checks the MD5, then size and MD5 are read back.
+
+    Raises:
+        S3Error: it could not be written, or the stored object differs.
+    """
+    bucket, key = split(url)
+    md5 = hashlib.md5(data, usedforsecurity=False)
+
+    def send() -> None:
+        client().put_object(
+            Bucket=bucket, Key=key, Body=data, ContentMD5=b64encode(md5.digest()).decode(),
+            Metadata={"md5": md5.hexdigest()},
+        )  # fmt: skip
+        if not _matches(bucket, key, len(data), md5.hexdigest()):
+            raise BadTransfer("the stored object differs from what was sent")
+
+    retry("write", url, send)
+
+
+def holds(url: str, data: bytes) -> bool:
+    """Whether the object exists with the size and MD5 of `data`.
+
+    Raises:
+        S3Error: the store cannot be queried.
+    """
+    bucket, key = split(url)
+    digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    try:
+        return retry("query", url, lambda: _matches(bucket, key, len(data), digest))
+    except ObjectMissing:
+        return False
+
+
+def _matches(bucket: str, key: str, size: int, md5: str) -> bool:
+    head = client().head_object(Bucket=bucket, Key=key)
+    # The ETag is the MD5, except for encrypted or multipart objects. For those our own metadata entry is used.
+    known = head["Metadata"].get("md5") or head["ETag"].strip('"')
+    return head["ContentLength"] == size and md5 in (known, head["ETag"].strip('"'))
+
+
+def exists(url: str) -> bool:
+    """Whether the object exists.
+
+    Raises:
+        S3Error: the store cannot be queried.
+    """
+    bucket, key = split(url)
+    try:
+        retry("query", url, lambda: client().head_object(Bucket=bucket, Key=key))
+    except ObjectMissing:
+        return False
+    return True
+
+
+def list_names(url: str) -> list[str]:
+    """Sorted names of all objects below a prefix, relative to it.
+
+    Raises:
+        S3Error: the store cannot be queried.
+    """
+    bucket, key = split(url.rstrip("/") + "/")
+
+    def pages() -> Iterator[str]:
+        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
+            yield from (item["Key"].removeprefix(key) for item in page.get("Contents", []))
+
+    return retry("list", url, lambda: sorted(pages()))
