@@ -71,6 +71,12 @@ def convert(
             "and tiles every image as anyres does",
             file=sys.stderr,
         )
+    elif format == "llava_next" and recipe.data.multi_image_aspect_ratio == "pad":
+        print(
+            "note: trained with multi_image_aspect_ratio = pad; llava_next tiles the images of a prompt with several, "
+            "too, so give it one image, or train with same",
+            file=sys.stderr,
+        )
     with new_folder(save) as staging_dir:
         if format == "instellavl":
             instellavl.write_configs(staging_dir, recipe.model, stored_tokenizer, dtype, aspect_ratio)

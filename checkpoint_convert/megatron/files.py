@@ -24,6 +24,7 @@ from checkpoint_convert.megatron.reader import CheckpointTensors
 from checkpoint_convert.megatron.writer import StreamingSave, layer_name, slice_for_shard
 from megatron_vlm.config import ConfigError, ModelConfig, ParallelConfig, Recipe, recipe_to_dict
 from megatron_vlm.config.checks.model import check_language, check_vision
+from megatron_vlm.data.dataset import max_sample_tokens
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import all_sharded_tensors, initial_value
 from megatron_vlm.model.sharding import model_sharded_state_dict
@@ -122,6 +123,8 @@ def imported_recipe(model: ModelConfig, aspect_ratio: str, source: str) -> Recip
     recipe = Recipe(model=model)
     recipe.data.seq_length = model.language.max_position_embeddings
     recipe.data.image_aspect_ratio = aspect_ratio
+    # As transformers: LlavaNext tiles every image, LlavaOnevision only single ones.
+    recipe.data.multi_image_aspect_ratio = "same" if aspect_ratio == "anyres" else "pad"
     problems = [*check_vision(recipe), *check_language(recipe)]
     if problems:
         raise ConversionError(f"{source}: " + "; ".join(map(str, problems)))
@@ -139,12 +142,12 @@ def fill_model(chunks: list[VisionLanguageModel], tensors: Mapping[str, torch.Te
 
 
 def checkpoint_recipe(folder: Path) -> Recipe:
-    """The recipe of a checkpoint for a single process, with max_position_embeddings = the seq_length of the training.
+    """The recipe of a checkpoint for a single process, its max_position_embeddings the longest sample trained on.
 
     Raises ConversionError if there is no checkpoint, or it cannot be read.
     """
     recipe = trained_recipe(folder)
-    recipe.model.language.max_position_embeddings = recipe.data.seq_length
+    recipe.model.language.max_position_embeddings = max_sample_tokens(recipe)
     recipe.parallel = ParallelConfig()
     return recipe
 

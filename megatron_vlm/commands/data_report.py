@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vlm.config import ConfigError, Recipe, parse_command_line
-from megatron_vlm.data.dataset import open_dataset, open_plan_cache
+from megatron_vlm.data.dataset import max_sample_tokens, open_dataset, open_plan_cache
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.length_index import REJECTED, LengthIndex
 from megatron_vlm.data.packing.epoch_plan import EpochPlan
@@ -50,7 +50,7 @@ class Report:
         self.tiles = np.concatenate([index.tiles for index in self.indexes])
         self.sizes = np.concatenate([index.sizes for index in self.indexes])
         self.usable = self.tokens != REJECTED
-        fits = (self.tokens <= recipe.data.seq_length) & (self.tiles <= recipe.data.max_tiles_per_row)
+        fits = (self.tokens <= max_sample_tokens(recipe)) & (self.tiles <= recipe.data.max_tiles_per_row)
         self.selected = self.data.mixture.select(self.usable & fits, recipe.training.seed, 0)
 
     def write(self) -> Path:

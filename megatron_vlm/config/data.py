@@ -40,6 +40,12 @@ class DataConfig:
             "help": "Base view and tiles (anyres), at most N tiles' tokens (anyres_max_N), or one tile (square, pad)."
         },
     )
+    multi_image_aspect_ratio: Literal["pad", "same"] = field(
+        default="pad",
+        metadata={
+            "help": "Images of a sample with several, under anyres: one padded tile each (pad), or tiled (same)."
+        },
+    )
     oversized_samples: Literal["error", "skip", "truncate"] = field(
         default="error",
         metadata={"help": "A sample longer than a row is an error, is skipped, or is truncated after an answer."},

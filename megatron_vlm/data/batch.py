@@ -82,6 +82,8 @@ class Document:
     """Upright (width, height) of each image, in the order of appearance."""
     dataset: int = 0
     """Index of the dataset (source) that it is from."""
+    num_images: int = 0
+    """Images of the whole sample, if it was truncated: they decide how each image is tiled."""
 
 
 def assemble_row(documents: Sequence[Document], seq_length: int, pad_id: int, geometry: ImageGeometry) -> PackedBatch:
@@ -113,8 +115,9 @@ def assemble_row(documents: Sequence[Document], seq_length: int, pad_id: int, ge
         stop = start + len(document.encoded.ids)
         tokens[start:stop] = document.encoded.ids
         labels[start : stop - 1] = document.encoded.labels[1:]
+        num_images = max(document.num_images, len(document.image_sizes))
         for image_start, size in zip(document.encoded.image_starts, document.image_sizes, strict=True):
-            features.add(size, start + image_start)
+            features.add(size, start + image_start, num_images)
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),

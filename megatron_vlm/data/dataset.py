@@ -69,7 +69,7 @@ def open_sources(recipe: Recipe) -> DataSources:
     """
     data = recipe.data
     mixture = open_mixture(data.data_path, data.image_folder, data.data_root, data.cache_dir, data.cache_limit)
-    geometry = ImageGeometry.of(recipe.model, data.image_aspect_ratio)
+    geometry = ImageGeometry.of(recipe.model, data.image_aspect_ratio, data.multi_image_aspect_ratio)
     return DataSources(mixture, load_tokenizer(data.tokenizer_model), geometry)
 
 
@@ -101,7 +101,7 @@ def open_dataset(recipe: Recipe, is_logging_rank: bool) -> MixtureDataset:
     tiles = np.concatenate([index.tiles for index in indexes])
     rejected = Counter(rejection.reason for index in indexes for rejection in index.rejected)
     dataset = MixtureDataset(mixture, tokenizer, opened.geometry, indexes, tokens, tiles, tokens != REJECTED, {}, {})
-    oversized = _handle_oversized(dataset, data, is_logging_rank)
+    oversized = _handle_oversized(dataset, data, max_sample_tokens(recipe), is_logging_rank)
     usable = dataset.usable
     if not usable.any():
         reasons = ", ".join(f"{reason} {count}" for reason, count in rejected.most_common()) or "no sample at all"
@@ -123,18 +123,28 @@ def open_dataset(recipe: Recipe, is_logging_rank: bool) -> MixtureDataset:
     return dataset
 
 
-def _handle_oversized(dataset: MixtureDataset, data: DataConfig, is_logging_rank: bool) -> dict[str, int]:
+def max_sample_tokens(recipe: Recipe) -> int:
+    """The longest sample that is trained on. Positions restart in each sample of a row, so rows may be longer than the
+    model's context, but samples may not.
+    """
+    return min(recipe.data.seq_length, recipe.model.language.max_position_embeddings)
+
+
+def _handle_oversized(
+    dataset: MixtureDataset, data: DataConfig, max_tokens: int, is_logging_rank: bool
+) -> dict[str, int]:
     """Truncate, skip or reject the samples longer than a row, as oversized_samples says. Returns how many."""
-    too_long = dataset.usable & ((dataset.tokens > data.seq_length) | (dataset.tiles > data.max_tiles_per_row))
+    too_long = dataset.usable & ((dataset.tokens > max_tokens) | (dataset.tiles > data.max_tiles_per_row))
     oversized = np.flatnonzero(too_long)
     if not len(oversized):
         return {"skipped": 0, "truncated": 0, "tokens_dropped": 0}
-    description = _describe_oversized(dataset, data, oversized)
+    description = _describe_oversized(dataset, data, max_tokens, oversized)
     if data.oversized_samples == "error":
+        limit = "seq_length" if max_tokens == data.seq_length else "max_position_embeddings"
         raise DataError(
-            f"{description}. Raise seq_length or max_tiles_per_row, or set oversized_samples to truncate or skip."
+            f"{description}. Raise {limit} or max_tiles_per_row, or set oversized_samples to truncate or skip."
         )
-    dropped = _truncate(dataset, data) if data.oversized_samples == "truncate" else 0
+    dropped = _truncate(dataset, data, max_tokens) if data.oversized_samples == "truncate" else 0
     skipped = len(oversized) - len(dataset.truncations)
     dataset.usable[[number for number in oversized.tolist() if number not in dataset.truncations]] = False
     if is_logging_rank:
@@ -145,7 +155,7 @@ def _handle_oversized(dataset: MixtureDataset, data: DataConfig, is_logging_rank
     return {"skipped": skipped, "truncated": len(dataset.truncations), "tokens_dropped": dropped}
 
 
-def _describe_oversized(dataset: MixtureDataset, data: DataConfig, oversized: np.ndarray) -> str:
+def _describe_oversized(dataset: MixtureDataset, data: DataConfig, max_tokens: int, oversized: np.ndarray) -> str:
     examples, sources = [], dataset.mixture.sources
     for number in oversized[:_MAX_EXAMPLES].tolist():
         source, index = sources.locate(number)
@@ -153,19 +163,22 @@ def _describe_oversized(dataset: MixtureDataset, data: DataConfig, oversized: np
         lengths = f"{dataset.tokens[number]} tokens, {dataset.tiles[number]} tiles"
         examples.append(f"{sample.id!r} of {sample.file} ({lengths})")
     more = f" and {len(oversized) - _MAX_EXAMPLES} more" if len(oversized) > _MAX_EXAMPLES else ""
+    room = (
+        f"a row of {data.seq_length} tokens"
+        if max_tokens == data.seq_length
+        else f"the model's context of {max_tokens} tokens (model.language.max_position_embeddings) or a row"
+    )
     return (
-        f"{len(oversized)} samples are longer than a row of {data.seq_length} tokens and {data.max_tiles_per_row} "
-        f"tiles: {', '.join(examples)}{more}"
+        f"{len(oversized)} samples are longer than {room} and {data.max_tiles_per_row} tiles: "
+        f"{', '.join(examples)}{more}"
     )
 
 
-def _truncate(dataset: MixtureDataset, data: DataConfig) -> int:
+def _truncate(dataset: MixtureDataset, data: DataConfig, max_tokens: int) -> int:
     """Replace the lengths of oversized samples by those after truncation. Returns the number of dropped tokens."""
     sources, dropped = dataset.mixture.sources, 0
     for start, source, index in zip(sources.starts[:-1].tolist(), sources.sources, dataset.indexes, strict=True):
-        found = load_truncations(
-            source, index, dataset.tokenizer, dataset.geometry, data.seq_length, data.max_tiles_per_row
-        )
+        found = load_truncations(source, index, dataset.tokenizer, dataset.geometry, max_tokens, data.max_tiles_per_row)
         kept = found.turns > 0
         numbers = found.samples[kept] + start
         dropped += int((dataset.tokens[numbers] - found.tokens[kept]).sum())

@@ -106,10 +106,11 @@ class _Measurer:
             sizes = sample.measure_images()
         except SampleError as error:
             return _SampleLengths(REJECTED, 0, [], Rejection(index, error.sample_id, error.reason, str(error)))
-        image_tokens = sum(num_image_tokens(size, self.geometry) for size in sizes)
+        geometry = self.geometry.for_sample(len(sizes))
+        image_tokens = sum(num_image_tokens(size, geometry) for size in sizes)
         # Only the number of text tokens is needed: images count 0 here, and any image_token_index will do.
         text = encode_conversation(sample.turns, self.tokenizer, [0] * len(sizes), 0)
-        tiles = sum(num_image_tiles(size, self.geometry) for size in sizes)
+        tiles = sum(num_image_tiles(size, geometry) for size in sizes)
         return _SampleLengths(len(text.ids) + image_tokens, tiles, sizes)
 
 

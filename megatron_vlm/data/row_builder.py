@@ -71,18 +71,20 @@ class RowBuilder:
                 f"row {row.row_index}: sample {index} of {source.name} can no longer be read: {error}"
             ) from error
         turns, sizes, expected = sample.turns, lengths.image_sizes(index), int(lengths.tokens[index])
+        num_images = len(sizes)
+        geometry = self.geometry.for_sample(num_images)
         if number in self.truncations:
             turns_kept, expected = self.truncations[number]
             turns = turns[:turns_kept]
             sizes = sizes[: count_placeholders(turns)]
-        image_lengths = [num_image_tokens(size, self.geometry) for size in sizes]
+        image_lengths = [num_image_tokens(size, geometry) for size in sizes]
         encoded = encode_conversation(turns, self.tokenizer, image_lengths, self.image_token_index)
         if len(encoded.ids) != expected:
             raise RowError(
                 f"row {row.row_index}: sample {sample.id!r} of {sample.file} has {len(encoded.ids)} tokens, but "
                 f"{expected} when it was measured: the data changed. Start the run again from its checkpoint."
             )
-        return sample, Document(sample.id, encoded, sizes, source_index)
+        return sample, Document(sample.id, encoded, sizes, source_index, num_images)
 
     def _read_tiles(
         self, row: PlannedRow, samples: Sequence[Sample], documents: Sequence[Document], start: int, stop: int
@@ -92,12 +94,13 @@ class RowBuilder:
         pixels = np.empty((stop - start, 3, side, side), np.uint8)  # not torch.empty: numpy asks for huge pages
         first = 0
         for sample, document in zip(samples, documents, strict=True):
+            geometry = self.geometry.for_sample(max(document.num_images, len(document.image_sizes)))
             for i, size in enumerate(document.image_sizes):
-                last = first + num_image_tiles(size, self.geometry)
+                last = first + num_image_tiles(size, geometry)
                 begin, end = max(start, first), min(stop, last)
                 if begin < end:
                     image = self._decode(row, sample, i, size)
-                    extract_tiles_into(pixels[begin - start : end - start], image, self.geometry, begin - first)
+                    extract_tiles_into(pixels[begin - start : end - start], image, geometry, begin - first)
                 first = last
         return torch.from_numpy(pixels)
 

@@ -50,7 +50,7 @@ class _Truncator:
     oversized: np.ndarray
     tokenizer: Tokenizer
     geometry: ImageGeometry
-    seq_length: int
+    max_tokens: int
     max_tiles: int
 
     def truncate(self, i: int) -> tuple[int, int, int]:
@@ -67,17 +67,18 @@ class _Truncator:
             middle = (answers + too_many) // 2
             kept = system + 2 * middle
             tokens, tiles = self._measure(turns[:kept], sizes)
-            if tokens <= self.seq_length and tiles <= self.max_tiles:
+            if tokens <= self.max_tokens and tiles <= self.max_tiles:
                 fits, answers = (kept, tokens, tiles), middle
             else:
                 too_many = middle
         return fits
 
     def _measure(self, turns: list[Turn], sizes: list[Size]) -> tuple[int, int]:
+        geometry = self.geometry.for_sample(len(sizes))
         sizes = sizes[: count_placeholders(turns)]
-        image_lengths = [num_image_tokens(size, self.geometry) for size in sizes]
+        image_lengths = [num_image_tokens(size, geometry) for size in sizes]
         encoded = encode_conversation(turns, self.tokenizer, image_lengths, 0)
-        return len(encoded.ids), sum(num_image_tiles(size, self.geometry) for size in sizes)
+        return len(encoded.ids), sum(num_image_tiles(size, geometry) for size in sizes)
 
 
 def load_truncations(
@@ -85,7 +86,7 @@ def load_truncations(
     index: LengthIndex,
     tokenizer: Tokenizer,
     geometry: ImageGeometry,
-    seq_length: int,
+    max_tokens: int,
     max_tiles: int,
     processes: int | None = None,
 ) -> Truncations:
@@ -96,19 +97,19 @@ def load_truncations(
         index: its length index, for the same tokenizer and geometry.
         tokenizer: determines the lengths of text.
         geometry: determines the lengths of images.
-        seq_length: maximum number of tokens of a row.
+        max_tokens: maximum number of tokens of a sample.
         max_tiles: maximum number of tiles of a row.
         processes: number of processes that work; default: one per core.
     """
-    path = index.file.with_suffix(f".cut-{seq_length}-{max_tiles}.arrays")
+    path = index.file.with_suffix(f".cut-{max_tokens}-{max_tiles}.arrays")
     try:
         return Truncations(**map_arrays(path))
     except FileNotFoundError:
         pass
     except (OSError, ValueError, TypeError) as error:
         logger.warning("%s is damaged (%s) and is computed again", path, error)
-    oversized = np.flatnonzero((index.tokens > seq_length) | (index.tiles > max_tiles))
-    truncate = _Truncator(source, index, oversized, tokenizer, geometry, seq_length, max_tiles).truncate
+    oversized = np.flatnonzero((index.tokens > max_tokens) | (index.tiles > max_tiles))
+    truncate = _Truncator(source, index, oversized, tokenizer, geometry, max_tokens, max_tiles).truncate
     rows = parallel_map(truncate, len(oversized), processes, f"truncating long samples of {source.name}", _CHUNK)
     table = np.array(list(rows), np.int64).reshape(-1, 3)
     result = Truncations(oversized.astype(np.int64), *(np.ascontiguousarray(column) for column in table.T))

@@ -61,7 +61,9 @@ class Engine:
         self._channel, self._runner, num_blocks = prepare_rank(model, self.config)
         tensor_ranks = self.recipe.parallel.tensor_model_parallel_size
         self._scheduler = Scheduler(self.config, BlockAllocator(num_blocks), tensor_ranks)
-        self._geometry = ImageGeometry.of(self.recipe.model, self.recipe.data.image_aspect_ratio)
+        self._geometry = ImageGeometry.of(
+            self.recipe.model, self.recipe.data.image_aspect_ratio, self.recipe.data.multi_image_aspect_ratio
+        )
         self.max_sequence_length = max_sequence_length(model, self.config)
         """Prompt and generated tokens of a request at most."""
         self._condition = threading.Condition()

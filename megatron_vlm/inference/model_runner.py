@@ -37,7 +37,9 @@ class ModelRunner:
         self._engine_rank = engine_rank
         self.device = current_device()
         self._cache = PagedKVCache(num_blocks, config.inference_dynamic_batching_block_size)
-        self._geometry = ImageGeometry.of(self.recipe.model, self.recipe.data.image_aspect_ratio)
+        self._geometry = ImageGeometry.of(
+            self.recipe.model, self.recipe.data.image_aspect_ratio, self.recipe.data.multi_image_aspect_ratio
+        )
         self._features: dict[bytes, torch.Tensor] = {}
         """Hash of an image's tiles -> its features [image tokens, H], newlines included. The scheduler says when to
         drop them (StepPlan.forget)."""
@@ -114,7 +116,7 @@ class ModelRunner:
     def _encode(self, image: ImageToEncode) -> torch.Tensor:
         """Features of all tokens of an image, newlines included, on every tensor rank: [image tokens, H]."""
         image_tokens = RowFeatures(self._geometry)
-        image_tokens.add(image.size, 0)
+        image_tokens.add(image.size, 0, image.num_images)
         fields = image_tokens.fields()
         start, stop = tile_range(image_tokens.num_tiles, *tile_shard_rank(self.recipe.parallel))
         tokens = torch.zeros_like(fields["feature_positions"])

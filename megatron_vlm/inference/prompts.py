@@ -31,8 +31,10 @@ class PromptImage:
     """[t, 3, side, side] uint8"""
     size: Size
     """(width, height)"""
+    num_images: int
+    """Images of the prompt, which decide how each is tiled."""
     digest: bytes
-    """Hash of tiles and size: images with the same digest have the same features."""
+    """Hash of tiles, size and length: images with the same digest have the same features."""
 
 
 @dataclass
@@ -55,6 +57,8 @@ def encode(prompt: AnyPrompt, tokenizer: Tokenizer, geometry: ImageGeometry, mod
     if isinstance(prompt, TokenPrompt):
         ids = _checked_ids(prompt.token_ids, model)
         return EncodedPrompt(ids, context=ids[-_CONTEXT_TOKENS:])
+    num_images = len(prompt.images)
+    geometry = geometry.for_sample(num_images)
     lengths = [num_image_tokens(image.size, geometry) for image in prompt.images]
     context: list[int] = []
     if isinstance(prompt, AnsweredPrompt):
@@ -68,7 +72,7 @@ def encode(prompt: AnyPrompt, tokenizer: Tokenizer, geometry: ImageGeometry, mod
         ids, starts = _encode_text(prompt, tokenizer, lengths, model.image_token_index)
         context = [token for token in ids[-_CONTEXT_TOKENS:] if token != model.image_token_index]
     images = [
-        _prompt_image(start, length, extract_tiles(image, geometry), image.size)
+        _prompt_image(start, length, extract_tiles(image, geometry), image.size, num_images)
         for start, length, image in zip(starts, lengths, prompt.images, strict=True)
     ]
     return EncodedPrompt(ids, images, context)
@@ -107,15 +111,17 @@ def _encode_text(
     return ids, starts
 
 
-def _prompt_image(start: int, length: int, tiles: np.ndarray, size: Size) -> PromptImage:
-    digest = hashlib.blake2b(repr(size).encode(), digest_size=16)
+def _prompt_image(start: int, length: int, tiles: np.ndarray, size: Size, num_images: int) -> PromptImage:
+    digest = hashlib.blake2b(repr((size, length)).encode(), digest_size=16)
     digest.update(tiles.tobytes())
-    return PromptImage(start, length, tiles, size, digest.digest())
+    return PromptImage(start, length, tiles, size, num_images, digest.digest())
 
 
-def read_prompts(prompts: Sequence[Prompt], model: ModelConfig, aspect_ratio: str, tokenizer: Tokenizer) -> PackedBatch:
+def read_prompts(
+    prompts: Sequence[Prompt], model: ModelConfig, aspect_ratio: str, tokenizer: Tokenizer, multi_image: str = "same"
+) -> PackedBatch:
     """The prompts as one packed row, a document each. Raises ValueError like `encode`, naming the prompt."""
-    geometry = ImageGeometry.of(model, aspect_ratio)
+    geometry = ImageGeometry.of(model, aspect_ratio, multi_image)
     features = RowFeatures(geometry)
     ids: list[int] = []
     cu_seqlens, tiles = [0], []
@@ -126,7 +132,7 @@ def read_prompts(prompts: Sequence[Prompt], model: ModelConfig, aspect_ratio: st
             raise ValueError(f"prompt {number}: {error}") from error
         for image in encoded.images:
             tiles.append(image.tiles)
-            features.add(image.size, len(ids) + image.start)
+            features.add(image.size, len(ids) + image.start, image.num_images)
         ids += encoded.ids
         cu_seqlens.append(len(ids))
     tokens = torch.tensor(ids, dtype=torch.int64)

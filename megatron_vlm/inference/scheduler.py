@@ -235,5 +235,5 @@ class Scheduler:
             if begin >= end:
                 continue
             if not self._images.is_encoded(image.digest):
-                plan.encode.append(ImageToEncode(image.digest, image.tiles, image.size))
+                plan.encode.append(ImageToEncode(image.digest, image.tiles, image.size, image.num_images))
             plan.merge.append(ImageMerge(start + begin - first, image.digest, begin - image.start, end - begin))

@@ -30,6 +30,8 @@ class ImageToEncode:
     tiles: np.ndarray
     """[t, 3, side, side] uint8"""
     size: Size
+    num_images: int
+    """Images of its prompt."""
 
 
 @dataclass

@@ -44,6 +44,8 @@ def loader(recipe: Any, rank: int = 0, size: int = 1, consumed: int = 0, **kwarg
 
 
 def recipe_for(folder: Folder, tokenizer: Path, **settings: Any) -> Any:
+    """All images are tiled, also those of samples with several."""
+    settings = {"multi_image_aspect_ratio": "same", **settings}
     return make_recipe(folder.root / "train.json", folder.images, tokenizer, **settings)
 
 
@@ -190,7 +192,7 @@ def test_shards_give_the_same_batches_as_their_annotations(folder: Folder, token
     prepare_shards([folder.root / "train.json"], folder.images, tmp_path / "s", processes=1, size_limit=20000)
     plain = take(loader(recipe_for(folder, tokenizer)), 12)
     for workers in (0, 2):
-        recipe = make_recipe(tmp_path / "s", None, tokenizer, num_workers=workers)
+        recipe = make_recipe(tmp_path / "s", None, tokenizer, num_workers=workers, multi_image_aspect_ratio="same")
         for a, b in zip(plain, take(loader(recipe), 12), strict=True):
             assert_same(a, b)
 

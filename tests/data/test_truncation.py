@@ -36,8 +36,9 @@ def folder(tmp_path: Path) -> Folder:
 def read(folder: Folder, **settings: object) -> tuple[dict[str, str], dict[str, int], dict[str, object]]:
     """The supervised answers and the number of tiles of each sample, and the summary."""
     recipe = make_recipe(
-        folder.root / "train.json", folder.images, folder.root / "tokenizer", oversized_samples="truncate", **settings
-    )
+        folder.root / "train.json", folder.images, folder.root / "tokenizer", oversized_samples="truncate",
+        multi_image_aspect_ratio="same", **settings
+    )  # fmt: skip
     loader = build_loader(recipe, dp_rank=0, dp_size=1, consumed_rows=0, need_tiles=True)
     tokenizer = load_tokenizer(folder.root / "tokenizer")
     answers, tiles = {}, {}

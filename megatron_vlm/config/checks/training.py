@@ -19,14 +19,6 @@ def check_batch(recipe: Recipe, world_size: int) -> Iterator[Problem]:
             f"not divisible by tensor_model_parallel_size * context_parallel_size = {split}",
             f"Use {multiples_around(seq_length, split)}",
         )
-    trained_context = recipe.model.language.max_position_embeddings
-    if seq_length > trained_context >= 1:
-        yield Problem(
-            "data.seq_length",
-            seq_length,
-            f"longer than model.language.max_position_embeddings = {trained_context}",
-            f"Use at most {trained_context}, or raise max_position_embeddings to train on longer rows",
-        )
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     if chunks > 1 and stages == 1:
         yield Problem(

@@ -87,6 +87,8 @@ def feature_order(size: Size, geometry: ImageGeometry) -> np.ndarray:
             features = FIRST_BILINEAR - np.arange(rows * columns, dtype=np.int64).reshape(rows, columns)
         newline = np.full((rows, 1), NEWLINE, dtype=np.int64)
         order = np.concatenate([order, np.concatenate([features, newline], axis=1).reshape(-1)])
+    elif geometry.closing_newline:
+        order = np.append(order, NEWLINE)
     order.setflags(write=False)
     return order
 
@@ -125,16 +127,16 @@ def _interpolation(before: int, after: int) -> tuple[np.ndarray, np.ndarray, np.
 def num_image_tokens(size: Size, geometry: ImageGeometry) -> int:
     """Number of image tokens of an image: the length of its `feature_order`, without computing it.
 
-    Without tiling, P = patches_per_tile; else P + rows * (columns + 1) for the unpadded (and downsampled) patch grid,
-    where the 1 is the newline. `pack_image_features` of transformers returns as many features: LlavaNext's for anyres,
-    LlavaOnevision's for anyres_max_N.
+    Without tiling, P = patches_per_tile (P + 1 with a closing newline); else P + rows * (columns + 1) for the unpadded
+    (and downsampled) patch grid, where the 1 is the newline. `pack_image_features` of transformers returns as many
+    features: LlavaNext's for anyres, LlavaOnevision's for anyres_max_N.
 
     Args:
         size: upright (width, height) of the image.
         geometry: of tiles and patches.
     """
     if not geometry.tiled:
-        return geometry.patches_per_tile
+        return geometry.patches_per_tile + int(geometry.closing_newline)
     width, height = select_best_resolution(size, geometry.pinpoints)
     columns = width // geometry.tile_size * geometry.grid
     rows = height // geometry.tile_size * geometry.grid
@@ -155,18 +157,25 @@ class RowFeatures:
         self._bilinear_weights: list[np.ndarray] = []
         self._num_bilinear = 0
 
-    def add(self, size: Size, start: int) -> None:
-        """Add an image of `size` (width, height) whose first image token is at position `start` of the row."""
-        order = feature_order(size, self.geometry)
+    def add(self, size: Size, start: int, num_images: int = 1) -> None:
+        """Add an image.
+
+        Args:
+            size: upright (width, height).
+            start: position of its first image token in the row.
+            num_images: images of its sample, before any truncation.
+        """
+        geometry = self.geometry.for_sample(num_images)
+        order = feature_order(size, geometry)
         offset = self.num_tiles * self.geometry.patches_per_tile
         shifted = np.where(order >= 0, order + offset, np.where(order == NEWLINE, NEWLINE, order - self._num_bilinear))
         self._positions.append(np.arange(start, start + len(order)))
         self._sources.append(shifted)
-        sources, weights = bilinear_features(size, self.geometry)
+        sources, weights = bilinear_features(size, geometry)
         self._bilinear_sources.append(sources + offset)
         self._bilinear_weights.append(weights)
         self._num_bilinear += len(sources)
-        self.num_tiles += num_image_tiles(size, self.geometry)
+        self.num_tiles += num_image_tiles(size, geometry)
 
     def fields(self) -> dict[str, Any]:
         """Fields of PackedBatch: feature_positions and feature_sources; bilinear_* if there are bilinear features."""

@@ -11,7 +11,7 @@ quarter of the bytes of float32, and the values are the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 from typing import TYPE_CHECKING
@@ -48,13 +48,23 @@ class ImageGeometry:
     mean: tuple[float, float, float] = CLIP_MEAN
     """Of red, green and blue, in 0..1. Pixels are normalised with it, and `pad` pads with this colour."""
     std: tuple[float, float, float] = CLIP_STD
+    multi_image: str = "same"
+    """Of the images of a sample that has several, where one image is tiled: pad (one padded tile) or same."""
+    closing_newline: bool = False
+    """Whether the features of a single tile are followed by the newline."""
 
     @classmethod
-    def of(cls, model: ModelConfig, aspect_ratio: str) -> ImageGeometry:
-        """The geometry a model and data setting describe."""
+    def of(cls, model: ModelConfig, aspect_ratio: str, multi_image: str = "same") -> ImageGeometry:
+        """The geometry a model and the settings image_aspect_ratio and multi_image_aspect_ratio describe."""
         pinpoints = tuple((int(w), int(h)) for w, h in model.image_grid_pinpoints)
         vision = model.vision
-        return cls(vision.image_size, vision.grid, pinpoints, aspect_ratio, vision.image_mean, vision.image_std)
+        return cls(
+            vision.image_size, vision.grid, pinpoints, aspect_ratio, vision.image_mean, vision.image_std, multi_image
+        )
+
+    def for_sample(self, num_images: int) -> ImageGeometry:
+        """The geometry of each image of a sample that has so many, before any truncation."""
+        return _padded_tile(self) if num_images > 1 and self.tiled and self.multi_image == "pad" else self
 
     @property
     def patches_per_tile(self) -> int:
@@ -70,6 +80,12 @@ class ImageGeometry:
         """About how many patches the grid of an image is downsampled to under anyres_max_N; None: no downsampling."""
         tiles = self.aspect_ratio.removeprefix("anyres_max_")
         return int(tiles) * self.patches_per_tile if tiles.isdigit() else None
+
+
+@lru_cache(maxsize=16)
+def _padded_tile(geometry: ImageGeometry) -> ImageGeometry:
+    """One padded tile and a newline: LLaVA-NeXT's and LLaVA-OneVision's form of the images of a multi-image sample."""
+    return replace(geometry, aspect_ratio="pad", closing_newline=True)
 
 
 def select_best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vlm.config import Recipe
-from megatron_vlm.data.dataset import open_sources
+from megatron_vlm.data.dataset import max_sample_tokens, open_sources
 from megatron_vlm.data.errors import SampleError
 from megatron_vlm.data.length_index import REJECTED, LengthIndex
 from megatron_vlm.data.processing.conversation import IGNORE_INDEX, EncodedConversation, encode_conversation
@@ -115,11 +115,12 @@ class DataView:
         """
         sample = self.mixture.sources.sample(number)
         sizes = sample.measure_images()
-        counts = [num_image_tokens(size, self.geometry) for size in sizes]
+        geometry = self.geometry.for_sample(len(sizes))
+        counts = [num_image_tokens(size, geometry) for size in sizes]
         image_token = self.recipe.model.image_token_index
         encoded = encode_conversation(sample.turns, self.tokenizer, counts, image_token)
         images = [
-            ImageView(name, size, grid_of(size, self.geometry), num_image_tiles(size, self.geometry), start, count)
+            ImageView(name, size, grid_of(size, geometry), num_image_tiles(size, geometry), start, count)
             for name, size, start, count in zip(sample.image_names, sizes, encoded.image_starts, counts, strict=True)
         ]
         return SampleView(number, sample, encoded, images, list(self._spans(encoded, image_token)))
@@ -171,7 +172,7 @@ def find_suspects(view: DataView, indexes: list[LengthIndex], processes: int | N
     for source, index in zip(view.mixture.sources.sources, indexes, strict=True):
         found += [Suspect(source.name, r.index, r.sample_id, r.reason, r.message) for r in index.rejected]
         problems: dict[int, list[tuple[str, str]]] = defaultdict(list)
-        oversized = (index.tokens > data.seq_length) | (index.tiles > data.max_tiles_per_row)
+        oversized = (index.tokens > max_sample_tokens(view.recipe)) | (index.tiles > data.max_tiles_per_row)
         for sample in np.flatnonzero(oversized).tolist():
             message = f"{index.tokens[sample]} tokens, {index.tiles[sample]} tiles"
             problems[sample].append(("longer than a row", message))

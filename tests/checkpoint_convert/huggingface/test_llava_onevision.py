@@ -117,6 +117,32 @@ def test_logits_equal_those_of_transformers(converted: tuple[Path, Path, Any]) -
         assert not reduced["one tile"]
 
 
+@torch.no_grad()
+def test_several_images_equal_those_of_transformers(converted: tuple[Path, Path, Any]) -> None:
+    """In a sample with several images, each is one padded tile with a newline."""
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    source, megatron, reference = converted
+    images = [picture(size, seed) for seed, size in enumerate(SIZES.values())]
+    with load_engine(megatron) as engine:
+        model, data = engine.recipe.model, engine.recipe.data
+        assert data.multi_image_aspect_ratio == "pad"
+        prompt = Prompt([Turn("human", "<image>\n" * len(images) + "Which?")], images)
+        batch = read_prompts([prompt], model, data.image_aspect_ratio, engine.tokenizer, data.multi_image_aspect_ratio)
+        assert batch.tiles is not None and len(batch.tiles) == len(images)
+        tiles = normalise_tiles(batch.tiles, model.vision.image_mean, model.vision.image_std)
+        processor = LlavaOnevisionImageProcessorPil.from_pretrained(source)
+        inputs = processor([images], return_tensors="pt", do_pad=False)
+        assert inputs["batch_num_images"].tolist() == [len(images)]
+        theirs = inputs["pixel_values"].reshape(tiles.shape)
+        assert (theirs - tiles).abs().max() < 0.1, "transformers pads with 127, not 127.5, of the mean colour"
+        wanted = reference(input_ids=batch.tokens[None], **inputs | {"pixel_values": tiles[:, None]}).logits[0]
+        assert (our_logits(engine.model, batch) - wanted).abs().max() < TOLERANCE
+        (answer,) = engine.generate([prompt], 3)
+        expected = wanted[-1].argmax()
+        assert answer[0] == expected, "the engine encodes them the same"
+
+
 def test_tiles_and_token_counts_equal_those_of_the_processor(converted: tuple[Path, Path, Any]) -> None:
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
