@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vlm.config import PARTS, Recipe
 from megatron_vlm.model.vlm import VisionLanguageModel
+from megatron_vlm.runtime.fused_weight_gradient import fuse_weight_gradients
 
 
 def wrap_for_data_parallel(chunks: list[VisionLanguageModel], recipe: Recipe) -> list[DistributedDataParallel]:
@@ -30,6 +31,7 @@ def wrap_for_data_parallel(chunks: list[VisionLanguageModel], recipe: Recipe) ->
         bucket_size=parallel.ddp_bucket_size,
     )
     wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
+    fuse_weight_gradients(chunks, torch.bfloat16 if recipe.training.bf16 else torch.float32)
     config = chunks[0].config
     if parallel.overlap_grad_reduce:
         hooks = [chunk.no_sync for chunk in wrapped]

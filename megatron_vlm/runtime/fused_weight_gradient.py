@@ -1,0 +1,56 @@
+"""Weight gradients of megatron-core's linear layers accumulated into fp32 by the matrix product itself.
+
+Otherwise each product writes a bf16 gradient, which is then read, converted and added to the fp32 gradient buffer.
+megatron-core does this with a CUDA extension (`gradient_accumulation_fusion`); where that is not installed, torch's
+`addmm` with an fp32 output takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from megatron.core.tensor_parallel import layers
+
+from megatron_vlm.runtime.device import current_device
+
+
+def accumulate_weight_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """main_grad [out, in] += grad_output [n, out]^T inputs [n, in], in place; main_grad is fp32."""
+    if inputs.dtype == main_grad.dtype:
+        main_grad.addmm_(grad_output.t(), inputs)
+    else:
+        torch.addmm(main_grad, grad_output.t(), inputs, out_dtype=torch.float32, out=main_grad)
+
+
+class _TorchExtension:
+    """Has the function of the extension fused_weight_gradient_mlp_cuda that fp32 gradient buffers need."""
+
+    wgrad_gemm_accum_fp32 = staticmethod(accumulate_weight_gradient)
+
+
+def is_supported(dtype: torch.dtype) -> bool:
+    """Whether this torch multiplies matrices of `dtype` into fp32 on this device (from 2.11 on, on GPUs)."""
+    main_grad = torch.zeros(8, 8, device=current_device())
+    factor = main_grad.to(dtype)
+    try:
+        accumulate_weight_gradient(factor, factor, main_grad)
+    except (TypeError, RuntimeError):  # no such argument, or not on this device
+        return False
+    return True
+
+
+def fuse_weight_gradients(chunks: Iterable[torch.nn.Module], dtype: torch.dtype) -> bool:
+    """Let the linear layers of model chunks accumulate into `main_grad`, which DDP must have set before.
+
+    Returns whether they do: not if neither the extension nor this torch can.
+    """
+    if not layers._grad_accum_fusion_available:
+        if not is_supported(dtype):
+            return False
+        layers.fused_weight_gradient_mlp_cuda = _TorchExtension
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, layers.ColumnParallelLinear | layers.RowParallelLinear):
+                module.gradient_accumulation_fusion = True
+    return True
