@@ -77,7 +77,7 @@ class PackedLoop:
 
     def __init__(self, weights: torch.nn.Module, recipe: Recipe) -> None:
         self.recipe = recipe
-        (model,) = chunks = build_model(recipe)
+        (model,) = chunks = build_model(recipe, for_training=True)
         state = weights.state_dict().items()
         tensors = {ours: tensor for name, tensor in state if (ours := canonical_name(name, "llava"))}
         tensors.pop("language_model.lm_head.weight")  # tied

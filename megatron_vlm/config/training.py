@@ -105,6 +105,19 @@ class TrainingConfig:
     vision_attention_backend: AttentionBackend | None = field(
         default=None, metadata={"help": "Attention kernel of the vision tower; default: attention_backend."}
     )
+    transformer_impl: Literal["local", "transformer_engine"] = field(
+        default="local",
+        metadata={"help": "Linear layers of the language model: megatron-core's own, or Transformer Engine's."},
+    )
+    fp8_format: Literal["e4m3", "hybrid"] | None = field(
+        default=None,
+        metadata={
+            "help": "FP8 in the language model's qkv, fc1 and fc2 (transformer_engine): e4m3, or e5m2 for gradients."
+        },
+    )
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = field(
+        default="delayed", metadata={"help": "How FP8 tensors are scaled; delayed is the fastest on an H200."}
+    )
     recompute_granularity: Literal["full", "selective"] | None = field(
         default=None,
         metadata={

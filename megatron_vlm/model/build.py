@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,6 +93,8 @@ def language_transformer_config(recipe: Recipe) -> TransformerConfig:
         overlap_p2p_comm=virtual > 1,
         batch_p2p_comm=virtual == 1,
         calculate_per_token_loss=True,
+        fp8=recipe.training.fp8_format,
+        fp8_recipe=recipe.training.fp8_recipe,
         **_shared_settings(recipe),
     )
 
@@ -115,12 +118,35 @@ def vision_transformer_config(recipe: Recipe) -> TransformerConfig:
     )
 
 
-def build_model(recipe: Recipe, device: torch.device | None = None) -> list[VisionLanguageModel]:
+def _with_kernels_of_this_machine(recipe: Recipe) -> Recipe:
+    """A recipe that asks for no kernel: a checkpoint may come from a machine with others."""
+    training = replace(
+        recipe.training,
+        attention_backend="auto",
+        vision_attention_backend=None,
+        transformer_impl="local",
+        fp8_format=None,
+    )
+    return replace(recipe, training=training)
+
+
+def build_model(
+    recipe: Recipe, device: torch.device | None = None, *, for_training: bool = False
+) -> list[VisionLanguageModel]:
     """Build this rank's model chunks: one, or one per virtual stage. The weights are uninitialised.
 
-    Process groups must exist (runtime.launch) and the recipe must have passed check_recipe. `device` is this rank's
-    own by default; on the meta device the model has names and shapes but no memory.
+    Process groups must exist (runtime.launch) and the recipe must have passed check_recipe.
+
+    Args:
+        recipe: of the model and its parallel layout.
+        device: this rank's own by default; on the meta device the model has names and shapes but no memory.
+        for_training: use the kernels that the recipe names; otherwise those that work on this machine.
+
+    Raises:
+        ConfigError: `for_training`, and a kernel that the recipe names does not work here.
     """
+    if not for_training:
+        recipe = _with_kernels_of_this_machine(recipe)
     config, vision_config = language_transformer_config(recipe), vision_transformer_config(recipe)
     groups = vision_groups(recipe.parallel)
     virtual = recipe.parallel.virtual_pipeline_model_parallel_size

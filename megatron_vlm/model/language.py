@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vlm.config import LanguageConfig
 from megatron_vlm.model.attention_kernels import Kernel
 from megatron_vlm.model.layer_spec import block_spec
+from megatron_vlm.model.linear_layers import LinearLayers
 from megatron_vlm.model.loss import LossHead
 from megatron_vlm.model.norm import LANGUAGE_NORMS
 from megatron_vlm.model.packed_sequence import PackedSequence
@@ -29,6 +30,7 @@ class LanguageModel(LanguageModule):
         config: TransformerConfig,
         language: LanguageConfig,
         kernel: Kernel,
+        linears: LinearLayers,
         *,
         pre_process: bool,
         post_process: bool,
@@ -45,7 +47,7 @@ class LanguageModel(LanguageModule):
         layers = get_num_layers_to_build(config, vp_stage)
         self.decoder = TransformerBlock(
             config,
-            block_spec(LANGUAGE_NORMS[language.normalization], layers, kernel),
+            block_spec(LANGUAGE_NORMS[language.normalization], layers, kernel, linears),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,

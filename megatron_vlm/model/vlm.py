@@ -21,6 +21,7 @@ from megatron_vlm.data.rank_batch import AnyBatch, RankBatch, rank_batch
 from megatron_vlm.model.attention_backend import choose_attention
 from megatron_vlm.model.image_merge import encode_tiles, merge_image_features
 from megatron_vlm.model.language import LanguageModel
+from megatron_vlm.model.linear_layers import linear_layers
 from megatron_vlm.model.packed_sequence import PackedSequence, packed_sequence, rotary_tables
 from megatron_vlm.model.projector import Projector
 from megatron_vlm.model.rank_view import rank_view
@@ -48,7 +49,13 @@ class VisionLanguageModel(MegatronModule):
         self.view = rank_view(recipe)
         kernel = choose_attention(recipe, "language").kernel
         self.language_model = LanguageModel(
-            config, recipe.model.language, kernel, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+            config,
+            recipe.model.language,
+            kernel,
+            linear_layers(recipe),
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
         )
         # The pipeline schedule and the gradient finalizer read these from the outermost module.
         self.model_type = self.language_model.model_type

@@ -43,14 +43,17 @@ def is_supported(dtype: torch.dtype) -> bool:
 def fuse_weight_gradients(chunks: Iterable[torch.nn.Module], dtype: torch.dtype) -> bool:
     """Let the linear layers of model chunks accumulate into `main_grad`, which DDP must have set before.
 
-    Returns whether they do: not if neither the extension nor this torch can.
+    Transformer Engine's can by themselves. Returns whether megatron-core's do: not if neither the extension nor this
+    torch can.
     """
-    if not layers._grad_accum_fusion_available:
-        if not is_supported(dtype):
-            return False
+    fused = layers._grad_accum_fusion_available
+    if not fused and is_supported(dtype):
         layers.fused_weight_gradient_mlp_cuda = _TorchExtension
+        fused = True
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, layers.ColumnParallelLinear | layers.RowParallelLinear):
-                module.gradient_accumulation_fusion = True
-    return True
+                module.gradient_accumulation_fusion = fused
+            elif hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
+    return fused

@@ -65,7 +65,7 @@ class Trainer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.ranks = recipe, parallel_ranks()
         self.fingerprint = load_tokenizer(recipe.data.tokenizer_model).fingerprint
-        chunks = build_model(recipe)
+        chunks = build_model(recipe, for_training=True)
         self.progress = Progress(tokenizer_fingerprint=self.fingerprint)
         resume_from = self._load_initial_weights(chunks)
         self.chunks = wrap_for_data_parallel(chunks, recipe)

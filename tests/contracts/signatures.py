@@ -84,7 +84,24 @@ TE_FORWARD = (
               "score_mod_bprop_tensors=None, qkv_layer=None, kv_layer=None, qkv_interleave_dim=-3, "
               "thd_attention_policies=None, thd_attention_policy_dispatch='auto'"),
 )  # fmt: skip
-ALL = (*FLASH_ATTN_2, *FLASH_ATTN_3, *AITER, *TE_INIT, *TE_FORWARD)
+_TE_LINEAR = (
+    "self, in_features, out_features, sequence_parallel=False, fuse_wgrad_accumulation=False, tp_group=None, "
+    "tp_size=1, get_rng_state_tracker=None, rng_tracker_name=None, init_method=None, bias=True, return_bias=False, "
+    "params_dtype=None, parallel_mode=None, parameters_split=None, device='cuda', ub_overlap_ag=False, "
+    "ub_overlap_rs=False, ub_overlap_rs_dgrad=False, ub_bulk_dgrad=False, ub_bulk_wgrad=False, ub_name=None, "
+    "delay_wgrad_compute=False, symmetric_ar_type=None, save_original_input=False, name=None"
+)
+_TE_VERSIONS = ("2.11.0", "2.20.2")
+TE_LINEAR = tuple(
+    Published("transformer-engine", version, "transformer_engine/pytorch/module/linear.py", "Linear.__init__",
+              _TE_LINEAR) for version in _TE_VERSIONS
+)  # fmt: skip
+TE_AUTOCAST = tuple(
+    Published("transformer-engine", version, "transformer_engine/pytorch/quantization.py", "fp8_autocast",
+              "enabled=True, calibrating=False, fp8_recipe=None, fp8_group=None, _graph=False")
+    for version in _TE_VERSIONS
+)  # fmt: skip
+ALL = (*FLASH_ATTN_2, *FLASH_ATTN_3, *AITER, *TE_INIT, *TE_FORWARD, *TE_LINEAR, *TE_AUTOCAST)
 
 
 def with_signature(published: Published, body: Any) -> Any:

@@ -79,3 +79,29 @@ def test_packages_export_the_function(published: Published, downloads: Path) -> 
     exported = _source(archive, published.path.partition("/")[0] + "/__init__.py")
     module = published.path.removesuffix(".py").partition("/")[2].replace("/", ".")
     assert published.name in exported or f"from .{module} import *" in exported
+
+
+@pytest.mark.parametrize("published", signatures.TE_AUTOCAST, ids=lambda item: item.version)
+def test_transformer_engine_exports_what_we_import(published: Published, downloads: Path) -> None:
+    exported = _source(
+        _archive(downloads, published.package, published.version), "transformer_engine/pytorch/__init__.py"
+    )
+    for name in ("DotProductAttention", "fp8_autocast", "Linear"):
+        assert f"import {name}\n" in exported, name
+
+
+@pytest.mark.parametrize("published", signatures.TE_LINEAR, ids=lambda item: item.version)
+def test_weight_gradients_are_fused_by_an_attribute(published: Published, downloads: Path) -> None:
+    """It is set after DDP has made the gradient buffers: the layer must read it at every call."""
+    source = _source(_archive(downloads, published.package, published.version), published.path)
+    (layer,) = [item for item in ast.parse(source).body if isinstance(item, ast.ClassDef) and item.name == "Linear"]
+    reads = [
+        node
+        for method in layer.body
+        if isinstance(method, ast.FunctionDef) and method.name != "__init__"
+        for node in ast.walk(method)
+        if isinstance(node, ast.Attribute) and node.attr == "fuse_wgrad_accumulation"
+    ]
+    (init,) = [item for item in layer.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+    assert "self.fuse_wgrad_accumulation = fuse_wgrad_accumulation" in ast.unparse(init)
+    assert reads
