@@ -59,13 +59,14 @@ test-full: lint  ## the same and the tests that take minutes
 docs: $(READY)  ## the documentation site, into site/; every link is checked
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-gpu-check: $(READY)  ## on a machine with a GPU: the tests that need one, then the step and its loader at the real size
+gpu-check: $(READY)  ## on a machine with a GPU: the tests that need one, then attention, the step, its loader and the real command
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 	    echo "make gpu-check: torch finds no GPU here. Nothing was checked."; exit 1; }
 	$(PY) -m pytest -q -m gpu tests/gpu
 	$(PY) -W ignore -m benchmarks.attention
 	$(PY) -W ignore -m benchmarks.real_size
 	$(PY) -W ignore -m benchmarks.feeding
+	$(PY) -W ignore -m benchmarks.real_run
 
 bench: $(READY)  ## the benchmarks; tables here, JSON in benchmarks/results
 	for benchmark in $(BENCHMARKS); do $(PY) -W ignore -m benchmarks.$$benchmark || exit 1; done

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
 
 from tests.gpu import run_linear_layers, run_step
-from tests.support.launch import launch
+from tests.support.launch import ROOT, launch
+
+
+def test_every_benchmark_of_gpu_check_has_a_test_on_a_cpu() -> None:
+    lines = (ROOT / "Makefile").read_text().partition("\ngpu-check:")[2].partition("\n\n")[0]
+    names = re.findall(r"-m benchmarks\.(\w+)", lines)
+    assert {"attention", "real_size", "feeding", "real_run"} <= set(names)
+    for name in names:
+        assert f'"benchmarks.{name}"' in (ROOT / "tests" / "benchmarks" / f"test_{name}.py").read_text(), name
 
 
 def test_steps_of_the_test_model(tmp_path: Path) -> None:
