@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -27,7 +28,12 @@ def block_spec(
     layer.submodules.sharded_state_dict_keys_map = {}
     layer.submodules.self_attention.submodules.core_attention = partial(PackedAttention, kernel=kernel)
     if linears is not None:
-        attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+        attention, mlp = layer.submodules.self_attention.submodules, _submodules(layer.submodules.mlp)
         attention.linear_qkv, attention.linear_proj = linears.qkv, linears.out
         mlp.linear_fc1, mlp.linear_fc2 = linears.fc1, linears.fc2
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def _submodules(spec: Any) -> Any:
+    """Of a module in a layer spec: a ModuleSpec in megatron-core 0.16, a partial function in 0.19."""
+    return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
