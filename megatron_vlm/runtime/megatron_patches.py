@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -50,10 +50,26 @@ def install() -> None:
         if not on_gpu():
             _redirect_cuda_calls()
             _redirect_cuda_devices()
-            import megatron.core.tensor_parallel.random as megatron_random
+            with _without_compiler():
+                import megatron.core.tensor_parallel.random as megatron_random
 
             megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
         install_fused_adam()
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Inside the block, torch.compile returns functions as they are.
+
+    megatron-core compiles its fused operations, which loads torch's compiler: half of the time that the import takes.
+    On a CPU nothing of ours calls them.
+    """
+    compiler = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)  # type: ignore
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 def _redirect_cuda_calls() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,7 +30,11 @@ def _gather_reduced_buffers(chunk: Any) -> None:
 
 def local_gradients(chunks: list[Any]) -> list[Shard]:
     """This rank's shards of the reduced gradients, before clipping, without frozen parameters."""
-    shards: list[Shard] = []
+    return [(name, shape, offset, data.clone()) for name, shape, offset, data in iter_gradients(chunks)]
+
+
+def iter_gradients(chunks: list[Any]) -> Iterator[Shard]:
+    """The same, one at a time and without a copy."""
     for chunk in chunks:
         _gather_reduced_buffers(chunk)
         state = model_sharded_state_dict(chunk)
@@ -41,12 +46,11 @@ def local_gradients(chunks: list[Any]) -> list[Shard]:
                 entry.data = parameter.main_grad
                 kept[name] = entry
         apply_factories(kept)
-        shards += [_shard(tensor) for tensor in all_sharded_tensors(kept)]
-    return shards
+        yield from map(_shard, all_sharded_tensors(kept))
 
 
 def _shard(tensor: ShardedTensor) -> Shard:
-    data = tensor.data.detach().float().clone()
+    data = tensor.data.detach().float()
     return tensor.key, tuple(tensor.global_shape), tuple(tensor.global_offset), data[(None,) * tensor.prepend_axis_num]
 
 

@@ -15,3 +15,15 @@ def test_known_noise_is_hidden_and_useful_warnings_are_shown() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, check=True)
     shown = [line for line in done.stderr.splitlines() if "Warning: " in line]
     assert len(shown) == 1 and "core_attn recompute is really needed" in shown[0], done.stderr
+
+
+def test_torchs_compiler_is_not_loaded_on_a_cpu() -> None:
+    """It takes as long as everything else of a rank's start."""
+    script = (
+        "import sys, torch\n"
+        "import megatron_vlm.training.trainer\n"
+        "loaded = [name for name in ('torch._dynamo', 'torch._inductor.compile_fx') if name in sys.modules]\n"
+        "assert torch.compile.__module__ == 'torch'\n"
+        "assert torch.cuda.is_available() or not loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], timeout=240, check=True)

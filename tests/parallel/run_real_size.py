@@ -1,0 +1,133 @@
+"""Instella-VL-1B at its real size on CPUs: the gradients of one row, and one optimizer step of stage 1, on the disk.
+
+torchrun --nproc-per-node N -m tests.parallel.run_real_size FOLDER [SEQ_LENGTH]      N is the tensor-parallel size
+
+FOLDER/gradients and FOLDER/stage1 get one .npy file per tensor, whatever the layout, and FOLDER/report.json the rest.
+Nothing is gathered: ranks write their shards into the files.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+import megatron_vlm.runtime.megatron_patches  # noqa: F401
+
+# isort: split
+from megatron.core import tensor_parallel
+
+from benchmarks.instruct_samples import InstructRows
+from megatron_vlm.config import Recipe, check_recipe, load_recipe
+from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.model.build import build_model
+from megatron_vlm.model.initialize import all_sharded_tensors, initialize_weights
+from megatron_vlm.model.sharding import model_sharded_state_dict
+from megatron_vlm.runtime.launch import process_group
+from megatron_vlm.runtime.process_groups import destroy_groups, initialize_groups
+from megatron_vlm.training.finite_update import update
+from megatron_vlm.training.optimizer import build_optimizer, wrap_for_data_parallel
+from megatron_vlm.training.step import forward_backward, global_loss
+from tests.parallel.gradients import Shard, iter_gradients
+
+CONFIG = Path(__file__).parents[2] / "examples/instellavl/instruct.yaml"
+MAX_TILES = 12
+
+
+def real_recipe(ranks: int, seq_length: int) -> Recipe:
+    """The published model in fp32, one row per step, every layer recomputed."""
+    recipe = load_recipe(CONFIG)
+    recipe.parallel.tensor_model_parallel_size = ranks
+    recipe.parallel.use_distributed_optimizer = True
+    recipe.data.seq_length, recipe.data.max_tiles_per_row = seq_length, MAX_TILES
+    training = recipe.training
+    training.bf16, training.global_batch_size, training.recompute_granularity = False, 1, "full"
+    return recipe
+
+
+def write(folder: Path, shards: Iterable[Shard]) -> None:
+    """Write this rank's shards; every rank calls this with the same tensors in the same order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, shape, offset, data in shards:
+        path = folder / f"{name}.npy"
+        if dist.get_rank() == 0 and not path.exists():
+            np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+        dist.barrier()
+        file = np.lib.format.open_memmap(path, "r+")
+        file[tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))] = data.numpy()
+        file.flush()
+        del file
+
+
+def _train(recipe: Recipe, row: PackedBatch) -> tuple[list[Any], float, float]:
+    initialize_groups(recipe.parallel)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    chunks = build_model(recipe)
+    initialize_weights(chunks, recipe)
+    wrapped = wrap_for_data_parallel(chunks, recipe)
+    started = time.monotonic()
+    loss, _ = global_loss(forward_backward(wrapped, [iter([row])], recipe))
+    return wrapped, loss, time.monotonic() - started
+
+
+def gradients(recipe: Recipe, row: PackedBatch, folder: Path) -> dict[str, Any]:
+    """Forward and backward through all parts."""
+    chunks, loss, seconds = _train(recipe, row)
+    write(folder, iter_gradients(chunks))
+    destroy_groups()
+    return {"loss": loss, "seconds": seconds}
+
+
+def stage1(recipe: Recipe, row: PackedBatch, folder: Path) -> dict[str, Any]:
+    """One complete optimizer step with the projector alone trained; its new weights are written."""
+    recipe.training.trainable = ["projector"]
+    chunks, loss, seconds = _train(recipe, row)
+    optimizer = build_optimizer(chunks, recipe)
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.training.lr
+    updated, norm = update(optimizer, loss)
+    shards: list[Shard] = []
+    for chunk in chunks:
+        state = model_sharded_state_dict(chunk)
+        kept = {name: entry for name, entry in state.items() if name.startswith("projector")}
+        shards += [
+            (t.key, tuple(t.global_shape), tuple(t.global_offset), t.data.detach()[(None,) * t.prepend_axis_num])
+            for t in all_sharded_tensors(kept)
+        ]
+    write(folder, shards)
+    destroy_groups()
+    return {"loss": loss, "grad_norm": norm, "updated": updated, "seconds": seconds}
+
+
+def main(folder: Path, seq_length: int) -> None:
+    with process_group(timeout_minutes=60):
+        recipe = real_recipe(dist.get_world_size(), seq_length)
+        check_recipe(recipe, dist.get_world_size())
+        rows = InstructRows(recipe.model, seq_length, MAX_TILES)
+        row = rows.pack(rows.samples(0))
+        report: dict[str, Any] = {
+            "tokens": row.num_tokens,
+            "tiles": row.num_tiles,
+            "documents": len(row.cu_seqlens) - 1,
+        }
+        report["stage1"] = stage1(recipe, row, folder / "stage1")
+        gc.collect()
+        recipe.training.trainable = ["vision", "projector", "language"]
+        report["gradients"] = gradients(recipe, row, folder / "gradients")
+        peaks: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(peaks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        report["peak_bytes"] = peaks
+        if dist.get_rank() == 0:
+            (folder / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 4096)
