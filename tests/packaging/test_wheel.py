@@ -82,6 +82,7 @@ def test_files_of_the_wheel(wheel: Path) -> None:
     assert tops == {"megatron_vlm", "checkpoint_convert", "instellavl"}
     assert {f"{package}/py.typed" for package in tops} <= set(names)
     assert "megatron_vlm/commands/published_datasets.csv" in names
+    assert "megatron_vlm/inference/server/chat_page.html" in names
 
 
 def test_data_commands_without_megatron_core(environment: Environment, wheel: Path, work: Path) -> None:

@@ -15,6 +15,7 @@ from megatron_vlm.inference.server.errors import add_error_handlers
 from megatron_vlm.inference.server.limits import Limits
 from megatron_vlm.inference.server.megatron_api import megatron_router
 from megatron_vlm.inference.server.metrics import CONTENT_TYPE
+from megatron_vlm.inference.server.page import page_router
 
 _DESCRIPTION = "Text generation from text and images: OpenAI's protocol, and that of Megatron-LM's server."
 
@@ -26,6 +27,7 @@ def create_app(backend: Backend) -> FastAPI:
     app.include_router(chat_router(backend))
     app.include_router(completions_router(backend))
     app.include_router(megatron_router(backend))
+    app.include_router(page_router())
     _add_information(app, backend)
     routes = [route.path for route in app.routes if hasattr(route, "path")]
     app.add_middleware(Limits, settings=backend.settings, metrics=backend.metrics, routes=routes)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import http.client
 import ipaddress
-import socket
 import ssl
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from socket import SHUT_RDWR, SOCK_STREAM, create_connection, getaddrinfo
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from megatron_vlm.inference.server.errors import ApiError
@@ -112,7 +112,7 @@ def _port(parts: SplitResult) -> int:
 def _resolve(parts: SplitResult) -> str:
     """The address to connect to. Raises _Rejected unless all addresses of the name are public."""
     try:
-        found = socket.getaddrinfo(parts.hostname, _port(parts), type=socket.SOCK_STREAM)
+        found = getaddrinfo(parts.hostname, _port(parts), type=SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise _Rejected(f"there is no host {parts.hostname}") from error
     addresses = [str(entry[4][0]) for entry in found]
@@ -124,9 +124,9 @@ def _resolve(parts: SplitResult) -> str:
 def _get(parts: SplitResult, address: str, max_bytes: int, deadline: float) -> bytes | str:
     """The content, or where the server redirects to."""
     connection = http.client.HTTPConnection(parts.netloc)
-    with socket.create_connection((address, _port(parts)), max(0.1, deadline - time.monotonic())) as plain:
+    with create_connection((address, _port(parts)), max(0.1, deadline - time.monotonic())) as plain:
         # A timeout of the socket begins again with every byte; this one does not.
-        timer = threading.Timer(max(0.0, deadline - time.monotonic()), plain.shutdown, [socket.SHUT_RDWR])
+        timer = threading.Timer(max(0.0, deadline - time.monotonic()), plain.shutdown, [SHUT_RDWR])
         timer.daemon = True
         timer.start()
         try:
