@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 Part = Literal["vision", "projector", "language"]
 LossNormalization = Literal["token", "sample", "sqrt"]
+RecomputeModule = Literal["core_attn", "mlp"]
+DEFAULT_RECOMPUTE_MODULES: tuple[RecomputeModule, ...] = ("mlp",)
 PARTS: tuple[Part, ...] = get_args(Part)
 """The parts of a model, in the order of computation."""
 
@@ -121,8 +123,20 @@ class TrainingConfig:
     recompute_granularity: Literal["full", "selective"] | None = field(
         default=None,
         metadata={
-            "help": "Activations to recompute in backward: all of a layer (full), or only core attention (selective)."
+            "help": "What backward recomputes: whole layers (full), or the recompute_modules of each (selective)."
         },
+    )
+    recompute_modules: list[RecomputeModule] | None = field(
+        default=None,
+        metadata={"help": "What selective recomputes of each language layer: core_attn, mlp or both; default: mlp."},
+    )
+    recompute_num_layers: int | None = field(
+        default=None,
+        metadata={"help": "Language layers of each pipeline stage that full recomputes; default: all."},
+    )
+    recompute_vision: bool | None = field(
+        default=None,
+        metadata={"help": "Recompute the layers of the vision tower; default: if recompute_granularity is full."},
     )
     save: str | None = field(
         default=None, metadata={"help": "Folder for checkpoints, metrics.jsonl and TensorBoard logs."}
@@ -180,3 +194,10 @@ class TrainingConfig:
     def wsd_decay_iters(self) -> int:
         """Iterations of the decay at the end, for lr_decay_style WSD."""
         return max(1, self.train_iters // 10) if self.lr_wsd_decay_iters is None else self.lr_wsd_decay_iters
+
+    @property
+    def recomputes_vision(self) -> bool:
+        """Whether the layers of the vision tower are recomputed, if it is trained."""
+        if self.recompute_vision is None:
+            return self.recompute_granularity == "full"
+        return self.recompute_vision

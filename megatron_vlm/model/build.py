@@ -6,12 +6,14 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import megatron.core.package_info
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vlm.config import Recipe
+from megatron_vlm.config import Recipe, TrainingConfig
+from megatron_vlm.config.training import DEFAULT_RECOMPUTE_MODULES
 from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.planner.balance import layers_per_stage
 from megatron_vlm.runtime.device import current_device, fused, on_gpu
@@ -34,7 +36,6 @@ _ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": t
 
 def _shared_settings(recipe: Recipe) -> dict[str, Any]:
     dtype = torch.bfloat16 if recipe.training.bf16 else torch.float32
-    recompute = recipe.training.recompute_granularity
     return {
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -48,9 +49,25 @@ def _shared_settings(recipe: Recipe) -> dict[str, Any]:
         "persist_layer_norm": False,
         "bias_dropout_fusion": False,
         "apply_rope_fusion": False,
-        "recompute_granularity": recompute,
-        **({"recompute_method": "uniform", "recompute_num_layers": 1} if recompute == "full" else {}),
     }
+
+
+_FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _language_recompute(training: TrainingConfig) -> dict[str, Any]:
+    if training.recompute_granularity == "selective":
+        modules = list(training.recompute_modules or DEFAULT_RECOMPUTE_MODULES)
+        return {"recompute_granularity": "selective", "recompute_modules": modules}
+    if training.recompute_granularity is None:
+        return {}
+    layers = training.recompute_num_layers
+    return _FULL_RECOMPUTE | ({"recompute_method": "block", "recompute_num_layers": layers} if layers else {})
+
+
+def _vision_recompute(training: TrainingConfig) -> dict[str, Any]:
+    """Of a frozen tower nothing is kept, so that there is nothing to recompute."""
+    return _FULL_RECOMPUTE if training.recomputes_vision and "vision" in training.trainable else {}
 
 
 def _pipeline_layout(recipe: Recipe) -> list[list[str]] | None:
@@ -92,9 +109,13 @@ def language_transformer_config(recipe: Recipe) -> TransformerConfig:
         # in the wrong order from the third micro-batch on, so the interleaved schedule sends them one by one.
         overlap_p2p_comm=virtual > 1,
         batch_p2p_comm=virtual == 1,
+        # What a stage has sent is needed for its graph alone: without this its data stays until the row's backward.
+        # megatron-core 0.16 frees it in the interleaved schedule before it is sent, and trains on garbage.
+        deallocate_pipeline_outputs=virtual == 1 or megatron.core.package_info.MINOR >= 19,
         calculate_per_token_loss=True,
         fp8=recipe.training.fp8_format,
         fp8_recipe=recipe.training.fp8_recipe,
+        **_language_recompute(recipe.training),
         **_shared_settings(recipe),
     )
 
@@ -114,6 +135,7 @@ def vision_transformer_config(recipe: Recipe) -> TransformerConfig:
         add_bias_linear=True,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size if tensor_parallel else 1,
         sequence_parallel=tensor_parallel and parallel.sequence_parallel,
+        **_vision_recompute(recipe.training),
         **_shared_settings(recipe),
     )
 

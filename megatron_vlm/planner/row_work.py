@@ -54,8 +54,8 @@ def row_work(recipe: Recipe, shape: RowShape | None = None) -> RowWork:
     if training.recompute_granularity == "full":  # one forward pass more
         passes = 2 + ("language" in training.trainable)
         layer *= (passes + 1) / passes
-        if "vision" in training.trainable:
-            tower *= 4 / 3
+    if training.recomputes_vision and "vision" in training.trainable:
+        tower *= 4 / 3
     # Three matrix products: logits, and the gradients of hidden states and of the weight, which may be frozen.
     products = 2 + ("language" in training.trainable)
     head = products * 2 * model.language.hidden_size * model.language.vocab_size * shape.supervised_tokens

@@ -39,6 +39,18 @@ CASES = [
         "parallel.overlap_param_gather = True",
         "Set overlap_grad_reduce = true",
     ),
+    (
+        {"training.recompute_modules": ["mlp"]},
+        1,
+        "training.recompute_modules = ['mlp']",
+        "Set recompute_granularity = selective, or leave recompute_modules out",
+    ),
+    (
+        {"training.recompute_num_layers": 2, "training.recompute_granularity": "selective"},
+        1,
+        "training.recompute_num_layers = 2",
+        "Set recompute_granularity = full",
+    ),
     ({"training.min_lr": 1e-3, "training.lr": 1e-4}, 1, "training.min_lr = 0.001", "at most 0.0001"),
     (
         {"training.min_lr": 1e-5, "training.lr": 1e-4, "training.vision_lr": 2e-6},

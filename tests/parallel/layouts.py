@@ -24,6 +24,9 @@ class Layout:
     recompute: str | None = None
     family: str = "clip-olmo"
     loss: str = "token"
+    modules: tuple[str, ...] = ()
+    """recompute_modules, where `recompute` is selective."""
+    recompute_layers: int | None = None
     stages: str | None = None
     """pipeline_model_parallel_layout; the tiny model has four language layers."""
     buckets: bool = False
@@ -40,7 +43,8 @@ class Layout:
         extra += [self.optimizer] if self.optimizer != "adam" else []
         extra += ["-".join(self.trainable)] if len(self.trainable) < 3 else []
         extra += [name for name, on in (("bf16", self.bf16), ("overlap", self.overlap)) if on]
-        extra += [f"recompute-{self.recompute}"] if self.recompute else []
+        recompute = [self.recompute, *self.modules, *([str(self.recompute_layers)] if self.recompute_layers else [])]
+        extra += [f"recompute-{'-'.join(map(str, recompute))}"] if self.recompute else []
         extra += [self.family] if self.family != "clip-olmo" else []
         extra += [f"loss-{self.loss}"] if self.loss != "token" else []
         extra += [self.stages.replace("|", "-").replace("*", "")] if self.stages else []
@@ -92,7 +96,7 @@ def _family(family: str, **sizes: Any) -> Layout:
 
 
 LAYOUTS: dict[int, list[Layout]] = {
-    1: [Layout(recompute="full"), Layout(recompute="selective")],
+    1: [Layout(recompute="full"), Layout(recompute="selective", modules=("core_attn", "mlp"))],
     2: [
         *_with_sgd(
             [Layout(), Layout(tp=2), Layout(tp=2, vision="tensor"), Layout(pp=2), Layout(cp=2), Layout(pp=2, vpp=2)]
@@ -164,6 +168,10 @@ FULL_LAYOUTS: dict[int, list[Layout]] = {
         Layout(cp=2, rows="text"),
         Layout(rows="text"),
         Layout(pp=2, rows="text", trainable=WARM_UP),
+        Layout(tp=2, recompute="selective"),
+        Layout(cp=2, recompute="selective", modules=("core_attn",)),
+        Layout(pp=2, recompute="full", recompute_layers=1),
+        Layout(pp=2, recompute="selective", trainable=WARM_UP),
         Layout(rows="unsupervised"),
         Layout(pp=2, rows="unsupervised"),
         Layout(tp=2, rows="unsupervised"),

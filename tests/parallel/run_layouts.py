@@ -51,6 +51,8 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
         trainable=list(layout.trainable),
         bf16=layout.bf16,
         recompute_granularity=layout.recompute,
+        recompute_modules=list(layout.modules) or None,
+        recompute_num_layers=layout.recompute_layers,
         loss_normalization=layout.loss,
         global_batch_size=layout.batch,
     )

@@ -7,7 +7,7 @@ from megatron_vlm.config.checks.fp8 import check_fp8
 from megatron_vlm.config.checks.model import check_language, check_vision
 from megatron_vlm.config.checks.paths import path_problems
 from megatron_vlm.config.checks.schedule import check_rampup, check_schedule
-from megatron_vlm.config.checks.training import check_batch, check_optimization
+from megatron_vlm.config.checks.training import check_batch, check_optimization, check_recompute
 from megatron_vlm.config.checks.values import check_values
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.recipe import Recipe
@@ -25,6 +25,7 @@ def check_recipe(recipe: Recipe, world_size: int, *, paths: bool = False) -> Non
         *check_batch(recipe, world_size),
         *check_rampup(recipe, world_size),
         *check_optimization(recipe),
+        *check_recompute(recipe),
         *(check_schedule(recipe) if recipe.training.epochs is None else []),
         *check_fp8(recipe),
         *check_data(recipe),

@@ -93,3 +93,17 @@ def check_optimization(recipe: Recipe) -> Iterator[Problem]:
                 f"above the peak training.{name} = {rate}: the learning rate would rise instead of decay",
                 f"Use a min_lr of at most {rate}",
             )
+
+
+def check_recompute(recipe: Recipe) -> Iterator[Problem]:
+    """Check the settings of recomputation against each other."""
+    training = recipe.training
+    for name, granularity in (("recompute_modules", "selective"), ("recompute_num_layers", "full")):
+        value = getattr(training, name)
+        if value is not None and training.recompute_granularity != granularity:
+            yield Problem(
+                f"training.{name}",
+                value,
+                f"belongs to recompute_granularity = {granularity}, which is {training.recompute_granularity or 'off'}",
+                f"Set recompute_granularity = {granularity}, or leave {name} out",
+            )

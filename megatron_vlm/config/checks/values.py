@@ -28,6 +28,7 @@ AT_LEAST_ONE = (
     "data.packing_window",
     "training.train_iters",
     "training.global_batch_size",
+    "training.recompute_num_layers",
     "training.save_interval",
     "training.save_total_limit",
     "training.save_retain_interval",
