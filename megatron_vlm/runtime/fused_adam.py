@@ -41,13 +41,15 @@ class FusedAdam(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            # One tensor for all, filled on the device: a copy from the host for each parameter would wait 351 times.
+            step = torch.full((), float(group["step"]), device=params[0].device)
             torch._fused_adamw_(
                 params,
                 [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [torch.tensor(float(group["step"]), device=p.device) for p in params],
+                [step] * len(params),
                 lr=float(group["lr"]),
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],

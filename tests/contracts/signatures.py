@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Published:
@@ -101,11 +103,26 @@ TE_AUTOCAST = tuple(
               "enabled=True, calibrating=False, fp8_recipe=None, fp8_group=None, _graph=False")
     for version in _TE_VERSIONS
 )  # fmt: skip
-ALL = (*FLASH_ATTN_2, *FLASH_ATTN_3, *AITER, *TE_INIT, *TE_FORWARD, *TE_LINEAR, *TE_AUTOCAST)
+TE_ADAM = tuple(
+    Published("transformer-engine", version, "transformer_engine/pytorch/optimizers/fused_adam.py",
+              "FusedAdam.__init__",
+              "self, params, lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, amsgrad=False, *, "
+              "bias_correction=True, adam_w_mode=True, capturable=False, master_weights=False, "
+              "master_weight_dtype=torch.float32, exp_avg_dtype=torch.float32, exp_avg_sq_dtype=torch.float32, "
+              "use_decoupled_grad=False, store_param_remainders=False, set_grad_none=None")
+    for version in _TE_VERSIONS
+)  # fmt: skip
+APEX_COMMIT = "NVIDIA/apex@004da4edfc08853393bfc8ef3e2436f652176f13"
+APEX_ADAM = (
+    Published(APEX_COMMIT, "read 2026-11-29", "apex/optimizers/fused_adam.py", "FusedAdam.__init__",
+              "self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, "
+              "weight_decay=0., amsgrad=False, set_grad_none=True, capturable=False, use_master=False"),
+)  # fmt: skip
+ALL = (*FLASH_ATTN_2, *FLASH_ATTN_3, *AITER, *TE_INIT, *TE_FORWARD, *TE_LINEAR, *TE_AUTOCAST, *TE_ADAM, *APEX_ADAM)
 
 
 def with_signature(published: Published, body: Any) -> Any:
     """A function with the published signature that calls body(arguments by name)."""
-    scope: dict[str, Any] = {"body": body}
+    scope: dict[str, Any] = {"body": body, "torch": torch}
     exec(f"def function({published.signature}):\n    return body(dict(locals()))", scope)
     return scope["function"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vlm.runtime.fused_adam import FusedAdam
 
@@ -27,6 +30,35 @@ def test_step_is_counted_without_gradients() -> None:
     optimizer = FusedAdam([torch.nn.Parameter(torch.ones(2))])
     optimizer.step()
     assert optimizer.param_groups[0]["step"] == 1
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_is_the_same_few_operations_for_any_number_of_parameters() -> None:
+    """On a GPU each would be a launch, and a copy from the host would wait for the device."""
+    counts = []
+    for number in (3, 30):
+        parameters = [torch.nn.Parameter(torch.ones(4)) for _ in range(number)]
+        optimizer = FusedAdam(parameters)
+        for parameter in parameters:
+            parameter.grad = torch.ones(4)
+        optimizer.step()  # allocates the moments
+        with _Operations() as mode:
+            optimizer.step()
+        counts.append(mode.names)
+    assert counts[0] == counts[1]
+    assert [name for name in counts[0] if name.startswith("aten")] == [
+        "aten.full.default",
+        "aten._fused_adamw_.default",
+    ]
 
 
 def test_other_modes_are_rejected() -> None:
