@@ -46,6 +46,12 @@ class DataConfig:
             "help": "Images of a sample with several, under anyres: one padded tile each (pad), or tiled (same)."
         },
     )
+    verify_images: bool = field(
+        default=False,
+        metadata={
+            "help": "Decode every image when lengths are measured, to reject damaged ones; else headers are read."
+        },
+    )
     oversized_samples: Literal["error", "skip", "truncate"] = field(
         default="error",
         metadata={"help": "A sample longer than a row is an error, is skipped, or is truncated after an answer."},

@@ -18,6 +18,11 @@ from megatron_vlm.runtime.atomic_files import atomic_file
 _ALIGNMENT = 64
 
 
+def cache_folder(source: str | Path, cache_dir: str | Path | None) -> Path:
+    """Folder of the files computed from a source: `cache_dir`, or `.lengths` beside the source."""
+    return Path(cache_dir) if cache_dir else Path(source).parent / ".lengths"
+
+
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write named arrays; an existing file is replaced. Raises OSError."""
     names = np.frombuffer(json.dumps(list(arrays)).encode(), np.uint8)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_vlm.data.array_files import cache_folder
 from megatron_vlm.data.errors import DataError
-from megatron_vlm.data.length_index import REJECTED, LengthIndex, cache_folder, describe_rejections, load_length_index
+from megatron_vlm.data.length_index import REJECTED, LengthIndex, describe_rejections, load_length_index
 from megatron_vlm.data.packing.epoch_plan import Budget, EpochPlan, plan_epoch
 from megatron_vlm.data.packing.plan_cache import PlanCache
 from megatron_vlm.data.packing.row_cost import row_cost
@@ -38,9 +39,12 @@ class DataSources:
     tokenizer: Tokenizer
     geometry: ImageGeometry
 
-    def load_indexes(self, cache_dir: str | None) -> list[LengthIndex]:
+    def load_indexes(self, data: DataConfig) -> list[LengthIndex]:
         """The length index of each source; those that are not cached are built now."""
-        return [load_length_index(s, self.tokenizer, self.geometry, cache_dir) for s in self.mixture.sources.sources]
+        return [
+            load_length_index(source, self.tokenizer, self.geometry, data.cache_dir, verify_images=data.verify_images)
+            for source in self.mixture.sources.sources
+        ]
 
 
 @dataclass
@@ -92,7 +96,7 @@ def open_dataset(recipe: Recipe, is_logging_rank: bool) -> MixtureDataset:
             f"{recipe.model.image_token_index}: image tokens would collide with text tokens. "
             "Set image_token_index to an id that the tokenizer does not use."
         )
-    indexes = opened.load_indexes(data.cache_dir)
+    indexes = opened.load_indexes(data)
     if is_logging_rank:
         for source, index in zip(mixture.sources.sources, indexes, strict=True):
             for line in describe_rejections(source, index):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_vlm.data.array_files import map_arrays, write_arrays
+from megatron_vlm.data.array_files import cache_folder, map_arrays, write_arrays
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.partial_files import PartialFiles, timed_batches
 from megatron_vlm.data.processing.conversation import TEMPLATE, encode_conversation
@@ -91,19 +91,21 @@ class _SampleLengths:
 class _Measurer:
     """Measures the samples of one source."""
 
-    def __init__(self, source: SampleSource, tokenizer: Tokenizer, geometry: ImageGeometry) -> None:
+    def __init__(self, source: SampleSource, tokenizer: Tokenizer, geometry: ImageGeometry, verify: bool) -> None:
         self.source = source
         self.tokenizer = tokenizer
         self.geometry = geometry
+        self.verify = verify
 
     def cache_key(self) -> str:
         parts = [_FORMAT, TEMPLATE, self.source.content_hash(), self.tokenizer.fingerprint, repr(self.geometry)]
+        parts += ["verified"] if self.verify else []
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     def measure(self, index: int) -> _SampleLengths:
         try:
             sample = self.source.metadata(index)
-            sizes = sample.measure_images()
+            sizes = sample.measure_images(self.verify)
         except SampleError as error:
             return _SampleLengths(REJECTED, 0, [], Rejection(index, error.sample_id, error.reason, str(error)))
         geometry = self.geometry.for_sample(len(sizes))
@@ -120,6 +122,7 @@ def load_length_index(
     geometry: ImageGeometry,
     cache_dir: str | Path | None = None,
     processes: int | None = None,
+    verify_images: bool = False,
 ) -> LengthIndex:
     """Read the length index of a source from the cache, or build and cache it.
 
@@ -132,11 +135,12 @@ def load_length_index(
         geometry: determines the lengths of images.
         cache_dir: folder of cached indexes; default: `.lengths` in the folder of the annotations or beside the shards.
         processes: number of processes that measure; default: one per core, fewer for a small source.
+        verify_images: decode every image, instead of its header alone.
 
     Raises:
         DataError: the cache folder cannot be written, or a measuring process died.
     """
-    measurer = _Measurer(source, tokenizer, geometry)
+    measurer = _Measurer(source, tokenizer, geometry, verify_images)
     path = cache_folder(source.name, cache_dir) / f"{Path(source.name).stem}-{measurer.cache_key()}.arrays"
     index = _read(path)
     if index is None:
@@ -185,11 +189,6 @@ def _measure_all(measurer: _Measurer, parts: PartialFiles, processes: int | None
             parts.write(done, done + len(batch), _to_arrays(part))
         done += len(batch)
     return _concatenate(measured)
-
-
-def cache_folder(source: str, cache_dir: str | Path | None) -> Path:
-    """Folder of the files computed from a source: `cache_dir`, or `.lengths` beside the source."""
-    return Path(cache_dir) if cache_dir else Path(source).parent / ".lengths"
 
 
 def _collect(samples: Iterator[_SampleLengths], total: int) -> LengthIndex:

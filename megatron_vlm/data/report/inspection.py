@@ -93,7 +93,7 @@ class DataView:
 
     def indexes(self) -> list[LengthIndex]:
         """One for each source; samples that are not in the cache are measured now."""
-        return self._opened.load_indexes(self.recipe.data.cache_dir)
+        return self._opened.load_indexes(self.recipe.data)
 
     def find(self, sample_id: str) -> int | None:
         """Global sample number of the first sample with this id; None: there is none."""

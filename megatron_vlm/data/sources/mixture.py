@@ -87,7 +87,7 @@ def open_mixture(
 
     def try_open(path: str) -> SampleSource | DataError:
         try:
-            return open_source(path, image_folder, cache)
+            return open_source(path, image_folder, cache, cache_dir)
         except DataError as error:
             return error
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from megatron_vlm.data.array_files import cache_folder
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.processing.conversation import Turn
-from megatron_vlm.data.processing.image_io import ImageTooLarge, ImageUnreadable, verify_image
+from megatron_vlm.data.processing.image_io import ImageTooLarge, ImageUnreadable, measure_image, verify_image
 from megatron_vlm.data.shards.cache import ShardCache
 from megatron_vlm.data.shards.mds_format import INDEX, ShardSample
 from megatron_vlm.data.shards.reader import ShardFolder
@@ -32,20 +35,33 @@ class Sample:
     turns: list[Turn]
     image_names: list[str]
     """For error messages."""
-    read_image: Callable[[int], bytes]
-    """Reads the bytes of the i-th image file. Raises OSError."""
+    open_image: Callable[[int], BinaryIO]
+    """Opens the i-th image file. Raises OSError."""
     image_sizes: list[tuple[int, int]] | None
     """Upright (width, height) of each image; None: they are not known without reading the images."""
 
-    def measure_images(self) -> list[tuple[int, int]]:
-        """Upright (width, height) of each image. Images of unknown size are read and fully decoded.
+    def read_image(self, index: int) -> bytes:
+        """The bytes of an image file. Raises OSError."""
+        with self.open_image(index) as file:
+            return file.read()
+
+    def measure_images(self, verify: bool = False) -> list[tuple[int, int]]:
+        """Upright (width, height) of each image.
+
+        Args:
+            verify: decode images of unknown size; otherwise only their headers are read (see `measure_image`).
 
         Raises:
             SampleError: an image is missing or unreadable.
         """
         if self.image_sizes is not None:
             return self.image_sizes
-        return [self.load_image(index)[1] for index in range(len(self.image_names))]
+        indices = range(len(self.image_names))
+        return [self.load_image(index)[1] if verify else self._measure_image(index) for index in indices]
+
+    def _measure_image(self, index: int) -> tuple[int, int]:
+        with self._sample_errors(index), self.open_image(index) as file:
+            return measure_image(file)
 
     def load_image(self, index: int) -> tuple[bytes, tuple[int, int]]:
         """The bytes and the upright (width, height) of an image. It is fully decoded to verify it.
@@ -53,10 +69,16 @@ class Sample:
         Raises:
             SampleError: the image is missing or unreadable.
         """
-        name = self.image_names[index]
-        try:
+        with self._sample_errors(index):
             data = self.read_image(index)
             return data, verify_image(data)
+
+    @contextmanager
+    def _sample_errors(self, index: int) -> Iterator[None]:
+        """Raise errors of reading an image as SampleError."""
+        name = self.image_names[index]
+        try:
+            yield
         except FileNotFoundError as error:
             raise SampleError(
                 self.id, self.file, "missing image", f"{name} does not exist", "Check image_folder and the path."
@@ -119,8 +141,14 @@ class SampleSource(ABC):
 class AnnotationSource(SampleSource):
     """An annotation file and the root folder of its image paths."""
 
-    def __init__(self, path: str | Path, image_folder: str | Path | None) -> None:
+    def __init__(self, path: str | Path, image_folder: str | Path | None, cache_dir: str | Path | None = None) -> None:
         """
+        Args:
+            path: the annotation file.
+            image_folder: root of its image paths; default: the working directory.
+            cache_dir: where the offsets of its entries are kept, so that it is not scanned at every start; None: they
+                are not.
+
         Raises:
             DataError: the file is not a valid annotation file, or `image_folder` does not exist.
         """
@@ -128,7 +156,7 @@ class AnnotationSource(SampleSource):
         self.image_folder = Path(image_folder) if image_folder else Path()
         if image_folder and not self.image_folder.is_dir():
             raise DataError(f"image_folder {self.image_folder} does not exist")
-        self._file = AnnotationFile(path)
+        self._file = AnnotationFile(path, cache_dir)
 
     def __len__(self) -> int:
         return len(self._file)
@@ -151,16 +179,13 @@ class AnnotationSource(SampleSource):
             file=self.name,
             turns=annotation.turns,
             image_names=[str(path) for path in paths],
-            read_image=lambda i: paths[i].read_bytes(),
+            open_image=lambda i: paths[i].open("rb"),
             image_sizes=None if paths else [],
         )
 
     def content_hash(self) -> str:
-        digest = hashlib.sha256(str(self.image_folder.resolve()).encode())
-        with open(self.name, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-        return digest.hexdigest()
+        parts = str(self.image_folder.resolve()), self._file.content_hash()
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def quick_hash(self) -> str:
         size = Path(self.name).stat().st_size
@@ -212,7 +237,7 @@ class ShardSource(SampleSource):
             file=self.name,
             turns=annotation.turns,
             image_names=annotation.image_paths,
-            read_image=record.images.__getitem__,
+            open_image=lambda i: io.BytesIO(record.images[i]),
             image_sizes=record.image_sizes,
         )
 
@@ -240,8 +265,19 @@ class SourceList:
         return self.sources[source].sample(index)
 
 
-def open_source(path: str | Path, image_folder: str | Path | None, cache: ShardCache | None = None) -> SampleSource:
+def open_source(
+    path: str | Path,
+    image_folder: str | Path | None,
+    cache: ShardCache | None = None,
+    cache_dir: str | Path | None = None,
+) -> SampleSource:
     """Open the source at `path`: annotations (`.json`, `.jsonl`, `.ndjson`) or shards (a folder or s3:// prefix).
+
+    Args:
+        path: of the source.
+        image_folder: root of the image paths in annotations.
+        cache: for shards from S3.
+        cache_dir: where the offsets of entries are kept; default: `.lengths` beside the annotations.
 
     Raises:
         DataError: `path` does not exist or is neither.
@@ -252,7 +288,7 @@ def open_source(path: str | Path, image_folder: str | Path | None, cache: ShardC
         raise DataError(f"{path} cannot be read: of URLs only s3:// is. Download it and give its path.")
     location = Path(path)
     if location.suffix in SUFFIXES and location.name != INDEX and not location.is_dir():
-        return AnnotationSource(location, image_folder)
+        return AnnotationSource(location, image_folder, cache_folder(location, cache_dir))
     if location.is_dir():
         return ShardSource(location)
     if location.exists():

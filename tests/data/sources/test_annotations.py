@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.processing.conversation import Turn
+from megatron_vlm.data.sources import annotation_file
 from megatron_vlm.data.sources.annotation_file import AnnotationFile
 from megatron_vlm.data.sources.annotations import parse_annotation
 from tests.data.helpers import Folder, conversation
@@ -170,6 +172,31 @@ def test_missing_file(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").touch()
     with pytest.raises(DataError, match=r"Did you mean .*train\.jsonl\?"):
         AnnotationFile(tmp_path / "trian.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_large_file_is_scanned_once(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(tmp_path)
+    for number in range(3):
+        folder.add(str(number), "Hi", f"{'long ' * 80_000}{number}")
+    path = folder.write(name)
+    first = AnnotationFile(path, tmp_path / "cache")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert first.content_hash() == digest == AnnotationFile(path).content_hash()
+    monkeypatch.setattr(annotation_file, "find_items", lambda file: pytest.fail("scanned again"))
+    monkeypatch.setattr(annotation_file, "find_lines", lambda file: pytest.fail("scanned again"))
+    monkeypatch.setattr(annotation_file, "_digest", lambda file: pytest.fail("hashed again"))
+    again = AnnotationFile(path, tmp_path / "cache")
+    assert again.content_hash() == digest and [again.entry(i) for i in range(3)] == folder.entries
+    monkeypatch.undo()
+    folder.add("3", "Hi", "Yes")
+    folder.write(name)
+    changed = AnnotationFile(path, tmp_path / "cache")
+    assert len(changed) == 4 and changed.content_hash() == hashlib.sha256(path.read_bytes()).hexdigest()
+    (cached,) = (tmp_path / "cache").iterdir()
+    cached.write_bytes(cached.read_bytes()[:100])
+    assert len(AnnotationFile(path, tmp_path / "cache")) == 4
+    assert len(AnnotationFile(path, path)) == 4  # a cache that cannot be written
 
 
 def test_a_malformed_line_is_one_invalid_sample(tmp_path: Path) -> None:
