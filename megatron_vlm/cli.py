@@ -98,6 +98,12 @@ GROUPS = {
             "one answer from a checkpoint or a Hugging Face folder, without a server",
         ),
     },
+    "evaluation": {
+        "benchmark-table": Command(
+            "megatron_vlm.commands.benchmark_table",
+            "scores of lmms-eval beside the published ones",
+        ),
+    },
 }
 
 _EXAMPLES = f"""\

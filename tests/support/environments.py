@@ -23,6 +23,13 @@ PACKAGE_FILES = (
 )
 TRANSFORMERS_4 = ("transformers==4.57.6", "tokenizers>=0.22,<0.23.1", "huggingface_hub<1")
 QUANTIZATION = ("bitsandbytes", "accelerate")
+LMMS_EVAL = "lmms-eval==0.7.3"
+LMMS_EVAL_IMPORTS = (
+    *("accelerate", "datasets", "einops", "evaluate", "filelock<4", "loguru", "numexpr"),
+    *("python-dotenv", "sacrebleu", "sympy", "tenacity", "zstandard"),
+)
+"""Of the 126 packages that lmms-eval asks for, those without which it does not start. torchvision from PyPI, which is
+one of the others, does not import beside a torch for CPUs."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,14 @@ class Environment:
 
     def run(self, *command: str | Path, timeout: float = 280) -> subprocess.CompletedProcess[str]:
         """Run Python with these arguments, in the environment's folder."""
+        return self.run_program(self.python, *command, timeout=timeout)
+
+    def run_program(self, *program: str | Path, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+        """Run a program with its arguments, in the environment's folder."""
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment = {**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(self.folder / "hub")}
-        arguments = [str(self.python), *map(str, command)]
         return subprocess.run(
-            arguments, cwd=self.folder, env=environment, timeout=timeout, text=True, capture_output=True
+            list(map(str, program)), cwd=self.folder, env=environment, timeout=timeout, text=True, capture_output=True
         )
 
 
@@ -57,6 +67,14 @@ def inference_environment(folder: Path) -> Environment:
     """`pip install '.[inference]'` with constraints.txt."""
     environment = empty_environment(folder / "inference")
     environment.pip("-c", ROOT / "constraints.txt", f"{copy_sources(folder / 'source')}[inference]")
+    return environment
+
+
+def evaluation_environment(folder: Path) -> Environment:
+    """`pip install '.[train]'` with constraints.txt, and as much of lmms-eval's requirements as it needs to start."""
+    environment = empty_environment(folder / "evaluation")
+    environment.pip("-c", ROOT / "constraints.txt", f"{copy_sources(folder / 'source')}[train]", *LMMS_EVAL_IMPORTS)
+    environment.pip("--no-deps", LMMS_EVAL)
     return environment
 
 

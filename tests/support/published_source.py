@@ -9,6 +9,7 @@ import ast
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ def download_wheel(requirement: str, folder: Path, timeout: float = 600) -> Path
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = folder.glob("*.whl")
     return wheel
+
+
+def read_from_wheel(wheel: Path, folder: str, suffix: str) -> Iterator[tuple[str, str]]:
+    """(name, text) of each file below `folder` whose name ends with `suffix`."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.startswith(folder) and name.endswith(suffix):
+                yield name, archive.read(name).decode()
 
 
 class PublishedModule:

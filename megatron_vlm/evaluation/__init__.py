@@ -1,0 +1,1 @@
+"""Scores on benchmarks: a model plug-in for lmms-eval."""
