@@ -33,10 +33,25 @@ QUESTIONS = [
 def test_report() -> None:
     lines = evaluate.report(QUESTIONS, ["circle", "blue", "yes", "yes", "yes"], ["no"] * 5)
     cells = {line.split()[0]: line.split()[1:] for line in lines[1:-1]}
-    assert cells["colour"] == ["1", "0.0", "%", "100.0", "%", "0.0", "%"]
-    assert cells["yes/no"] == ["3", "66.7", "%", "66.7", "%", "33.3", "%"]
-    assert cells["all"] == ["5", "60.0", "%", "40.0", "%", "20.0", "%"]
+    assert cells["colour"] == ["1", "0.0", "%", "100.0", "%", "100.0", "%", "-100.0", "0.0", "%"]
+    assert cells["yes/no"] == ["3", "66.7", "%", "66.7", "%", "100.0", "%", "-33.3", "33.3", "%"]
+    assert cells["all"] == ["5", "60.0", "%", "40.0", "%", "100.0", "%", "-40.0", "20.0", "%"]
     assert lines[-1] == "test accuracy 60.0 % (baseline 40.0 %)"
+
+
+def test_what_the_wording_alone_reaches() -> None:
+    """One question has two true answers, one of them twice; the other question has one."""
+    questions = [Question("what is it?", truth, "a.png") for truth in ("circle", "circle", "triangle")]
+    assert evaluate.wording_baseline(questions) == pytest.approx(200 / 3)
+    assert evaluate.wording_baseline([*questions, Question("is there a dog?", "no", "a.png")]) == 75
+
+
+def test_confusion() -> None:
+    lines = evaluate.confusion(QUESTIONS, ["circle", "blue", "yes", "no", "yes"])
+    cells = [line.split() for line in lines]
+    assert ["red", "other"] in cells
+    assert ["red", "0", "1"] in cells
+    assert cells[-3:] == [["no", "yes", "other"], ["no", "0", "1", "0"], ["yes", "1", "1", "0"]]
 
 
 def test_shuffling_keeps_images_and_true_answers() -> None:

@@ -26,7 +26,7 @@ QUANTIZATION = ("bitsandbytes", "accelerate")
 LMMS_EVAL = "lmms-eval==0.7.3"
 LMMS_EVAL_IMPORTS = (
     *("accelerate", "datasets", "einops", "evaluate", "filelock<4", "loguru", "numexpr"),
-    *("python-dotenv", "sacrebleu", "sympy", "tenacity", "zstandard"),
+    *("pytablewriter", "python-dotenv", "pytz", "sacrebleu", "sympy", "tenacity", "zstandard"),
 )
 """Of the 126 packages that lmms-eval asks for, those without which it does not start. torchvision from PyPI, which is
 one of the others, does not import beside a torch for CPUs."""

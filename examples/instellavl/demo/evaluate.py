@@ -117,18 +117,56 @@ def majority_baseline(questions: list[Question]) -> float:
     return 100 * max(Counter(question.truth for question in questions).values()) / len(questions)
 
 
-def report(questions: list[Question], answers: list[str], shuffled: list[str]) -> list[str]:
-    """Lines of the result table; the last line is the overall result."""
+def wording_baseline(questions: list[Question]) -> float:
+    """The best accuracy in percent that is possible without images: for each wording, its most frequent true answer."""
+    answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for question in questions:
+        answers[question.text][question.truth] += 1
+    return 100 * sum(max(counts.values()) for counts in answers.values()) / len(questions)
+
+
+def indices_by_type(questions: list[Question]) -> dict[str, list[int]]:
+    """Question type -> indices of its questions, in alphabetical order."""
     by_type: defaultdict[str, list[int]] = defaultdict(list)
     for index, question in enumerate(questions):
         by_type[question_type(question.truth)].append(index)
-    lines = [f"{'type':<8} {'questions':>9} {'accuracy':>9} {'baseline':>9} {'images shuffled':>16}"]
-    for name, indices in [*sorted(by_type.items()), ("all", list(range(len(questions))))]:
+    return dict(sorted(by_type.items()))
+
+
+def report(questions: list[Question], answers: list[str], shuffled: list[str]) -> list[str]:
+    """Lines of the result table; the last line is the overall result.
+
+    `baseline` always gives the most frequent answer, `wording` the most frequent answer to each question's words, and
+    `margin` is what the model has above that.
+    """
+    titles = f"{'accuracy':>9} {'baseline':>9} {'wording':>9} {'margin':>7} {'images shuffled':>16}"
+    lines = [f"{'type':<8} {'questions':>9} {titles}"]
+    for name, indices in [*indices_by_type(questions).items(), ("all", list(range(len(questions))))]:
         asked = [questions[index] for index in indices]
         right, blind = (accuracy(asked, [given[index] for index in indices]) for given in (answers, shuffled))
-        lines.append(f"{name:<8} {len(asked):>9,} {right:>7.1f} % {majority_baseline(asked):>7.1f} % {blind:>14.1f} %")
+        wording = wording_baseline(asked)
+        lines.append(
+            f"{name:<8} {len(asked):>9,} {right:>7.1f} % {majority_baseline(asked):>7.1f} % {wording:>7.1f} % "
+            f"{right - wording:>+7.1f} {blind:>14.1f} %"
+        )
     overall, baseline = accuracy(questions, answers), majority_baseline(questions)
     return [*lines, f"test accuracy {overall:.1f} % (baseline {baseline:.1f} %)"]
+
+
+def confusion(questions: list[Question], answers: list[str]) -> list[str]:
+    """For each type, how often each answer was given (columns) to the questions with each true answer (rows)."""
+    lines = []
+    for name, indices in indices_by_type(questions).items():
+        counts = Counter((questions[index].truth, answers[index]) for index in indices)
+        truths = sorted({truth for truth, _ in counts})
+        width = max(map(len, (*truths, "other"))) + 1
+        lines += ["", f"{name}: true answer, and how often each answer was given"]
+        lines.append(" " * width + "".join(f"{given:>{width}}" for given in (*truths, "other")))
+        for truth in truths:
+            row = [counts[truth, given] for given in truths]
+            other = sum(count for (true, _), count in counts.items() if true == truth) - sum(row)
+            lines.append(f"{truth:<{width}}" + "".join(f"{count:>{width},}" for count in (*row, other)))
+    return lines
 
 
 def main() -> None:
@@ -137,7 +175,7 @@ def main() -> None:
     parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="questions and true answers")
     parser.add_argument("--image-folder", type=Path, required=True, metavar="DIR", help="root of the image paths")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for the answers")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="text file for the printed table")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="text file for what is printed")
     options = parser.parse_args()
     questions = read_questions(options.annotations)
     model = Model(options.model)
@@ -148,10 +186,11 @@ def main() -> None:
     if options.output:
         rows = [{**question._asdict(), "answer": text} for question, text in zip(questions, answers, strict=True)]
         options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    table = "\n".join(report(questions, answers, shuffled))
+    *table, overall = report(questions, answers, shuffled)
+    printed = "\n".join([*table, *confusion(questions, answers), "", overall])
     if options.report:
-        options.report.write_text(table + "\n", encoding="utf-8")
-    print(table)
+        options.report.write_text(printed + "\n", encoding="utf-8")
+    print(printed)
 
 
 if __name__ == "__main__":
