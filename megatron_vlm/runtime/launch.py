@@ -57,8 +57,10 @@ def process_group(timeout_minutes: int = 10) -> Iterator[None]:
         torch.cuda.set_device(local_rank())
         rocm.set_environment()
     if dist.is_initialized():
-        yield
-        parallel_state.destroy_model_parallel()
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
         return
     timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from checkpoint_convert.engine import open_engine
+from checkpoint_convert.huggingface.config import model_from_llava_next, read_config
 from megatron_vlm.data.processing.conversation import Turn
 from megatron_vlm.data.processing.tiling import ImageGeometry
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
@@ -38,11 +39,12 @@ class Work(NamedTuple):
         launched = [str(self.environment.folder / "bin" / launcher[0]), *launcher[1:]] if launcher else []
         where = ["--include_path", str(self.folder / "tasks"), "--output_path", str(self.folder / output)]
         command = ["-m", "lmms_eval", "--model", "instellavl", "--batch_size", "1", "--log_samples", *where]
-        done = self.environment.run_program(*(launched or [self.environment.python]), *command, *arguments)
+        program = launched or [self.environment.python]
+        done = self.environment.run_program(*program, *command, *arguments, timeout=500)
         assert done.returncode == 0, done.stdout + done.stderr
         found = sorted((self.folder / output).rglob("*_samples_*.jsonl"))
         assert len(found) == 1, done.stdout + done.stderr
-        samples = [json.loads(line) for line in found[0].read_text().splitlines()]
+        samples = sorted((json.loads(line) for line in found[0].read_text().splitlines()), key=lambda s: s["doc_id"])
         assert [sample["doc_id"] for sample in samples] == list(range(QUESTIONS))
         return samples
 
@@ -65,7 +67,7 @@ def test_the_published_command(work: Work) -> None:
     assert [sample["filtered_resps"] for sample in samples] == [answer.strip() for answer in expected]
     assert len(set(expected)) > QUESTIONS // 2, "most answers are the same"
 
-    # On a machine without GPUs, accelerate starts several processes only when it is told that there are GPUs.
+    # On a machine without GPUs, accelerate starts several processes only with --multi_gpu.
     launcher = ("accelerate", "launch", "--multi_gpu", "--num_processes=2")
     assert work.evaluate("two", "--model_args", model, *arguments, launcher=launcher) == samples
 
@@ -81,10 +83,7 @@ def test_losses_of_given_answers_are_those_of_transformers(work: Work) -> None:
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     tokenizer = load_tokenizer(folder)
-    ours = json.loads((folder / "config.json").read_text())
-    from checkpoint_convert.huggingface.config import model_from_llava_next
-
-    config = model_from_llava_next(ours, "config.json")
+    config = model_from_llava_next(read_config(folder), "config.json")
     for sample, (text, images) in zip(samples, questions(), strict=True):
         pixels = processor.image_processor(images=images, return_tensors="pt") if images else {}
         for choice, reported in zip(CHOICES, sample["filtered_resps"], strict=True):
