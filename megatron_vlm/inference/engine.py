@@ -26,7 +26,7 @@ from megatron_vlm.inference.counters import EngineCounters
 from megatron_vlm.inference.detokenizer import Detokenizer
 from megatron_vlm.inference.prompts import EncodedPrompt, encode
 from megatron_vlm.inference.prompts import read_prompts as read_prompts
-from megatron_vlm.inference.ranks import engine_rank, max_sequence_length, prepare_rank, serve_rank
+from megatron_vlm.inference.ranks import engine_rank, is_lost_rank, max_sequence_length, prepare_rank, serve_rank
 from megatron_vlm.inference.request import (
     AnyPrompt,
     EngineError,
@@ -118,9 +118,9 @@ class Engine:
         return self._limit() - len(prompt.ids)
 
     @property
-    def failure(self) -> BaseException | None:
-        """What ended the engine's thread, if it was an error; the engine answers no request after it."""
-        return self._failure
+    def failure(self) -> EngineError | None:
+        """Set if an error ended the engine's thread, which is the cause; no request is answered after it."""
+        return None if self._failure is None else self._failed(self._failure)
 
     def generate(self, prompts: Sequence[AnyPrompt], max_new_tokens: int) -> list[list[int]]:
         """Greedy decoding.
@@ -192,7 +192,7 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._failure is not None:
-            raise EngineError(f"The engine has failed: {self._failure}") from self._failure
+            raise self._failed(self._failure)
         if self._closing:
             raise EngineError("The engine is closed.")
 
@@ -257,7 +257,6 @@ class Engine:
             self._channel.broadcast(None)
         except BaseException as error:
             self._fail(error)
-            raise
 
     def _collect_requests(self) -> bool:
         """Wait until there is work; False when the engine is closed and nothing is left to do."""
@@ -295,11 +294,17 @@ class Engine:
         request.handle.put(output)
 
     def _fail(self, error: BaseException) -> None:
-        """Report an error of the loop to everybody who waits."""
+        """Report an error of the loop to everybody who waits, and to those who come later."""
         with self._condition:
             self._failure = error
             for request in [*self._scheduler.running, *self._scheduler.waiting, *self._incoming]:
-                request.handle.put(EngineError(f"The engine has failed: {error}"))
+                request.handle.put(self._failed(error))
+
+    def _failed(self, error: BaseException) -> EngineError:
+        reason = "another rank of the model has ended or cannot be reached" if is_lost_rank(error) else str(error)
+        failed = EngineError(f"The engine has failed: {reason}.")
+        failed.__cause__ = error
+        return failed
 
 
 def _token_ids(handle: Handle) -> list[int]:

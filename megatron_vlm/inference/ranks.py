@@ -33,6 +33,11 @@ def engine_rank() -> int:
     return _ranks_of_copy()[0]
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another rank has ended; backends have no common class for it."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 class PlanChannel:
     """Broadcasts plans from the engine's rank to the others of its copy, over gloo. All ranks create it together."""
 

@@ -16,6 +16,7 @@ def report_failure(error: Exception) -> int:
     from checkpoint_convert.errors import ConversionError
     from megatron_vlm.config import ConfigError
     from megatron_vlm.data.errors import DataError
+    from megatron_vlm.inference.ranks import is_lost_rank
     from megatron_vlm.inference.request import EngineError
     from megatron_vlm.runtime.out_of_memory import describe_out_of_memory, is_out_of_memory
     from megatron_vlm.training.checkpoint import CheckpointError
@@ -25,7 +26,10 @@ def report_failure(error: Exception) -> int:
         code = 2
     elif is_out_of_memory(error):
         message = describe_out_of_memory(error)
-    elif not isinstance(error, EngineError):
+    elif isinstance(error, EngineError):
+        if error.__cause__ is not None and not is_lost_rank(error.__cause__):
+            traceback.print_exception(error.__cause__)
+    else:
         traceback.print_exception(error)
         message = f"{type(error).__name__}: {error}"
     rank = os.environ.get("RANK")

@@ -29,7 +29,8 @@ def create_app(backend: Backend) -> FastAPI:
     app.include_router(megatron_router(backend))
     app.include_router(page_router())
     _add_information(app, backend)
-    routes = [route.path for route in app.routes if hasattr(route, "path")]
+    documented = app.openapi()["paths"]
+    routes = {"/", *documented, *(path.removeprefix("/v1") for path in documented)}
     app.add_middleware(Limits, settings=backend.settings, metrics=backend.metrics, routes=routes)
     return app
 

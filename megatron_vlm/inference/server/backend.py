@@ -39,7 +39,7 @@ class Backend:
         if self._engine is None:
             return self.status
         if self._engine.failure is not None:
-            return f"The engine has failed: {self._engine.failure}"
+            return str(self._engine.failure)
         return None
 
     @property

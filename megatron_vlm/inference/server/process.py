@@ -109,7 +109,7 @@ class ServerProcess:
         """Until a signal comes. Raises EngineError if the engine or the HTTP thread ends before."""
         while not self._stop.wait(0.1):
             if engine.failure is not None:
-                raise EngineError(str(engine.failure)) from engine.failure
+                raise engine.failure
             if not self._thread.is_alive():
                 raise EngineError("The thread that serves HTTP has ended.")
 
@@ -119,7 +119,9 @@ class ServerProcess:
         print(f"stopping: {running.running + running.waiting} requests to finish", flush=True)
         if not self._end_http(self.settings.shutdown_timeout):
             print(f"requests are cancelled, {self.settings.shutdown_timeout:g} s after the signal", flush=True)
-            engine.close(drain=False)
+        engine.close(drain=False)
+        if engine.failure is not None:  # a rank's death brings a signal of torchrun's, too
+            raise engine.failure
 
     def _end_http(self, timeout: float) -> bool:
         """Close the socket and wait until the requests are answered; whether they all were in time."""
