@@ -3,30 +3,77 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+_OTHERS_END_SECONDS = 0.3
+"""After one rank failed, before the others are killed."""
 
 
 def launch(*command: str | Path, ranks: int, timeout: float, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a script (or `-m`, module) on `ranks` processes of this machine; torchrun starts them if ranks > 1."""
+    """Run a script (or `-m`, module) on `ranks` processes of this machine.
+
+    They get the environment that torchrun would give them, without its process, which takes as long to start as a rank.
+    The return code is that of the rank that failed first.
+
+    Raises:
+        subprocess.TimeoutExpired: they did not end in time, and were killed.
+        AssertionError: with `check`, one failed; the message ends with what they printed.
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryFile("w+") as output:
+        processes = [_start(command, rank, ranks, port, output) for port in [_free_port()] for rank in range(ranks)]
+        try:
+            code = _wait(processes, started + timeout)
+        except TimeoutError:
+            output.seek(0)
+            raise subprocess.TimeoutExpired(list(map(str, command)), timeout, output.read()) from None
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        output.seek(0)
+        result = subprocess.CompletedProcess(list(map(str, command)), code, output.read())
+    if check and code:
+        raise AssertionError(f"{' '.join(map(str, command))} on {ranks} ranks failed:\n{result.stdout[-6000:]}")
+    return result
+
+
+def _start(
+    command: tuple[str | Path, ...], rank: int, ranks: int, port: int, output: object
+) -> subprocess.Popen[bytes]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    arguments = [sys.executable, *torchrun, *map(str, command)]
-    result = subprocess.run(
-        arguments,
-        cwd=ROOT,
-        env=environment,
-        timeout=timeout,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    if check and result.returncode:
-        raise AssertionError(f"{' '.join(map(str, command))} on {ranks} ranks failed:\n{result.stdout[-6000:]}")
-    return result
+    if ranks > 1:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+        environment |= dict(zip(names, map(str, (rank, rank, ranks, ranks, port)), strict=True))
+        environment["MASTER_ADDR"] = "127.0.0.1"
+    arguments = [sys.executable, *map(str, command)]
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)  # type: ignore[call-overload,no-any-return]
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> int:
+    code = 0
+    while any(process.poll() is None for process in processes):
+        failed = next((process.returncode for process in processes if process.returncode), 0)
+        if failed and not code:
+            code, deadline = failed, min(deadline, time.monotonic() + _OTHERS_END_SECONDS)
+        if time.monotonic() > deadline:
+            if code:
+                return code
+            raise TimeoutError
+        time.sleep(0.02)
+    return code or next((process.returncode for process in processes if process.returncode), 0)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
