@@ -18,17 +18,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
 from benchmarks import transformers_loop
 from benchmarks.instruct_samples import InstructRows
+from benchmarks.kernel_kinds import seconds_by_kind
 from benchmarks.report import RESULTS, machine, save, table
 from benchmarks.samples import Sample
 from benchmarks.train_step import PackedLoop, time_call
-from megatron_vlm.config import ParallelConfig, Recipe
+from megatron_vlm.config import ConfigError, ParallelConfig, Recipe
 from megatron_vlm.config.recipe import load_recipe
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
 from megatron_vlm.data.packing.row_cost import cost_of_model
@@ -43,8 +44,16 @@ GEMM_SIZE = {True: 8192, False: 512}
 """Rows and columns of the matrices whose product gives the GEMM peak, on a GPU and on a CPU."""
 DATASHEET_PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 """Dense bf16 FLOP/s of NVIDIA's datasheets, for MFU."""
-OUT_OF_MEMORY = "out of memory"
-Recompute = Literal["full"] | None
+OUT_OF_MEMORY, NOT_HERE = "out of memory", "cannot run here"
+RECOMPUTE: dict[str, dict[str, Any]] = {"": {}, ", full recompute": {"recompute_granularity": "full"}}
+_TE = {"transformer_impl": "transformer_engine"}
+LINEAR_LAYERS: dict[str, dict[str, Any]] = {
+    ", Transformer Engine": _TE,
+    ", FP8 delayed": _TE | {"fp8_format": "hybrid", "fp8_recipe": "delayed"},
+    ", FP8 tensorwise": _TE | {"fp8_format": "hybrid", "fp8_recipe": "tensorwise"},
+}
+"""Suffix of a loop's name -> settings of training."""
+PROFILED = ("megatron-vlm, packed", "megatron-vlm, packed, FP8 delayed")
 
 
 @dataclass
@@ -107,11 +116,19 @@ def measure(name: str, build: Callable[[], tuple[Any, list[Any]]], rounds: int) 
         if not is_out_of_memory(error):
             raise
         result = Measured(name, [], 0, float("nan"), OUT_OF_MEMORY)
+    except ConfigError as error:  # Transformer Engine is not here
+        print(error, flush=True)
+        result = Measured(name, [], 0, float("nan"), NOT_HERE)
     loop, steps = None, []
+    free_memory()
+    return result
+
+
+def free_memory() -> None:
+    """Of models that are no longer referenced."""
     gc.collect()
     if on_gpu():
         torch.cuda.empty_cache()
-    return result
 
 
 def loops(
@@ -120,26 +137,25 @@ def loops(
     """(name, function that builds the loop and its steps) of each loop to measure."""
     state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
 
-    def ours(recompute: Recompute) -> tuple[Any, list[Any]]:
-        training = replace(recipe.training, global_batch_size=1, recompute_granularity=recompute)
+    def ours(settings: dict[str, Any]) -> tuple[Any, list[Any]]:
+        training = replace(recipe.training, **{"global_batch_size": 1, "recompute_granularity": None, **settings})
         model.to("cpu")  # PackedLoop copies the weights
         loop = PackedLoop(model, replace(recipe, training=training))
         return loop, [[loop.prepare(row)] for row in work.rows]
 
-    def theirs(recompute: Recompute, size: int) -> tuple[Any, list[Any]]:
+    def theirs(settings: dict[str, Any], size: int) -> tuple[Any, list[Any]]:
         model.load_state_dict(state)
         model.gradient_checkpointing_disable()
         model.to(current_device())
-        training = replace(recipe.training, recompute_granularity=recompute)
+        training = replace(recipe.training, **{"recompute_granularity": None, **settings})
         steps = [transformers_loop.micro_batches(row, size, current_device()) for row in work.samples]
         return transformers_loop.Loop(model, replace(recipe, training=training)), steps
 
-    variants: list[tuple[Recompute, str]] = [(None, ""), ("full", ", full recompute")]
-    for recompute, suffix in variants:
-        yield f"megatron-vlm, packed{suffix}", partial(ours, recompute)
+    for suffix, settings in {**RECOMPUTE, **LINEAR_LAYERS}.items():
+        yield f"megatron-vlm, packed{suffix}", partial(ours, settings)
     for size in micro_batches:
-        for recompute, suffix in variants:
-            yield f"transformers, micro-batch {size}{suffix}", partial(theirs, recompute, size)
+        for suffix, settings in RECOMPUTE.items():
+            yield f"transformers, micro-batch {size}{suffix}", partial(theirs, settings, size)
 
 
 def main() -> None:
@@ -164,14 +180,16 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     peak = gemm_peak(torch.bfloat16 if recipe.training.bf16 else torch.float32)
     with torch.device(current_device()):
         model = transformers_loop.build(recipe)
-    results = []
+    results: list[Measured] = []
+    kinds: dict[str, dict[str, float]] = {}
     for name, build in loops(recipe, work, model, arguments.micro_batches):
         results.append(measure(name, build, arguments.rounds))
         print(f"{name}: {results[-1].failed or results[-1].seconds}", flush=True)
-        if arguments.profile and len(results) == 1:
-            write_profile(arguments.profile, build)
+        if not results[-1].failed and name in PROFILED:
+            kinds[name] = profile_step(name, arguments.profile if not kinds else None, build)
+            free_memory()
     check_same_loss(results, recipe)
-    report(arguments, recipe, work, results, peak)
+    report(arguments, recipe, work, results, peak, kinds)
 
 
 def check_same_loss(results: list[Measured], recipe: Recipe) -> None:
@@ -183,18 +201,31 @@ def check_same_loss(results: list[Measured], recipe: Recipe) -> None:
             raise SystemExit(f"losses on the same samples differ: {name} {loss:.6f}, ours {reference:.6f}")
 
 
-def write_profile(path: Path, build: Callable[[], tuple[Any, list[Any]]]) -> None:
-    """Write the time of each kernel of one step."""
+def profile_step(name: str, path: Path | None, build: Callable[[], tuple[Any, list[Any]]]) -> dict[str, float]:
+    """Profile one step: print its time by kind of work, and write that of each kernel if there is a `path`."""
     loop, steps = build()
     loop.step(steps[0])
     with torch.profiler.profile() as profile:
         time_call(lambda: loop.step(steps[0]))
+    kinds = seconds_by_kind(profile)
+    print(f"\n{name}, one step by kind of work:")
+    print(table(["", "ms"], [[kind, f"{1000 * seconds:.1f}"] for kind, seconds in kinds.items()]), flush=True)
+    if path is None:
+        return kinds
     order = "self_cuda_time_total" if on_gpu() else "self_cpu_time_total"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(profile.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90))
+    return kinds
 
 
-def report(arguments: argparse.Namespace, recipe: Recipe, work: Workload, results: list[Measured], peak: float) -> None:
+def report(
+    arguments: argparse.Namespace,
+    recipe: Recipe,
+    work: Workload,
+    results: list[Measured],
+    peak: float,
+    kinds: dict[str, dict[str, float]],
+) -> None:
     """Print the table and write the JSON."""
     samples, tiles = sum(map(len, work.samples)), sum(row.num_tiles for row in work.rows)
     tokens, flops = sum(row.num_tokens for row in work.rows), sum(work.flops)
@@ -235,6 +266,7 @@ def report(arguments: argparse.Namespace, recipe: Recipe, work: Workload, result
             "flops": flops,
             "gemm_flops_per_second": peak,
             "loops": [asdict(result) for result in results],
+            "seconds_by_kind": kinds,
         },
     )
     print(f"written to {path}")
