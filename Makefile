@@ -67,6 +67,7 @@ gpu-check: $(READY)  ## on a machine with a GPU: the tests that need one, then a
 	$(PY) -W ignore -m benchmarks.real_size
 	$(PY) -W ignore -m benchmarks.feeding
 	$(PY) -W ignore -m benchmarks.real_run
+	$(PY) -W ignore -m benchmarks.fp8_losses
 
 bench: $(READY)  ## the benchmarks; tables here, JSON in benchmarks/results
 	for benchmark in $(BENCHMARKS); do $(PY) -W ignore -m benchmarks.$$benchmark || exit 1; done
