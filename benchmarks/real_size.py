@@ -32,18 +32,15 @@ from benchmarks.train_step import PackedLoop, time_call
 from megatron_vlm.config import ConfigError, ParallelConfig, Recipe
 from megatron_vlm.config.recipe import load_recipe
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
-from megatron_vlm.data.packing.row_cost import cost_of_model
+from megatron_vlm.data.packing.row_cost import step_operations
 from megatron_vlm.runtime.device import current_device, on_gpu
 from megatron_vlm.runtime.launch import distributed
 from megatron_vlm.runtime.out_of_memory import is_out_of_memory
+from megatron_vlm.runtime.peak_rate import datasheet_peak, measured_gemm_rate
 
 CONFIG = Path(__file__).parent.parent / "examples/instellavl/instruct.yaml"
 LOSS_TOLERANCE = {True: 2e-2, False: 1e-4}
 """Relative difference allowed between the loops' losses on the same samples, by bf16."""
-GEMM_SIZE = {True: 8192, False: 512}
-"""Rows and columns of the matrices whose product gives the GEMM peak, on a GPU and on a CPU."""
-DATASHEET_PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
-"""Dense bf16 FLOP/s of NVIDIA's datasheets, for MFU."""
 OUT_OF_MEMORY, NOT_HERE = "out of memory", "cannot run here"
 RECOMPUTE: dict[str, dict[str, Any]] = {"": {}, ", full recompute": {"recompute_granularity": "full"}}
 _TE = {"transformer_impl": "transformer_engine"}
@@ -80,26 +77,21 @@ class Workload:
 
 
 def step_flops(recipe: Recipe, samples: list[Sample]) -> float:
-    """Floating-point operations of forward and backward on these samples; backward has twice those of forward."""
-    tokens, tiles = (torch.tensor([f(s) for s in samples]).numpy() for f in (len, lambda s: len(s.tiles)))
-    language = recipe.model.language
-    supervised = sum(int((s.document.encoded.labels[1:] != IGNORE_INDEX).sum()) for s in samples)
-    head = 6.0 * language.hidden_size * language.vocab_size * supervised
-    return float(cost_of_model(recipe.model).of(tokens, tiles).sum()) + head
+    """Floating-point operations of forward and backward on these samples."""
+    return step_operations(
+        recipe.model,
+        tuple(recipe.training.trainable),
+        squared_tokens=sum(len(sample) ** 2 for sample in samples),
+        tokens=sum(map(len, samples)),
+        tiles=sum(len(sample.tiles) for sample in samples),
+        supervised_tokens=sum(int((s.document.encoded.labels[1:] != IGNORE_INDEX).sum()) for s in samples),
+    )
 
 
 def build_workload(recipe: Recipe, rows: int) -> Workload:
     source = InstructRows(recipe.model, recipe.data.seq_length, recipe.data.max_tiles_per_row)
     samples = [source.samples(row) for row in range(rows)]
     return Workload(samples, [source.pack(row) for row in samples], [step_flops(recipe, row) for row in samples])
-
-
-def gemm_peak(dtype: torch.dtype) -> float:
-    """Measured FLOP/s of a large matrix multiplication on random numbers."""
-    size = GEMM_SIZE[on_gpu()]
-    a, b = (torch.randn(size, size, device=current_device()).to(dtype) for _ in range(2))
-    times = [time_call(lambda: a @ b) for _ in range(30)]
-    return 2.0 * size**3 / statistics.median(times[10:])
 
 
 def measure(name: str, build: Callable[[], tuple[Any, list[Any]]], rounds: int) -> Measured:
@@ -177,7 +169,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     """Run the benchmark and report it."""
     torch.manual_seed(0)
     work = build_workload(recipe, arguments.rows)
-    peak = gemm_peak(torch.bfloat16 if recipe.training.bf16 else torch.float32)
+    peak = measured_gemm_rate(torch.bfloat16 if recipe.training.bf16 else torch.float32)
     with torch.device(current_device()):
         model = transformers_loop.build(recipe)
     results: list[Measured] = []
@@ -237,7 +229,7 @@ def report(
         f"samples, {tokens:,} tokens, {tiles} tiles; median of {arguments.rounds} rounds\n"
     )
     reference = next(result for result in results if not result.failed)
-    datasheet = DATASHEET_PEAK.get(about["device"]) if recipe.training.bf16 else None
+    datasheet = datasheet_peak(about["device"]) if recipe.training.bf16 else None
     lines = []
     for result in results:
         if result.failed:

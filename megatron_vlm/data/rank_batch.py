@@ -8,6 +8,7 @@ processor.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,8 @@ class RankBatch:
     """Of the whole row."""
     num_tokens: int
     """S without the padded tail."""
+    squared_tokens: int
+    """Sum of the documents' squared lengths, without the padded tail."""
     row_index: int
     sample_ids: list[str]
     tokens: torch.Tensor | None = None
@@ -108,6 +111,9 @@ def rank_batch(batch: PackedBatch, view: RankView) -> RankBatch:
         documents=document_layout(batch.cu_seqlens, causal=True, grouped=view.groups_documents),
         num_tiles=batch.num_tiles,
         num_tokens=batch.num_tokens,
+        squared_tokens=sum(
+            (stop - start) ** 2 for start, stop in itertools.pairwise(batch.cu_seqlens) if stop <= batch.num_tokens
+        ),
         row_index=batch.row_index,
         sample_ids=batch.sample_ids,
     )

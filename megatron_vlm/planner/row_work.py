@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vlm.config import Recipe
-from megatron_vlm.data.packing.row_cost import cost_of_model, row_cost
+from megatron_vlm.data.packing.row_cost import cost_of_model, head_operations, row_cost
 
 TYPICAL_DOCUMENT = 2048
 """Tokens of a sample with one tiled image and its text; the published instruction mix has 2,270 on average."""
@@ -56,7 +56,5 @@ def row_work(recipe: Recipe, shape: RowShape | None = None) -> RowWork:
         layer *= (passes + 1) / passes
     if training.recomputes_vision and "vision" in training.trainable:
         tower *= 4 / 3
-    # Three matrix products: logits, and the gradients of hidden states and of the weight, which may be frozen.
-    products = 2 + ("language" in training.trainable)
-    head = products * 2 * model.language.hidden_size * model.language.vocab_size * shape.supervised_tokens
+    head = head_operations(model, tuple(training.trainable)) * shape.supervised_tokens
     return RowWork(tower=tower, layer=layer, head=head * cost.per_token / max(operations.per_token, 1.0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from megatron_vlm.training.checkpoint import (
     require_checkpoint,
 )
 from megatron_vlm.training.finite_update import NonFiniteError, SkippedUpdates, update
-from megatron_vlm.training.metrics import MetricsLog, RowCounter
+from megatron_vlm.training.metrics import MetricsProcessor
 from megatron_vlm.training.optimizer import (
     build_optimizer,
     build_schedule,
@@ -87,8 +86,9 @@ class Trainer:
         self.checkpointer = Checkpointer(recipe, recipe.training.distributed_timeout_minutes)
         self.loader = self._build_loader()
         self._check_order()
-        self.row_counter = RowCounter(self._log_samples(self.loader), self.ranks)
-        self.rows = rows_for_chunks(map(unwrap(self.chunks[0]).on_device, self.row_counter), len(self.chunks))
+        self.metrics = MetricsProcessor(recipe, self.ranks, self.progress.iteration)
+        rows = self.metrics.count(self._log_samples(self.loader))
+        self.rows = rows_for_chunks(map(unwrap(self.chunks[0]).on_device, rows), len(self.chunks))
         self.skipped_updates = SkippedUpdates(recipe)
         self.stop_request = StopRequest(recipe)
         self.watchdog = Watchdog(recipe.training.distributed_timeout_minutes)
@@ -173,13 +173,12 @@ class Trainer:
         Returns:
             Why it stopped before the last iteration, after saving; None if it is finished.
         """
-        metrics_log = MetricsLog(self.recipe, self.progress.iteration)
         garbage = ScheduledCollection(self.recipe.training.manual_gc_interval)
         with self.stop_request.catch_signals():
-            stopped = self._train(metrics_log, garbage)
+            stopped = self._train(garbage)
         self.watchdog.stop()
         garbage.close()
-        metrics_log.close()
+        self.metrics.close()
         self.loader.close()
         self.checkpointer.close()
         if self.validator is not None:
@@ -188,22 +187,24 @@ class Trainer:
             self.best.close()
         return stopped
 
-    def _train(self, metrics_log: MetricsLog, garbage: ScheduledCollection) -> str | None:
+    def _train(self, garbage: ScheduledCollection) -> str | None:
         training, progress = self.recipe.training, self.progress
         while progress.iteration < training.train_iters:
             self.watchdog.progress()
             try:
-                metrics = self.train_step()
+                self.train_step()
             except NonFiniteError:  # on every rank; what is being written is from before
+                self.metrics.flush()
                 self._report_last_save()
                 raise
             if self.validator is not None and self.validator.is_due(progress.iteration):
-                metrics |= self._evaluate(self.validator)
-            metrics_log.write(progress.iteration, metrics)
+                self.metrics.add(self._evaluate(self.validator))
+            self.metrics.write()
             stopped = self.stop_request.reason(progress.iteration)
             last = stopped is not None or progress.iteration == training.train_iters
             if training.save and (last or progress.iteration % training.save_interval == 0):
-                with self.watchdog.paused():
+                self.metrics.flush()  # what a checkpoint covers is never lost
+                with self.watchdog.paused(), self.metrics.timer.phase("checkpoint"):
                     self.save(wait=last or not training.async_save)
             elif self.checkpointer.is_written_everywhere():
                 self._report_last_save()
@@ -213,44 +214,45 @@ class Trainer:
         return None
 
     def _evaluate(self, validator: Validator) -> dict[str, float]:
-        with self.watchdog.paused():
+        with self.watchdog.paused(), self.metrics.timer.phase("evaluation"):
             values = validator.run(self.chunks)
         log_rank0("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
         if self.best is not None:
             self.best.consider(values, self.chunks, self.progress)
         return values
 
-    def train_step(self) -> dict[str, float]:
-        """Train on the next `batch_size` rows and update the weights. Returns the metrics of the step."""
-        started = time.perf_counter()
-        rows = batch_size(self.recipe.training, self.progress.consumed_rows)
+    def train_step(self) -> None:
+        """Train on the next `batch_size` rows, update the weights, and hand the metrics of the step to `metrics`."""
+        progress, timer = self.progress, self.metrics.timer
+        rows = batch_size(self.recipe.training, progress.consumed_rows)
         lr = learning_rate(self.optimizer)
 
-        totals = forward_backward(self.chunks, self.rows, self.recipe, rows_per_step=rows)
+        self.metrics.start_step()
+        with timer.phase("forward_backward"):
+            totals = forward_backward(self.chunks, self.rows, self.recipe, rows_per_step=rows)
+        self.metrics.measure_gradients(self.chunks, progress.iteration + 1)
         loss, supervised_tokens = global_loss(totals)
-        updated, grad_norm = update(self.optimizer, loss)
+        with timer.phase("optimizer"):
+            updated, grad_norm = update(self.optimizer, loss)
 
-        self.progress.iteration += 1
-        self.progress.consumed_rows += rows
-        counts, sample_ids = self.row_counter.collect(), self.row_counter.take_sample_ids()
+        progress.iteration += 1
+        progress.consumed_rows += rows
+        sample_ids = self.metrics.end_step(
+            progress.iteration,
+            {
+                "lm_loss": loss,
+                "grad_norm": grad_norm,
+                "learning_rate": lr,
+                "loss_tokens": supervised_tokens,
+                "rows": rows,
+                "update_skipped": int(not updated),
+            },
+        )
         if updated:
             self.schedule.step(increment=1)
             self.skipped_updates.applied()
         else:
-            self.skipped_updates.skipped(self.progress.iteration, loss, grad_norm, sample_ids)
-        return {
-            "lm_loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": lr,
-            "tokens": int(counts["tokens"]),
-            "loss_tokens": supervised_tokens,
-            "tiles": int(counts["tiles"]),
-            "rows": rows,
-            "pack_fill": counts["tokens"] / (counts["rows"] * self.recipe.data.seq_length),
-            "tokens_per_second": counts["tokens"] / (time.perf_counter() - started),
-            "data_wait_ms": counts["data_wait_ms"],
-            "update_skipped": int(not updated),
-        }
+            self.skipped_updates.skipped(progress.iteration, loss, grad_norm, sample_ids)
 
     def save(self, *, wait: bool = True) -> None:
         """Save a complete checkpoint in `training.save`; every rank calls this.

@@ -32,6 +32,7 @@ from megatron_vlm.model.rank_view import rank_view
 from megatron_vlm.runtime.launch import process_group
 from megatron_vlm.runtime.process_groups import destroy_groups, initialize_groups, parallel_ranks, tile_shard_rank
 from megatron_vlm.training.finite_update import update
+from megatron_vlm.training.metrics.grad_norms import part_squares
 from megatron_vlm.training.optimizer import build_optimizer, synchronize_parameters, wrap_for_data_parallel
 from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks
 from megatron_vlm.training.validation import dataset_losses
@@ -71,6 +72,8 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
     for _ in range(STEPS):
         totals = forward_backward(wrapped, rows, recipe)
         loss, loss_tokens = global_loss(totals)
+        squares = part_squares(wrapped)
+        dist.all_reduce(squares)
         shards = local_gradients(wrapped)
         shards = [(*s[:3], s[3] / 2) if s[0] == break_gradient_of else s for s in shards]
         all_shards: list[Any] = [None] * dist.get_world_size()
@@ -78,6 +81,7 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
         _, norm = update(optimizer)
         gradients = assemble([s for rank in all_shards for s in rank]) if dist.get_rank() == 0 else {}
         steps.append({"loss": loss, "loss_tokens": loss_tokens, "grad_norm": norm, "gradients": gradients})
+        steps[-1]["part_norms"] = squares.sqrt().tolist()
     steps[-1]["buckets"] = min(sum(len(group.buckets) for group in chunk.bucket_groups) for chunk in wrapped)
     synchronize_parameters(wrapped)
     per_rank = recipe.training.global_batch_size // ranks.data_size
@@ -109,6 +113,13 @@ def compare(steps: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dic
         for key in ("loss", "grad_norm"):
             difference = abs(ours[key] - theirs[key])
             worst[key] = max(worst[key], difference / abs(theirs[key]) if theirs[key] else difference)
+        norms = zip(ours["part_norms"], theirs["part_norms"], strict=True)
+        together = sum(norm**2 for norm in ours["part_norms"]) ** 0.5
+        worst["part_norms"] = max(
+            worst.get("part_norms", 0.0),
+            abs(together - ours["grad_norm"]) / max(ours["grad_norm"], 1e-9),
+            *(abs(mine - other) / max(other, 1e-9) for mine, other in norms),
+        )
         worst["same_tokens"] = ours["loss_tokens"] == theirs["loss_tokens"]
     pairs = zip(sum(steps[-1]["evaluation"], []), sum(reference[-1]["evaluation"], []), strict=True)
     worst["evaluation"] = max(abs(ours - theirs) / max(abs(theirs), 1e-9) for ours, theirs in pairs)

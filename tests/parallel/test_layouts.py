@@ -58,6 +58,7 @@ def test_layout_equals_one_process(results: Any, world: int, layout: Layout, sel
         return
     assert difference < GRADIENTS, f"gradient of {tensor} at step {step} is off by {difference:.1e} of its norm"
     assert found["loss"] < LOSSES
+    assert found["part_norms"] < LOSSES, "norms by model part, and the norm that they add up to"
     assert found["evaluation"] < LOSSES, "losses of the two datasets, of weights that every rank must have"
     assert found["grad_norm"] < LOSSES, "the gradient norm, which clipping uses, differs"
 

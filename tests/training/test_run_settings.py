@@ -18,7 +18,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
     settings = {
         "epochs": 1.5, "rampup_batch_size": [2, 2, 5], "lr_decay_style": "WSD", "lr_warmup_iters": 1,
         "lr_wsd_decay_iters": 1, "eval_interval": 3, "eval_iters": 1, "best_metric": "eval_loss", "save_total_limit": 1,
-        "loss_normalization": "sample",
+        "loss_normalization": "sample", "log_interval": 2,
     }  # fmt: skip
     recipe = write_recipe(folder, **settings)
     folder.joinpath("out").write_text(run(recipe, folder / "save", "--valid-share", "0.3", ranks=2).stdout)
@@ -54,3 +54,20 @@ def test_the_best_weights_are_kept(work: Path) -> None:
     assert load_common(checkpoint)["content_metadata"] == {"weights_only": True}
     last = latest_checkpoint(work / "save")
     assert last is not None and read_progress(last).best_metric == best["eval_loss"]
+
+
+def test_metrics_of_every_iteration_are_reduced_every_log_interval(work: Path) -> None:
+    lines = metrics(work / "save")
+    assert [line["iteration"] for line in lines] == list(range(1, len(lines) + 1))
+    logged = [line for line in (work / "out").read_text().splitlines() if "| lm loss" in line]
+    assert len(logged) == -(-len(lines) // 2) and " left" in logged[0] and "GEMM" in logged[0]
+    for line in lines:
+        phases = [line[f"{phase}_seconds"] for phase in ("data", "forward_backward", "optimizer", "evaluation")]
+        assert 0 < sum(phases[:3]) < line["step_seconds"] * 1.5, "each is that of the slowest rank"
+        assert (phases[3] > 0) == ("eval_loss" in line)
+        assert line["device_idle_seconds"] >= 0 and 0 < line["gemm_utilization"] < 1 and line["tflops_per_device"] > 0
+        due = line["iteration"] % 2 == 0 or line is lines[-1]
+        assert ("grad_norm/vision" in line) == ("host_memory_gib" in line) == due
+        if due:
+            squares = sum(line[f"grad_norm/{part}"] ** 2 for part in ("vision", "projector", "language"))
+            assert squares**0.5 == pytest.approx(line["grad_norm"], rel=1e-5)

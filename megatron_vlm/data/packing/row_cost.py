@@ -83,6 +83,33 @@ def cost_of_model(model: ModelConfig, trainable: tuple[str, ...] = PARTS) -> Row
     )
 
 
+def head_operations(model: ModelConfig, trainable: tuple[str, ...] = PARTS) -> float:
+    """Operations of the loss head for one supervised token: logits, and the gradients of the hidden state and of the
+    weight, which may be frozen.
+    """
+    products = 2 + ("language" in trainable)
+    return products * 2.0 * model.language.hidden_size * model.language.vocab_size
+
+
+def step_operations(
+    model: ModelConfig, trainable: tuple[str, ...], *, squared_tokens: float, tokens: float, tiles: float,
+    supervised_tokens: float,
+) -> float:  # fmt: skip
+    """Operations of a training step: what its documents need, without padding and without recomputation.
+
+    Args:
+        model: of the run.
+        trainable: the parts that are trained.
+        squared_tokens: sum of the documents' squared lengths.
+        tokens: sum of their lengths.
+        tiles: number of their tiles.
+        supervised_tokens: number of tokens that the loss counts.
+    """
+    cost = cost_of_model(model, trainable)
+    row = cost.per_token_squared * squared_tokens + cost.per_token * tokens + cost.per_tile * tiles
+    return row + head_operations(model, trainable) * supervised_tokens
+
+
 def row_cost(recipe: Recipe) -> RowCost:
     """Coefficients of a recipe: its data.cost_* settings; for those that are not set, the operations of its model."""
     data, model = recipe.data, cost_of_model(recipe.model, tuple(recipe.training.trainable))

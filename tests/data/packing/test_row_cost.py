@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_vlm.config import ParallelConfig, Recipe, load_recipe
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
-from megatron_vlm.data.packing.row_cost import RowCost, cost_of_model, row_cost
+from megatron_vlm.data.packing.row_cost import RowCost, cost_of_model, row_cost, step_operations
 from tests.parallel.rows import tiny_recipe
 
 
@@ -60,6 +60,9 @@ def test_cost_equals_the_operations_that_torch_counts(one_process: None, trainab
     assert squared == 2 * cost.per_token_squared  # half of the scores are masked
     assert linear == cost.per_token
     assert operations(16, 3) - short == 2 * cost.per_tile
+    # torch counts every score of the square, where half are masked
+    whole = step_operations(recipe.model, trainable, squared_tokens=16**2, tokens=16, tiles=1, supervised_tokens=1)
+    assert short - cost.per_token_squared * 16**2 == whole
 
 
 def test_frozen_parts_cost_less() -> None:

@@ -1,0 +1,6 @@
+"""Metrics of a run: what each step counted and took, reduced over ranks, and where it is written."""
+
+from megatron_vlm.training.metrics.log import METRICS_FILE
+from megatron_vlm.training.metrics.processor import MetricsProcessor
+
+__all__ = ["METRICS_FILE", "MetricsProcessor"]

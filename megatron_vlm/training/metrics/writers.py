@@ -1,0 +1,69 @@
+"""The seam to logging systems: each writes the metrics of an iteration.
+
+A system that is not asked for is not imported.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_vlm.config import Recipe
+from megatron_vlm.runtime.json_lines import keep_lines
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricWriter(Protocol):
+    """Writes metrics somewhere; on rank 0."""
+
+    def write(self, iteration: int, values: dict[str, Any]) -> None:
+        """Write the metrics of an iteration, by name."""
+
+    def close(self) -> None:
+        """Finish what is being written."""
+
+
+def open_writers(recipe: Recipe, folder: Path, first_iteration: int) -> list[MetricWriter]:
+    """The writers of a recipe. What a killed run wrote after `first_iteration` is removed where that is possible."""
+    return [JsonLines(folder / METRICS_FILE, first_iteration), TensorBoard(folder / "tensorboard", first_iteration)]
+
+
+class JsonLines:
+    """metrics.jsonl: one object per iteration."""
+
+    def __init__(self, path: Path, first_iteration: int) -> None:
+        if path.is_file():
+            keep_lines(path, lambda line: line["iteration"] <= first_iteration)
+        self._file = path.open("a")
+
+    def write(self, iteration: int, values: dict[str, Any]) -> None:
+        # JSON has no NaN
+        known = {name: None if _is_not_finite(value) else value for name, value in values.items()}
+        self._file.write(json.dumps({"iteration": iteration, **known}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """TensorBoard's event files."""
+
+    def __init__(self, folder: Path, first_iteration: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder), purge_step=first_iteration + 1)
+
+    def write(self, iteration: int, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, iteration)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
