@@ -120,6 +120,10 @@ class TrainingConfig:
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = field(
         default="delayed", metadata={"help": "How FP8 tensors are scaled; delayed is the fastest on an H200."}
     )
+    loss_spike_factor: float = field(
+        default=2.0,
+        metadata={"help": "List the samples of an iteration with more than so many times the recent loss; 0: never."},
+    )
     recompute_granularity: Literal["full", "selective"] | None = field(
         default=None,
         metadata={
@@ -166,6 +170,24 @@ class TrainingConfig:
     manual_gc_interval: int = field(
         default=100,
         metadata={"help": "Iterations between Python's garbage collections, on all ranks at once; 0: Python decides."},
+    )
+    wandb_project: str | None = field(
+        default=None, metadata={"help": "Weights & Biases project that metrics are written to, too."}
+    )
+    wandb_exp_name: str | None = field(
+        default=None, metadata={"help": "Name of the run there; default: the name of the save folder."}
+    )
+    mlflow_experiment: str | None = field(
+        default=None, metadata={"help": "MLflow experiment that metrics are written to, too."}
+    )
+    mlflow_tracking_uri: str | None = field(
+        default=None, metadata={"help": "MLflow server or folder; default: MLflow's own setting."}
+    )
+    profile_step_start: int | None = field(
+        default=None, metadata={"help": "First iteration of a trace of rank 0 in SAVE/profile; default: no trace."}
+    )
+    profile_step_end: int | None = field(
+        default=None, metadata={"help": "Last iteration of the trace; default: profile_step_start."}
     )
     distributed_timeout_minutes: int = field(
         default=10, metadata={"help": "Minutes that a collective may wait for other ranks before it is an error."}

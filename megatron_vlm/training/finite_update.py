@@ -6,19 +6,17 @@ the next checkpoint would save them.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_vlm.config import Recipe
 from megatron_vlm.runtime.logging import log_rank0
+from megatron_vlm.training.sample_report import append_record, describe_samples, gather_samples
 
 SKIPPED_FILE = "skipped_updates.jsonl"
-_SHOWN_SAMPLES = 8
 
 
 class NonFiniteError(RuntimeError):
@@ -80,21 +78,16 @@ class SkippedUpdates:
             NonFiniteError: this was the last of `max_skipped_updates` in a row.
         """
         self.in_a_row += 1
-        gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, sample_ids)
-        samples = [name for names in gathered for name in names]
-        shown = ", ".join(samples[:_SHOWN_SAMPLES]) + (", ..." if len(samples) > _SHOWN_SAMPLES else "")
+        samples = gather_samples(sample_ids)
         log_rank0(
             f"WARNING: iteration {iteration} was not applied: loss {loss}, gradient norm {grad_norm} "
-            f"({self.in_a_row} in a row, {self.limit} end the run). Its {len(samples)} samples: {shown}"
+            f"({self.in_a_row} in a row, {self.limit} end the run). {describe_samples(samples)}"
         )
         where = ""
         if self.save is not None:
             where = f"; {Path(self.save, SKIPPED_FILE)} lists their samples"
-            if dist.get_rank() == 0:
-                entry = {"iteration": iteration, "loss": str(loss), "grad_norm": str(grad_norm), "samples": samples}
-                with Path(self.save, SKIPPED_FILE).open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
+            record = {"iteration": iteration, "loss": str(loss), "grad_norm": str(grad_norm), "samples": samples}
+            append_record(Path(self.save, SKIPPED_FILE), record)
         if self.in_a_row >= self.limit:
             raise NonFiniteError(
                 f"{self.in_a_row} updates in a row, up to iteration {iteration}, had a loss or a gradient that is NaN "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -28,18 +28,21 @@ from megatron_vlm.runtime.launch import local_rank, local_rank0_first
 from megatron_vlm.runtime.logging import log_rank0
 from megatron_vlm.runtime.process_groups import parallel_ranks, tile_shard_rank
 from megatron_vlm.training.best_checkpoint import BestCheckpoint
+from megatron_vlm.training.callbacks import Callback
 from megatron_vlm.training.checkpoint import (
     Checkpointer,
     CheckpointError,
     Progress,
     checkpoint_to_resume,
+    iteration_of,
     load_checkpoint,
     read_progress,
     recipe_differences,
     require_checkpoint,
 )
 from megatron_vlm.training.finite_update import NonFiniteError, SkippedUpdates, update
-from megatron_vlm.training.metrics import MetricsProcessor
+from megatron_vlm.training.loss_spikes import LossSpikes
+from megatron_vlm.training.metrics import MetricsProcessor, ProfilerWindow
 from megatron_vlm.training.optimizer import (
     build_optimizer,
     build_schedule,
@@ -61,8 +64,8 @@ class Trainer:
         DataError: the data cannot be opened, or its order is not that of the checkpoint.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.ranks = recipe, parallel_ranks()
+    def __init__(self, recipe: Recipe, callbacks: Sequence[Callback] = ()) -> None:
+        self.recipe, self.ranks, self.callbacks = recipe, parallel_ranks(), callbacks
         self.fingerprint = load_tokenizer(recipe.data.tokenizer_model).fingerprint
         chunks = build_model(recipe, for_training=True)
         self.progress = Progress(tokenizer_fingerprint=self.fingerprint)
@@ -90,6 +93,8 @@ class Trainer:
         rows = self.metrics.count(self._log_samples(self.loader))
         self.rows = rows_for_chunks(map(unwrap(self.chunks[0]).on_device, rows), len(self.chunks))
         self.skipped_updates = SkippedUpdates(recipe)
+        self.loss_spikes = LossSpikes(recipe)
+        self.profiler = ProfilerWindow(recipe)
         self.stop_request = StopRequest(recipe)
         self.watchdog = Watchdog(recipe.training.distributed_timeout_minutes)
         self.validator = Validator(recipe, validation, self.ranks) if validation is not None else None
@@ -179,6 +184,7 @@ class Trainer:
         self.watchdog.stop()
         garbage.close()
         self.metrics.close()
+        self.profiler.close()
         self.loader.close()
         self.checkpointer.close()
         if self.validator is not None:
@@ -192,7 +198,9 @@ class Trainer:
         while progress.iteration < training.train_iters:
             self.watchdog.progress()
             try:
+                self.profiler.before(progress.iteration + 1)
                 self.train_step()
+                self.profiler.after(progress.iteration)
             except NonFiniteError:  # on every rank; what is being written is from before
                 self.metrics.flush()
                 self._report_last_save()
@@ -219,6 +227,8 @@ class Trainer:
         log_rank0("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
         if self.best is not None:
             self.best.consider(values, self.chunks, self.progress)
+        for callback in self.callbacks:
+            callback.on_eval(self.progress.iteration, values)
         return values
 
     def train_step(self) -> None:
@@ -237,22 +247,23 @@ class Trainer:
 
         progress.iteration += 1
         progress.consumed_rows += rows
-        sample_ids = self.metrics.end_step(
-            progress.iteration,
-            {
-                "lm_loss": loss,
-                "grad_norm": grad_norm,
-                "learning_rate": lr,
-                "loss_tokens": supervised_tokens,
-                "rows": rows,
-                "update_skipped": int(not updated),
-            },
-        )
+        values = {
+            "lm_loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": lr,
+            "loss_tokens": supervised_tokens,
+            "rows": rows,
+            "update_skipped": int(not updated),
+        }
+        sample_ids = self.metrics.end_step(progress.iteration, values)
         if updated:
             self.schedule.step(increment=1)
             self.skipped_updates.applied()
+            self.loss_spikes.check(progress.iteration, loss, sample_ids)
         else:
             self.skipped_updates.skipped(progress.iteration, loss, grad_norm, sample_ids)
+        for callback in self.callbacks:
+            callback.on_step(progress.iteration, dict(values))
 
     def save(self, *, wait: bool = True) -> None:
         """Save a complete checkpoint in `training.save`; every rank calls this.
@@ -268,7 +279,7 @@ class Trainer:
         self._report_last_save()
         self.checkpointer.save(self.chunks, self.progress, optimizer, schedule)
         if wait:
-            log_rank0(f"saved {self.checkpointer.wait()}")
+            self._report_saved(self.checkpointer.wait())
 
     def _report_last_save(self) -> None:
         """Wait for the checkpoint that is being written. One that failed is reported, and training continues."""
@@ -278,12 +289,18 @@ class Trainer:
             log_rank0(f"WARNING: {error}. Training continues; the next checkpoint is tried as usual")
         else:
             if written is not None:
-                log_rank0(f"saved {written}")
+                self._report_saved(written)
+
+    def _report_saved(self, checkpoint: Path | None) -> None:
+        log_rank0(f"saved {checkpoint}")
+        for callback in self.callbacks:
+            if checkpoint is not None:
+                callback.on_save(iteration_of(checkpoint), checkpoint)
 
 
-def train(recipe: Recipe) -> bool:
+def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> bool:
     """Train a recipe on this rank; arguments and errors as in Trainer. Returns whether it is finished."""
-    trainer = Trainer(recipe)
+    trainer = Trainer(recipe, callbacks)
     size = dist.get_world_size()
     parallel = recipe.parallel
     log_rank0(

@@ -20,6 +20,8 @@ OUT_OF_RANGE = [
     ("training.save_total_limit", 0),
     ("training.save_retain_interval", 0),
     ("training.log_interval", -1),
+    ("training.loss_spike_factor", -1.0),
+    ("training.profile_step_start", 0),
     ("training.eval_interval", 0),
     ("training.eval_iters", 0),
     ("data.valid_share", 1.0),

@@ -7,6 +7,7 @@ from megatron_vlm.training.checkpoint.errors import CheckpointError
 from megatron_vlm.training.checkpoint.folder import (
     RECIPE,
     TRACKER,
+    iteration_of,
     latest_checkpoint,
     read_recipe,
     require_checkpoint,
@@ -24,6 +25,7 @@ __all__ = [
     "Checkpointer",
     "Progress",
     "checkpoint_to_resume",
+    "iteration_of",
     "latest_checkpoint",
     "load_checkpoint",
     "load_common",

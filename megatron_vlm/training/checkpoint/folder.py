@@ -37,6 +37,11 @@ def checkpoint_path(folder: str | Path, iteration: int) -> Path:
     return Path(folder) / f"iter_{iteration:07d}"
 
 
+def iteration_of(checkpoint: Path) -> int:
+    """The iteration of an iter_* folder."""
+    return int(checkpoint.name.removeprefix("iter_"))
+
+
 def is_whole(checkpoint: Path) -> bool:
     """Whether everything of an iter_* folder was written."""
     return (checkpoint / RECIPE).is_file() and (checkpoint / METADATA).is_file()

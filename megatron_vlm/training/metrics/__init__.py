@@ -2,5 +2,6 @@
 
 from megatron_vlm.training.metrics.log import METRICS_FILE
 from megatron_vlm.training.metrics.processor import MetricsProcessor
+from megatron_vlm.training.metrics.profiler import ProfilerWindow
 
-__all__ = ["METRICS_FILE", "MetricsProcessor"]
+__all__ = ["METRICS_FILE", "MetricsProcessor", "ProfilerWindow"]

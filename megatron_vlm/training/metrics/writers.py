@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from megatron_vlm.config import Recipe
 from megatron_vlm.runtime.json_lines import keep_lines
+from megatron_vlm.training.metrics.trackers import MLflow, WandB
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -28,7 +29,15 @@ class MetricWriter(Protocol):
 
 def open_writers(recipe: Recipe, folder: Path, first_iteration: int) -> list[MetricWriter]:
     """The writers of a recipe. What a killed run wrote after `first_iteration` is removed where that is possible."""
-    return [JsonLines(folder / METRICS_FILE, first_iteration), TensorBoard(folder / "tensorboard", first_iteration)]
+    writers: list[MetricWriter] = [
+        JsonLines(folder / METRICS_FILE, first_iteration),
+        TensorBoard(folder / "tensorboard", first_iteration),
+    ]
+    if recipe.training.wandb_project is not None:
+        writers.append(WandB(recipe, folder))
+    if recipe.training.mlflow_experiment is not None:
+        writers.append(MLflow(recipe, folder))
+    return writers
 
 
 class JsonLines:
