@@ -222,11 +222,14 @@ class Trainer:
         return None
 
     def _evaluate(self, validator: Validator) -> dict[str, float]:
-        with self.watchdog.paused(), self.metrics.timer.phase("evaluation"):
-            values = validator.run(self.chunks)
-        log_rank0("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-        if self.best is not None:
-            self.best.consider(values, self.chunks, self.progress)
+        timer = self.metrics.timer
+        with self.watchdog.paused():
+            with timer.phase("evaluation"):
+                values = validator.run(self.chunks)
+            log_rank0("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+            if self.best is not None:
+                with timer.phase("checkpoint"):
+                    self.best.consider(values, self.chunks, self.progress)
         for callback in self.callbacks:
             callback.on_eval(self.progress.iteration, values)
         return values
