@@ -25,9 +25,9 @@ def part_squares(chunks: list[DistributedDataParallel]) -> torch.Tensor:
     """
     norms: dict[str, list[torch.Tensor]] = {part: [] for part in PARTS}
     for chunk in chunks:
-        part_of = {parameter: part for part, group in unwrap(chunk).parts().items() for parameter in group}
+        model_part = {parameter: part for part, group in unwrap(chunk).parts().items() for parameter in group}
         for parameter, gradient in _owned_gradients(chunk):
-            norms[part_of[parameter]].append(gradient)
+            norms[model_part[parameter]].append(gradient)
     totals = torch.zeros(len(PARTS), dtype=torch.double, device=current_device())
     for index, gradients in enumerate(norms.values()):
         if gradients:
