@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ class _Step:
     values: dict[str, Any]
     """The same on every rank."""
     counts: RowCounts
-    marks: Marks
     step_seconds: float
     squares: torch.Tensor | None
     """From part_squares."""
+    marks: Marks = field(default_factory=list)
 
 
 class MetricsProcessor:
@@ -88,7 +88,7 @@ class MetricsProcessor:
         self.timer.end_step()
         counts, squares, self._squares = self._counter.take(), self._squares, None
         elapsed = time.perf_counter() - self._started
-        self._steps.append(_Step(iteration, values, counts, self.timer.take(), elapsed, squares))
+        self._steps.append(_Step(iteration, values, counts, elapsed, squares))
         return counts.sample_ids
 
     def add(self, values: dict[str, Any]) -> None:
@@ -96,8 +96,9 @@ class MetricsProcessor:
         self._steps[-1].values |= values
 
     def write(self) -> None:
-        """Reduce and write what was collected, if the last step is due."""
-        if self._steps and self.is_due(self._steps[-1].iteration):
+        """End the last step: what is timed from now on belongs to the next. Reduce and write, if it is due."""
+        self._steps[-1].marks = self.timer.take()
+        if self.is_due(self._steps[-1].iteration):
             self.flush()
 
     def flush(self) -> None:
