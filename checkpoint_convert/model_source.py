@@ -5,27 +5,22 @@ The tensors of every source are read one at a time, under the parameter map's Hu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 from checkpoint_convert.errors import ConversionError
-from checkpoint_convert.huggingface.config import model_from_llava_next, read_config, with_image_normalization
-from checkpoint_convert.huggingface.instellavl import model_from_instellavl
-from checkpoint_convert.huggingface.llava_onevision import model_from_llava_onevision
+from checkpoint_convert.huggingface.config import read_config
 from checkpoint_convert.huggingface.safetensors import FolderTensors
-from checkpoint_convert.huggingface.tokenizer import import_tokenizer
 from checkpoint_convert.mapping.families import LANGUAGES, TEXT_AND_VISION, TOWERS, language_from_hf, vision_from_hf
 from checkpoint_convert.mapping.lazy_tensors import StoredTensors
 from checkpoint_convert.mapping.param_map import HuggingFaceTensors, param_map
 from checkpoint_convert.megatron.files import checkpoint_recipe, checkpoint_tensors
+from checkpoint_convert.model_config import VLM_FORMATS as VLM_FORMATS
+from checkpoint_convert.model_config import vlm_config
 from megatron_vlm.config import PARTS, LanguageConfig, ModelConfig, VisionConfig
 from megatron_vlm.training.checkpoint import TRACKER
 
 MEGATRON = "Megatron checkpoint"
-VLM_FORMATS = ("llava_next", "llava_onevision", "instellavl")
-"""model_type of a whole VLM."""
 _PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 
 
@@ -88,22 +83,9 @@ def open_source(path: Path, tokenizer: Path | None = None) -> Source:
     if format not in VLM_FORMATS:
         supported = map(repr, (*VLM_FORMATS, *TOWERS, *TEXT_AND_VISION, *LANGUAGES))
         raise ConversionError(f"{source}: model_type is {format!r}; supported: {', '.join(supported)}")
-    model, aspect_ratio = _vlm_config(path, config, tokenizer or path)
+    model, aspect_ratio = vlm_config(path, config, tokenizer or path)
     tensors = FolderTensors(path, "instellavl" if format == "instellavl" else "llava")
     return _vlm(path, format, _without_tied_head(tensors, model.language), model, aspect_ratio)
-
-
-def _vlm_config(folder: Path, config: dict[str, Any], tokenizer: Path) -> tuple[ModelConfig, str]:
-    """The model of a whole VLM's folder, and its image_aspect_ratio."""
-    source = str(folder / "config.json")
-    if config["model_type"] == "instellavl":
-        index = config.get("image_token_index")
-        return model_from_instellavl(config, source, _vocab_size(tokenizer) if index is None else index)
-    if config["model_type"] == "llava_onevision":
-        model, aspect_ratio = model_from_llava_onevision(config, source)
-    else:
-        model, aspect_ratio = model_from_llava_next(config, source), "anyres"
-    return replace(model, vision=with_image_normalization(model.vision, folder)), aspect_ratio
 
 
 def _vlm(path: Path, format: str, tensors: StoredTensors, model: ModelConfig, aspect_ratio: str) -> Source:
@@ -114,9 +96,3 @@ def _without_tied_head(tensors: FolderTensors, language: LanguageConfig) -> Fold
     if language.tie_word_embeddings:
         tensors.discard("language_model.lm_head.weight")  # some writers store the embedding twice
     return tensors
-
-
-def _vocab_size(tokenizer: Path) -> int:
-    """Tokens of a tokenizer, without those that an export added."""
-    with TemporaryDirectory() as folder:
-        return len(import_tokenizer(tokenizer, Path(folder) / "tokenizer"))

@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m megatron_vlm
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron_vlm\.config")
     try:
         recipe, options = parse_command_line(arguments, prog)
+        _complete(recipe, options.given)
         check_recipe(recipe, _world_size(), paths=True)
     except ConfigError as error:
         if is_logging_rank:
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m megatron_vlm
         return exit_codes.WRONG_SETTINGS
     try:
         if not options.dry_run:
-            _convert_pretrained(recipe)
+            _convert_pretrained(recipe, take_tokenizer="data.tokenizer_model" not in options.given)
             return exit_codes.FINISHED if _train(recipe) else exit_codes.SAVED
         if is_logging_rank:
             _dry_run(recipe)
@@ -53,7 +54,14 @@ def _world_size() -> int:
 # torch and megatron-core are imported by the functions below only: --help and wrong settings are answered at once.
 
 
-def _convert_pretrained(recipe: Recipe) -> None:
+def _complete(recipe: Recipe, given: set[str]) -> None:
+    """Take what the user did not set from the model that training starts from."""
+    from checkpoint_convert.model_config import complete_recipe
+
+    complete_recipe(recipe, given)
+
+
+def _convert_pretrained(recipe: Recipe, take_tokenizer: bool) -> None:
     """Where `pretrained_checkpoint` is a Hugging Face folder, start from its conversion in SAVE/pretrained instead.
 
     Rank 0 converts, once for all runs with this --save; the other ranks wait for the folder, which appears complete.
@@ -70,6 +78,8 @@ def _convert_pretrained(recipe: Recipe) -> None:
         )
     target = Path(training.save, "pretrained")
     training.pretrained_checkpoint = str(target)
+    if take_tokenizer:
+        recipe.data.tokenizer_model = str(target / "tokenizer")
     deadline = time.monotonic() + 60 * _LONGEST_CONVERSION_MINUTES
     while not target.is_dir():
         if os.environ.get("RANK", "0") == "0":

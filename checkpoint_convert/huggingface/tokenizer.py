@@ -17,11 +17,15 @@ from checkpoint_convert.errors import ConversionError
 from checkpoint_convert.huggingface.sentencepiece import tokenizer_json_of
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.data.errors import DataError
-from megatron_vlm.data.processing.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megatron_vlm.data.processing.tokenizer import (
+    PLACEHOLDERS,
+    HuggingFaceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    without_placeholders,
+)
 
-IMAGE_TOKEN = "<image>"
-_PLACEHOLDERS = (IMAGE_TOKEN, "<video>")
-"""Tokens that stock processors replace by features; they are the last ones of an exported tokenizer."""
+IMAGE_TOKEN = PLACEHOLDERS[0]
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -40,7 +44,11 @@ def import_tokenizer(source: Path, folder: Path) -> Tokenizer:
         for name in _COPIED:
             if (source / name).is_file():
                 shutil.copy(source / name, folder)
-        _remove_placeholders(folder / "tokenizer.json")
+        definition = folder / "tokenizer.json"
+        try:
+            definition.write_bytes(without_placeholders(definition.read_bytes()))
+        except (ValueError, AttributeError) as error:
+            raise ConversionError(f"{source / 'tokenizer.json'} is not a tokenizer: {error}") from error
     elif len(models := sorted(source.glob("*.model"))) == 1:
         shutil.copy(models[0], folder)
     else:
@@ -56,6 +64,8 @@ def import_tokenizer(source: Path, folder: Path) -> Tokenizer:
 def check_image_token(tokenizer: Tokenizer, model: ModelConfig, source: str) -> None:
     """Raise ConversionError unless image_token_index is the tokenizer's next id and the embedding has a row for it."""
     index, length, rows = model.image_token_index, len(tokenizer), model.language.vocab_size
+    if index in tokenizer.placeholder_ids:
+        return
     if length >= rows:
         raise ConversionError(
             f"the tokenizer has {length} tokens and the embedding of {source} {rows} rows: none is left for the image "
@@ -79,10 +89,10 @@ def export_tokenizer(
     """Write tokenizer.json, with `<image>` added if `image_token`, and tokenizer_config.json into `folder`."""
     check_image_token(tokenizer, model, "this checkpoint")
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        definition = json.loads((tokenizer.path / "tokenizer.json").read_text(encoding="utf-8"))
+        definition = json.loads(tokenizer.definition)
     else:
         definition = tokenizer_json_of(tokenizer)
-    if image_token:
+    if image_token and not tokenizer.placeholder_ids:
         definition["added_tokens"].append(
             {
                 "id": model.image_token_index,
@@ -110,18 +120,6 @@ def export_tokenizer(
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token types, which OLMo rejects
     }
     _write(folder / "tokenizer_config.json", config)
-
-
-def _remove_placeholders(file: Path) -> None:
-    definition = json.loads(file.read_text(encoding="utf-8"))
-    added = definition.get("added_tokens") or []
-    by_id = sorted(added, key=lambda token: token.get("id", -1))
-    removed = []
-    while by_id and by_id[-1].get("content") in _PLACEHOLDERS:
-        removed.append(by_id.pop())
-    if IMAGE_TOKEN in (token["content"] for token in removed):
-        definition["added_tokens"] = [token for token in added if token not in removed]
-        _write(file, definition)
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

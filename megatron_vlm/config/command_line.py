@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from megatron_vlm.config.errors import ConfigError, nearest_key
@@ -45,8 +45,9 @@ def parse_command_line(
 
     `prog` is the program's name in the help text.
 
-    The namespace holds the options that are not settings: `config` (path or None) and `dry_run`. Raises ConfigError
-    with all unknown flags, unknown keys and wrong values; `--help` prints the help and exits.
+    The namespace holds the options that are not settings: `config` (path or None), `dry_run`, and `given`: dotted keys of
+    the settings that the recipe or the command line sets. Raises ConfigError with all unknown flags, unknown keys and
+    wrong values; `--help` prints the help and exits.
     """
     recipe = Recipe()
     settings = list(iter_settings(recipe))
@@ -54,8 +55,11 @@ def parse_command_line(
     options = argparse.Namespace(config=parsed.config, dry_run=parsed.dry_run)
 
     problems = _unknown_arguments(unknown, settings)
+    options.given = {setting.key for setting in settings if hasattr(parsed, setting.key)}
     if options.config is not None:
-        problems += apply(recipe, read_yaml(options.config), lambda key: f"{options.config}: {key}")
+        values = read_yaml(options.config)
+        options.given |= set(_dotted_keys(values))
+        problems += apply(recipe, values, lambda key: f"{options.config}: {key}")
     tree: dict[str, Any] = {}
     for setting in settings:
         if hasattr(parsed, setting.key):
@@ -68,6 +72,14 @@ def parse_command_line(
     if problems:
         raise ConfigError(problems)
     return recipe, options
+
+
+def _dotted_keys(values: Any, prefix: str = "") -> Iterator[str]:
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, dict):
+            yield from _dotted_keys(value, f"{prefix}{name}.")
+        elif value is not None or prefix:
+            yield f"{prefix}{name}"
 
 
 def flag(key: str) -> str:

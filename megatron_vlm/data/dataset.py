@@ -90,12 +90,18 @@ def open_dataset(recipe: Recipe, is_logging_rank: bool) -> MixtureDataset:
     """
     data, opened = recipe.data, open_sources(recipe)
     mixture, tokenizer = opened.mixture, opened.tokenizer
-    if len(tokenizer) > recipe.model.image_token_index:
+    image_token = recipe.model.image_token_index
+    if len(tokenizer) > image_token and image_token not in tokenizer.placeholder_ids:
         raise DataError(
             f"tokenizer {tokenizer.path} has {len(tokenizer)} ids and image_token_index is "
             f"{recipe.model.image_token_index}: image tokens would collide with text tokens. "
-            "Set image_token_index to an id that the tokenizer does not use."
+            f"Set image_token_index to {len(tokenizer)}, or leave it out."
         )
+    if len(tokenizer) < image_token and is_logging_rank:
+        logger.warning(
+            "model.image_token_index is %d, but the tokenizer has %d ids: only a model with image_token_index = %d can "
+            "be exported. Leave it out to get that.", image_token, len(tokenizer), len(tokenizer),
+        )  # fmt: skip
     indexes = opened.load_indexes(data)
     if is_logging_rank:
         for source, index in zip(mixture.sources.sources, indexes, strict=True):

@@ -11,6 +11,9 @@ from typing import Any
 
 from megatron_vlm.data.errors import DataError
 
+PLACEHOLDERS = ("<image>", "<video>")
+"""Tokens that transformers' processors replace by features. The loader inserts image_token_index itself."""
+
 
 class Tokenizer(ABC):
     """The interface that data, checkpoints and inference use.
@@ -26,6 +29,9 @@ class Tokenizer(ABC):
     """The end-of-sequence id if the tokenizer has no padding token. Padding is never a target and never attended to."""
     fingerprint: str
     """sha256 in hex of what determines the ids: tokenizers with the same fingerprint encode text to the same ids."""
+
+    placeholder_ids: frozenset[int] = frozenset()
+    """Ids of tokens that stand for images; text never encodes to them."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -50,16 +56,22 @@ class Tokenizer(ABC):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """`tokenizer.json`, with the special tokens of `tokenizer_config.json` or `special_tokens_map.json`."""
+    """`tokenizer.json`, with the special tokens of `tokenizer_config.json` or `special_tokens_map.json`.
+
+    A token `<image>` that an export added as the last one is left out, and a `<video>` token after it.
+    """
+
+    definition: bytes
+    """tokenizer.json without these."""
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as FastTokenizer
 
         self.path = folder
-        definition = (folder / "tokenizer.json").read_bytes()
         try:
-            self._fast = FastTokenizer.from_str(definition.decode("utf-8"))
+            self.definition = without_placeholders((folder / "tokenizer.json").read_bytes())
+            self._fast = FastTokenizer.from_str(self.definition.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
             raise DataError(
                 f"{folder / 'tokenizer.json'} is not a tokenizer: {error}. Download the folder again."
@@ -74,12 +86,14 @@ class HuggingFaceTokenizer(Tokenizer):
         pad = special["pad_token"]
         self.pad_id = self.eos_id if pad is None else self._special_id("pad_token", pad)
         # Some tokenizers list their end-of-sequence string as an ordinary added token, which text could encode to.
-        names = [name for name in (eos, pad) if name is not None]
+        placeholders = [name for name in PLACEHOLDERS if self._fast.token_to_id(name) is not None]
+        self.placeholder_ids = frozenset(self._fast.token_to_id(name) for name in placeholders)
+        names = [name for name in (eos, pad, *placeholders) if name is not None]
         self._fast.add_special_tokens([AddedToken(name, special=True, normalized=True) for name in names])
         self._fast.encode_special_tokens = True
         self._fast.no_truncation()
         self._fast.no_padding()
-        digest = hashlib.sha256(definition)
+        digest = hashlib.sha256(self.definition)
         digest.update(f"eos={self.eos_id} pad={self.pad_id}".encode())
         self.fingerprint = digest.hexdigest()
 
@@ -116,6 +130,24 @@ class HuggingFaceTokenizer(Tokenizer):
     def __len__(self) -> int:
         # Not the number of tokens: ids may have gaps.
         return max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def without_placeholders(definition: bytes) -> bytes:
+    """A tokenizer.json without an `<image>` token that is its last, and a `<video>` token after it.
+
+    Raises ValueError if it is not JSON.
+    """
+    content = json.loads(definition)
+    added = content.get("added_tokens") or []
+    by_id = sorted(added, key=lambda token: token.get("id", -1))
+    removed = []
+    while by_id and by_id[-1].get("content") in PLACEHOLDERS:
+        removed.append(by_id.pop())
+    if PLACEHOLDERS[0] not in (token["content"] for token in removed):
+        return definition
+    content["added_tokens"] = [token for token in added if token not in removed]
+    # As the tokenizers library writes it: adding a token and removing it again gives the same bytes.
+    return json.dumps(content, indent=2, ensure_ascii=False).encode()
 
 
 class SentencePieceTokenizer(Tokenizer):
