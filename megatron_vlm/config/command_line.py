@@ -46,8 +46,8 @@ def parse_command_line(
     `prog` is the program's name in the help text.
 
     The namespace holds the options that are not settings: `config` (path or None), `dry_run`, and `given`: the dotted
-    keys of the settings that the recipe or the command line sets. Raises ConfigError with all unknown flags, unknown keys and
-    wrong values; `--help` prints the help and exits.
+    keys of the settings that the recipe or the command line sets. Raises ConfigError with all unknown flags, unknown
+    keys and wrong values; `--help` prints the help and exits.
     """
     recipe = Recipe()
     settings = list(iter_settings(recipe))
