@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,8 +71,13 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 happened.append(f"{wrapper} {contexts[-1]}")
                 return super().forward(*args, **kwargs)
 
-            def get_extra_state(self) -> Any:
-                return io.BytesIO(b"scales")
+            scales = 0
+
+            def get_extra_state(self) -> torch.Tensor:
+                return torch.tensor([self.scales], dtype=torch.uint8)
+
+            def set_extra_state(self, state: torch.Tensor | None) -> None:
+                self.scales = int(state) if state is not None and state.numel() else 0
 
         return StandIn
 
@@ -107,6 +111,10 @@ def _built(for_training: bool = True, **training: Any) -> Any:
     return model
 
 
+def _weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
+
+
 def test_fp8_is_in_qkv_fc1_and_fc2_of_the_language_model(one_process: None, events: list[str]) -> None:
     model = _built(**SETTINGS)
     model(make_row(0))
@@ -128,10 +136,9 @@ def test_losses_and_weights_are_those_of_the_local_layers(one_process: None, eve
     for index in (0, 1):
         assert torch.equal(ours(make_row(index)), reference(make_row(index)))
     assert events
-    state, expected = ours.state_dict(), reference.state_dict()
-    weights = {name for name, value in state.items() if isinstance(value, torch.Tensor)}
-    assert weights == {name for name, value in expected.items() if isinstance(value, torch.Tensor)}
-    assert all(torch.equal(state[name], expected[name]) for name in weights)
+    state, expected = _weights(ours), _weights(reference)
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
 
 
 def test_checkpoints_have_the_same_tensors(one_process: None, events: list[str]) -> None:
@@ -160,9 +167,26 @@ def test_a_checkpoint_of_one_loads_into_the_other(one_process: None, events: lis
         other = tiny_recipe(ParallelConfig(), **loaded_as)
         (loaded,) = build_model(other, for_training=True)
         load_checkpoint(require_checkpoint(folder), [loaded], other)
-        for name, value in model.state_dict().items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(loaded.state_dict()[name], value), name
+        for name, value in _weights(model).items():
+            assert torch.equal(_weights(loaded)[name], value), name
+
+
+def test_scales_of_fp8_come_with_a_checkpoint(one_process: None, events: list[str], tmp_path: Path) -> None:
+    from megatron_vlm.model.build import build_model
+    from megatron_vlm.training.checkpoint import Progress, load_checkpoint, require_checkpoint, save_checkpoint
+
+    recipe = tiny_recipe(ParallelConfig(), transformer_impl="transformer_engine", save=str(tmp_path))
+
+    def layers(model: Any) -> list[Any]:
+        return [module for module in model.modules() if hasattr(module, "scales")]
+
+    model = _built(transformer_impl="transformer_engine", save=str(tmp_path))
+    for number, layer in enumerate(layers(model), 1):
+        layer.scales = number
+    save_checkpoint([model], recipe, Progress(iteration=1))
+    (loaded,) = build_model(recipe, for_training=True)
+    load_checkpoint(require_checkpoint(tmp_path), [loaded], recipe)
+    assert [layer.scales for layer in layers(loaded)] == list(range(1, 17))
 
 
 def test_where_it_cannot_run_training_says_so_and_everything_else_works(one_process: None) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vlm.config import Recipe, recipe_from_dict, recipe_to_dict
-from megatron_vlm.model.sharding import unwrap
+from megatron_vlm.model.sharding import model_sharded_state_dict, unwrap
 from megatron_vlm.training.checkpoint.errors import CheckpointError
 from megatron_vlm.training.checkpoint.folder import COMMON, read_description
 from megatron_vlm.training.checkpoint.planner import ShardLoadPlanner
@@ -69,10 +70,18 @@ def _read(checkpoint: Path, state: LocalState, chunks: list[Any]) -> None:
         if isinstance(cause, CheckpointError):
             raise cause from None
         raise CheckpointError(f"{checkpoint} cannot be read ({cause}): copy the checkpoint again") from error
-    for chunk in chunks:
-        own = {name: planner.loaded_objects[name] for name in planner.loaded_objects}
-        if own:
-            unwrap(chunk).load_state_dict(own, strict=False)
+    if planner.loaded_objects:
+        for chunk in chunks:
+            unwrap(chunk).load_state_dict(_objects_of(chunk, planner.loaded_objects), strict=False)
+
+
+def _objects_of(chunk: Any, loaded: dict[str, Any]) -> dict[str, Any]:
+    """Under the names of the chunk's state dict, which count its own layers; a checkpoint counts those of the model."""
+    return {
+        name: loaded[value.unique_key]
+        for name, value in model_sharded_state_dict(chunk).items()
+        if isinstance(value, ShardedObject) and value.unique_key in loaded
+    }
 
 
 def _load_alone(checkpoint: Path, planner: ShardLoadPlanner) -> None:
