@@ -112,8 +112,8 @@ class SamplingParams:
             raise ValueError(f"temperature is {self.temperature}: it must be between 0 (greedy) and 100.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1.")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}: it must be above 0.")
+        if not 0.01 <= self.repetition_penalty <= 100:  # far beyond, logits would become infinite
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}: it must be between 0.01 and 100.")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}: it must be at least 0 and below 2**63.")
         if isinstance(self.stop, str):

@@ -8,6 +8,9 @@ import torch
 
 from megatron_vlm.inference.request import SamplingParams, TokenLogprob
 
+_LEAST_TEMPERATURE = 1e-20
+"""Lower ones are greedy decoding: in fp32 the division by them could give 0 / 0."""
+
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
     """Greedy decoding, logits [n, V] -> ids [n]; the lowest id if several are equally likely, as in transformers."""
@@ -31,7 +34,7 @@ def sample(
         scores = logits[occurred]
         penalty = params.repetition_penalty
         logits[occurred] = torch.where(scores < 0, scores * penalty, scores / penalty)
-    if params.temperature == 0:
+    if params.temperature < _LEAST_TEMPERATURE:
         return int(logits.argmax())
     # Below the greatest logit, so that a low temperature gives no infinity.
     scaled = (logits - logits.max()).cpu() / params.temperature

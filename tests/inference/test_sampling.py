@@ -44,6 +44,12 @@ def test_the_distribution_is_that_of_transformers(params: SamplingParams) -> Non
     assert ((measured - expected).abs() <= 4.5 * error).all()
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-10])
+def test_the_lowest_temperatures_are_greedy(temperature: float) -> None:
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    assert sample(logits, SamplingParams(temperature=temperature), [], torch.Generator()) == 1
+
+
 def test_greedy_with_a_repetition_penalty() -> None:
     logits = torch.tensor([2.0, 1.5, -1.0])
     assert sample(logits, SamplingParams(repetition_penalty=1.2), [0], torch.Generator()) == 0

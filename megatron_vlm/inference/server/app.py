@@ -11,7 +11,12 @@ from megatron_vlm import __version__
 from megatron_vlm.inference.server.backend import Backend
 from megatron_vlm.inference.server.chat import chat_router
 from megatron_vlm.inference.server.completions import completions_router
-from megatron_vlm.inference.server.errors import add_error_handlers
+from megatron_vlm.inference.server.errors import (
+    MegatronErrorBody,
+    OpenAIErrorBody,
+    add_error_handlers,
+    error_responses,
+)
 from megatron_vlm.inference.server.limits import Limits
 from megatron_vlm.inference.server.megatron_api import megatron_router
 from megatron_vlm.inference.server.metrics import CONTENT_TYPE
@@ -24,9 +29,9 @@ def create_app(backend: Backend) -> FastAPI:
     """The application of a server whose engine may still be loading."""
     app = FastAPI(title="megatron-vlm", version=__version__, description=_DESCRIPTION, redoc_url=None)
     add_error_handlers(app)
-    app.include_router(chat_router(backend))
-    app.include_router(completions_router(backend))
-    app.include_router(megatron_router(backend))
+    app.include_router(chat_router(backend), responses=error_responses(OpenAIErrorBody))
+    app.include_router(completions_router(backend), responses=error_responses(OpenAIErrorBody))
+    app.include_router(megatron_router(backend), responses=error_responses(MegatronErrorBody))
     app.include_router(page_router())
     _add_information(app, backend)
     documented = app.openapi()["paths"]
@@ -36,18 +41,30 @@ def create_app(backend: Backend) -> FastAPI:
 
 
 def _add_information(app: FastAPI, backend: Backend) -> None:
-    @app.get("/v1/models", tags=["OpenAI"], response_model=None, summary="The served model")
+    errors = error_responses(OpenAIErrorBody)
+
+    @app.get("/v1/models", tags=["OpenAI"], response_model=None, responses=errors, summary="The served model")
     @app.get("/models", response_model=None, include_in_schema=False)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(backend)]}
 
-    @app.get("/v1/models/{name:path}", tags=["OpenAI"], response_model=None, summary="The served model")
+    @app.get(
+        "/v1/models/{name:path}", tags=["OpenAI"], response_model=None, responses=errors, summary="The served model"
+    )
     @app.get("/models/{name:path}", response_model=None, include_in_schema=False)
     async def model(name: str) -> dict[str, Any]:
         backend.check_model(name)
         return _model(backend)
 
-    @app.get("/health", tags=["operation"], response_model=None, summary="200 if requests are answered, else 503")
+    not_ready: dict[int | str, dict[str, Any]] = {503: {"description": "`details` has the reason."}}
+
+    @app.get(
+        "/health",
+        tags=["operation"],
+        response_model=None,
+        responses=not_ready,
+        summary="200 if requests are answered, else 503",
+    )
     @app.get("/v1/health", response_model=None, include_in_schema=False)
     async def health() -> Response:
         reason = backend.unavailable()
@@ -55,8 +72,14 @@ def _add_information(app: FastAPI, backend: Backend) -> None:
             return JSONResponse({"status": "ok", "service": "megatron-vlm", "ready": True})
         return JSONResponse({"status": "error", "service": "megatron-vlm", "ready": False, "details": reason}, 503)
 
-    @app.get("/metrics", tags=["operation"], response_model=None, summary="Metrics in Prometheus' text format")
-    @app.get("/v1/metrics", response_model=None, include_in_schema=False)
+    @app.get(
+        "/metrics",
+        tags=["operation"],
+        response_class=PlainTextResponse,
+        responses={401: {"model": OpenAIErrorBody, "description": "No API key, or a wrong one."}},
+        summary="Metrics in Prometheus' text format",
+    )
+    @app.get("/v1/metrics", response_class=PlainTextResponse, include_in_schema=False)
     async def metrics() -> Response:
         ready = backend.unavailable() is None
         return PlainTextResponse(

@@ -17,7 +17,14 @@ from megatron_vlm.inference.server.errors import ApiError
 from megatron_vlm.inference.server.generation import Generation
 from megatron_vlm.inference.server.images import load_images
 from megatron_vlm.inference.server.merge_streams import merge
-from megatron_vlm.inference.server.openai_common import event_stream, new_id, sampling_params, token_text, usage
+from megatron_vlm.inference.server.openai_common import (
+    event_stream,
+    json_number,
+    new_id,
+    sampling_params,
+    token_text,
+    usage,
+)
 from megatron_vlm.inference.server.openai_schema import ChatRequest, ImagePart, Message
 
 _ROLES = {"user": "human", "assistant": "gpt"}
@@ -171,4 +178,4 @@ class _Answer:
 
 def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
     text = token_text(tokenizer, token)
-    return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+    return {"token": text, "logprob": json_number(logprob), "bytes": None if "\ufffd" in text else list(text.encode())}

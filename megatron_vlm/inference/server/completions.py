@@ -15,7 +15,14 @@ from megatron_vlm.inference.server.backend import Backend
 from megatron_vlm.inference.server.errors import ApiError
 from megatron_vlm.inference.server.generation import Generation
 from megatron_vlm.inference.server.merge_streams import merge
-from megatron_vlm.inference.server.openai_common import event_stream, new_id, sampling_params, token_text, usage
+from megatron_vlm.inference.server.openai_common import (
+    event_stream,
+    json_number,
+    new_id,
+    sampling_params,
+    token_text,
+    usage,
+)
 from megatron_vlm.inference.server.openai_schema import CompletionRequest
 
 Token = tuple[int, float | None, Sequence[tuple[int, float]]]
@@ -158,12 +165,12 @@ class _Answer:
             offsets.append(offset)
             offset += len(text)
         tops = [
-            None if logprob is None else {token_text(self._tokenizer, other): value for other, value in top}
-            for _, logprob, top in tokens
+            {token_text(self._tokenizer, other): json_number(value) for other, value in top} if top else None
+            for _, _, top in tokens
         ]
         return {
             "tokens": texts,
-            "token_logprobs": [logprob for _, logprob, _ in tokens],
+            "token_logprobs": [None if logprob is None else json_number(logprob) for _, logprob, _ in tokens],
             "top_logprobs": tops if self._body.logprobs else None,
             "text_offset": offsets,
         }

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from megatron_vlm.inference.request import EngineError, PromptTooLong, QueueFull
@@ -16,6 +17,33 @@ from megatron_vlm.inference.request import EngineError, PromptTooLong, QueueFull
 _MOST_PROBLEMS = 3
 _LONGEST_MESSAGE = 1000
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIErrorBody(BaseModel):
+    """What OpenAI's clients read."""
+
+    error: ErrorDetail
+
+
+class MegatronErrorBody(BaseModel):
+    """What Megatron-LM's client reads."""
+
+    message: str
+
+
+def error_responses(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document: 400, 401, 404, 408, 413, 429 and 503 have the same body."""
+    return {
+        "4XX": {"model": body, "description": "The request is wrong, too large, or one too many."},
+        "5XX": {"model": body, "description": "The model is being loaded, or the engine has failed."},
+    }
 
 
 class ApiError(Exception):

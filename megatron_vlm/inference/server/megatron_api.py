@@ -11,7 +11,7 @@ from megatron_vlm.inference.request import SamplingParams, TextPrompt
 from megatron_vlm.inference.server.backend import Backend
 from megatron_vlm.inference.server.errors import api_error
 from megatron_vlm.inference.server.generation import Generation
-from megatron_vlm.inference.server.openai_common import token_text
+from megatron_vlm.inference.server.openai_common import json_number, token_text
 from megatron_vlm.inference.server.schema import STRICT, Text, Zero
 
 _RENAMED = {
@@ -112,8 +112,8 @@ def megatron_router(backend: Backend) -> APIRouter:
         if body.logprobs:
             result["logprobs"] = [
                 [
-                    *(known.logprob for known in handle.prompt_logprobs or () if known is not None),
-                    *(output.logprob for output in outputs if output.logprob is not None),
+                    *(json_number(known.logprob) for known in handle.prompt_logprobs or () if known is not None),
+                    *(json_number(output.logprob) for output in outputs if output.logprob is not None),
                 ]
                 for handle, outputs in zip(generation.handles, answers, strict=True)
             ]

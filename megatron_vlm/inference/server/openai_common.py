@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from megatron_vlm.inference.server.backend import Backend
 from megatron_vlm.inference.server.errors import ApiError, api_error
 from megatron_vlm.inference.server.generation import Generation
 from megatron_vlm.inference.server.openai_schema import GenerationRequest
+
+_LEAST_LOGPROB = -9999.0
 
 
 def sampling_params(
@@ -77,6 +80,11 @@ def usage(prompts: Sequence[Handle], completion_tokens: int) -> dict[str, Any]:
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """A token by itself; U+FFFD where it is not whole characters."""
     return tokenizer.decode([token], skip_special_tokens=False) if token < len(tokenizer) else ""
+
+
+def json_number(logprob: float) -> float:
+    """A log-probability that JSON can hold, which has no infinity; the least one is vLLM's."""
+    return logprob if math.isfinite(logprob) else _LEAST_LOGPROB
 
 
 def event_stream(events: AsyncIterator[dict[str, Any]], generation: Generation) -> StreamingResponse:

@@ -41,7 +41,7 @@ class GenerationRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy decoding; 1 if not given.")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=2**31, description="0 and -1 are no limit.")
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | None = Field(None, description="The answer ends before the first of these texts.")
     stop_token_ids: Annotated[list[int], Field(max_length=_MOST_STOP_WORDS)] | None = None
@@ -86,7 +86,7 @@ Content = Annotated[Annotated[Text, Tag("kind:text")] | Annotated[list[Part], Ta
 
 class Message(BaseModel):
     model_config = STRICT
-    role: Annotated[Text, Field(max_length=64)] = Field(description="user or assistant")
+    role: Text = Field(description="The roles of the chat template.", json_schema_extra={"enum": ["user", "assistant"]})
     content: Content = Field(description="A text, or a list of texts and images.")
     name: Any = None
 

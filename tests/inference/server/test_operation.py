@@ -50,5 +50,6 @@ def test_the_openapi_document_describes_every_request(server: RunningServer) -> 
     for path, method in bodies.items():
         schema = document["paths"][path][method]["requestBody"]["content"]["application/json"]["schema"]
         assert document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]["additionalProperties"] is False
+        assert set(document["paths"][path][method]["responses"]) == {"200", "4XX", "5XX"}
     assert set(document["paths"]) == {*bodies, "/v1/models", "/v1/models/{name}", "/health", "/metrics"}
     assert server.client.get("/docs").status_code == 200

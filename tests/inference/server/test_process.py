@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
 
 from megatron_vlm.text_generation.serve import main
 from tests.inference.server.running import ServerProcess
@@ -73,13 +74,17 @@ def test_while_the_model_is_being_loaded() -> None:
         assert server.lines[-1] == "stopped while the model was being loaded\n"
 
 
-def test_a_wrong_folder_is_named(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path, "--port", "0") as server:
-        assert server.end() == 2
-        assert f"{tmp_path} is not a model" in server.lines[-1]
+def test_a_wrong_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # this process keeps its own
+    assert main([str(tmp_path), "--port", "0"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.startswith("listening on http://127.0.0.1:")
+    assert captured.err.startswith(f"{tmp_path} is not a model")
 
 
-def test_a_port_in_use_is_named(tmp_path: Path, capsys) -> None:
+def test_a_port_in_use_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
