@@ -109,7 +109,7 @@ def _parser(settings: list[Setting], prog: str) -> _Parser:
     parser.add_argument("--dry-run", action="store_true")
     for setting in settings:
         options: dict[str, Any] = {"dest": setting.key, "default": argparse.SUPPRESS}
-        if setting.hint is bool:
+        if without_none(setting.hint)[0] is bool:
             parser.add_argument(flag(setting.key), nargs="?", const="true", **options)
             parser.add_argument(_negative(setting.key), action="store_const", const="false", **options)
         elif setting.is_list:
@@ -173,7 +173,7 @@ def help_text(settings: list[Setting], prog: str) -> str:
 
 
 def _invocation(setting: Setting) -> str:
-    if setting.hint is bool:
+    if without_none(setting.hint)[0] is bool:
         parents, dot, name = flag(setting.key)[2:].rpartition(".")
         return f"--{parents}{dot}[no-]{name}"
     if setting.choices:

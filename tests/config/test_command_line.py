@@ -36,7 +36,7 @@ def test_without_arguments_all_settings_are_defaults():
 def test_every_setting_has_a_flag_that_sets_it_and_nothing_else():
     defaults = {setting.key: setting.value for setting in iter_settings(Recipe())}
     for setting in iter_settings(Recipe()):
-        if setting.hint is bool:
+        if setting.hint in (bool, bool | None):
             arguments, expected = [], True
         elif setting.hint == list[list[int]]:
             arguments, expected = ["28x56", "56x28"], [[28, 56], [56, 28]]
@@ -49,7 +49,7 @@ def test_every_setting_has_a_flag_that_sets_it_and_nothing_else():
             arguments, expected = ["-3" if whole else "1e-7"], -3 if whole else 1e-7
         elif setting.choices:
             arguments, expected = [setting.choices[-1]], setting.choices[-1]
-            if isinstance(setting.value, list):
+            if setting.is_list:
                 expected = arguments
         else:
             arguments, expected = ["text"], "text"
@@ -153,7 +153,7 @@ def test_help_is_one_line_for_each_setting_under_its_section(capsys):
     assert headings == ["data", "training", "parallel", "model", "model.vision", "model.language"]
     for setting in iter_settings(Recipe()):
         shown = flag(setting.key)
-        if setting.hint is bool:
+        if setting.hint in (bool, bool | None):
             dot = max(shown.rfind("."), 1) + 1
             shown = f"{shown[:dot]}[no-]{shown[dot:]}"
         (line,) = (line for line in lines if line.startswith(f"  {shown} "))
