@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,13 @@ from megatron_vlm.training.checkpoint import (
     Checkpointer,
     CheckpointError,
     Progress,
+    checkpoint_to_resume,
     latest_checkpoint,
     load_checkpoint,
     read_metadata,
     save_checkpoint,
 )
+from megatron_vlm.training.checkpoint import resume as resume_module
 from megatron_vlm.training.checkpoint import save as save_module
 from megatron_vlm.training.checkpoint.shards import optimizer_state
 from megatron_vlm.training.finite_update import update
@@ -197,11 +201,21 @@ def _furthest(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def disk_full_on_one_rank(folder: Path) -> dict[str, Any]:
-    """Every rank reports it, the older checkpoint stays, training and the next save continue."""
-    run = Run(Layout(), folder)
-    run.save(1)
-    checkpointer = Checkpointer(run.recipe)
+def _save_failing(checkpointer: Checkpointer, run: Run, iteration: int) -> list[str]:
+    """What every rank says of a save."""
+    checkpointer.save(run.chunks, Progress(iteration=iteration), run.optimizer, run.schedule)
+    messages = [""] * dist.get_world_size()
+    try:
+        checkpointer.wait()
+        mine = "nothing was reported"
+    except CheckpointError as error:
+        mine = str(error)
+    dist.all_gather_object(messages, mine)
+    return messages
+
+
+@contextmanager
+def full_before_writing() -> Iterator[None]:
     write = save_module._Writer.write_data
 
     def full(self: Any, plan: Any, planner: Any) -> Any:
@@ -210,28 +224,86 @@ def disk_full_on_one_rank(folder: Path) -> dict[str, Any]:
         return write(self, plan, planner)
 
     save_module._Writer.write_data = full
-    checkpointer.save(run.chunks, Progress(iteration=2), run.optimizer, run.schedule)
-    messages: list[Any] = [None] * dist.get_world_size()
-    try:
-        checkpointer.wait()
-        mine = "nothing was reported"
-    except CheckpointError as error:
-        mine = str(error)
+    yield
     save_module._Writer.write_data = write
-    dist.all_gather_object(messages, mine)
-    latest = latest_checkpoint(folder)
+
+
+@contextmanager
+def full_in_the_middle() -> Iterator[None]:
+    """The operating system writes a part of a file, and no more."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def writer_dies() -> Iterator[None]:
+    """The thread that writes ends without an error of any known kind."""
+    write = save_module._Writer.write_data
+
+    def dies(self: Any, plan: Any, planner: Any) -> Any:
+        if dist.get_rank() == 2:
+            raise SystemExit(3)
+        return write(self, plan, planner)
+
+    save_module._Writer.write_data = dies
+    yield
+    save_module._Writer.write_data = write
+
+
+def one_rank_cannot_write(folder: Path) -> dict[str, Any]:
+    """Every rank reports it, the older checkpoint stays, training and the next save continue."""
+    run = Run(Layout(), folder)
+    run.save(1)
+    checkpointer = Checkpointer(run.recipe)
+    messages, latest = {}, {}
+    for number, case in enumerate((full_before_writing, full_in_the_middle, writer_dies), 2):
+        with case():
+            messages[case.__name__] = _save_failing(checkpointer, run, number)
+        newest = latest_checkpoint(folder)
+        latest[case.__name__] = newest and newest.name
     loss = run.train(1)
-    checkpointer.save(run.chunks, Progress(iteration=3), run.optimizer, run.schedule)
+    checkpointer.save(run.chunks, Progress(iteration=5), run.optimizer, run.schedule)
     checkpointer.close()
     then = latest_checkpoint(folder)
     destroy_groups()
     return {
         "messages": messages,
-        "latest": latest and latest.name,
+        "latest": latest,
         "then": then and then.name,
         "loss": loss,
         "left": sorted(path.name for path in folder.iterdir()),
     }
+
+
+def a_rank_sees_an_older_listing(folder: Path) -> dict[str, Any]:
+    """Of a network file system that shows a rank a new folder late, or never."""
+    run = Run(Layout(), folder)
+    for iteration in (1, 2):
+        run.save(iteration)
+    destroy_groups()
+    original, patience = resume_module.is_whole, resume_module._VISIBLE_AFTER
+    looks, sees_after = 0, 2.0
+
+    def is_whole(checkpoint: Path) -> bool:
+        nonlocal looks
+        looks += 1
+        return original(checkpoint) and (dist.get_rank() != 2 or looks > sees_after)
+
+    resume_module.is_whole = is_whole
+    late = checkpoint_to_resume(str(folder), None)
+    resume_module._VISIBLE_AFTER, sees_after = 0.2, float("inf")
+    message = ""
+    try:
+        checkpoint_to_resume(str(folder), None)
+    except CheckpointError as error:
+        message = str(error)
+    resume_module.is_whole, resume_module._VISIBLE_AFTER = original, patience
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (late and late.name, message))
+    return {"late": [name for name, _ in found], "never": [message for _, message in found]}
 
 
 def training_changes_nothing_that_is_being_written(folder: Path) -> dict[str, Any]:
@@ -258,7 +330,8 @@ CASES: list[Callable[[Path], dict[str, Any]]] = [
     nothing_is_gathered,
     megatron_core_reads_it,
     stale_weights,
-    disk_full_on_one_rank,
+    one_rank_cannot_write,
+    a_rank_sees_an_older_listing,
     training_changes_nothing_that_is_being_written,
 ]
 

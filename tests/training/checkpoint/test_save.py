@@ -42,11 +42,27 @@ def test_overlapped_parameter_gathering_saves_no_stale_weights(results: dict[str
     assert found["furthest"] == 0
 
 
-def test_disk_full_on_one_rank(results: dict[str, Any]) -> None:
-    found = results["disk_full_on_one_rank"]
-    assert all("iteration 2 could not be written: rank 2: No space left on device" in m for m in found["messages"])
-    assert (found["latest"], found["then"]) == ("iter_0000001", "iter_0000003")
-    assert found["left"] == ["iter_0000001", "iter_0000003", "latest_checkpointed_iteration.txt"]
+def test_a_disk_that_is_full_and_a_writer_that_dies(results: dict[str, Any]) -> None:
+    """On one rank, before it writes and in the middle of a file."""
+    found = results["one_rank_cannot_write"]
+    reasons = {
+        "full_before_writing": "iteration 2 could not be written: rank 2: No space left on device",
+        "full_in_the_middle": "iteration 3 could not be written: rank 2: File too large",
+        "writer_dies": "iteration 4 could not be written: rank 2: SystemExit",
+    }
+    for case, reason in reasons.items():
+        assert all(reason in message for message in found["messages"][case]), found["messages"][case]
+        assert found["latest"][case] == "iter_0000001"
+    assert found["then"] == "iter_0000005"
+    assert found["left"] == ["iter_0000001", "iter_0000005", "latest_checkpointed_iteration.txt"]
+
+
+def test_a_rank_that_sees_an_older_listing(results: dict[str, Any]) -> None:
+    """It waits for the checkpoint that rank 0 resumes from; if that never appears, it says so."""
+    found = results["a_rank_sees_an_older_listing"]
+    assert found["late"] == ["iter_0000002"] * 4
+    assert [bool(message) for message in found["never"]] == [False, False, True, False]
+    assert "rank 2 on" in found["never"][2] and "iter_0000002, from which rank 0 resumes" in found["never"][2]
 
 
 def test_save_holds_its_moment(results: dict[str, Any]) -> None:
