@@ -18,6 +18,8 @@ READY     := $(if $(filter .venv/bin/python,$(PY)),$(INSTALLED))
 TEST_ENV  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 BENCHMARKS := train_step packing loader
+# In this order; each runs also if one before it has failed.
+GPU_BENCHMARKS := attention real_size feeding real_run fp8_losses
 
 .DEFAULT_GOAL := help
 .PHONY: help .venv demo test test-full coverage lint docs gpu-check bench clean
@@ -62,12 +64,12 @@ docs: $(READY)  ## the documentation site, into site/; every link is checked
 gpu-check: $(READY)  ## on a machine with a GPU: the tests that need one, then attention, the step, its loader and the real command
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 	    echo "make gpu-check: torch finds no GPU here. Nothing was checked."; exit 1; }
-	$(PY) -m pytest -q -m gpu tests/gpu
-	$(PY) -W ignore -m benchmarks.attention
-	$(PY) -W ignore -m benchmarks.real_size
-	$(PY) -W ignore -m benchmarks.feeding
-	$(PY) -W ignore -m benchmarks.real_run
-	$(PY) -W ignore -m benchmarks.fp8_losses
+	@failed=; \
+	$(PY) -m pytest -q -m gpu tests/gpu || failed="tests"; \
+	for benchmark in $(GPU_BENCHMARKS); do \
+	    $(PY) -W ignore -m benchmarks.$$benchmark || failed="$$failed $$benchmark"; \
+	done; \
+	test -z "$$failed" || { echo "make gpu-check: failed: $$failed"; exit 1; }
 
 bench: $(READY)  ## the benchmarks; tables here, JSON in benchmarks/results
 	for benchmark in $(BENCHMARKS); do $(PY) -W ignore -m benchmarks.$$benchmark || exit 1; done

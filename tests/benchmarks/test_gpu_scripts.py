@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import torch
@@ -13,11 +14,26 @@ from tests.support.launch import ROOT, launch
 
 
 def test_every_benchmark_of_gpu_check_has_a_test_on_a_cpu() -> None:
-    lines = (ROOT / "Makefile").read_text().partition("\ngpu-check:")[2].partition("\n\n")[0]
-    names = re.findall(r"-m benchmarks\.(\w+)", lines)
+    (listed,) = re.findall(r"^GPU_BENCHMARKS := (.+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    names = listed.split()
     assert {"attention", "real_size", "feeding", "real_run"} <= set(names)
     for name in names:
         assert f'"benchmarks.{name}"' in (ROOT / "tests" / "benchmarks" / f"test_{name}.py").read_text(), name
+
+
+def test_gpu_check_continues_after_a_failure(tmp_path: Path) -> None:
+    """So that one run prints every figure that the machine can give."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\necho "$@" >> ' + str(tmp_path / "ran") + '\ncase "$*" in *real_size*|*pytest*) exit 1;; esac\n'
+    )
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["make", "-s", f"PY={python}", "gpu-check"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    ran = (tmp_path / "ran").read_text()
+    assert done.returncode and "make gpu-check: failed: tests real_size" in done.stdout
+    assert [name in ran for name in ("attention", "real_size", "feeding", "real_run", "fp8_losses")] == [True] * 5
 
 
 def test_steps_of_the_test_model(tmp_path: Path) -> None:
