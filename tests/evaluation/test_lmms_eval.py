@@ -19,6 +19,7 @@ from megatron_vlm.evaluation.prompts import prompt_from_text
 from megatron_vlm.inference.prompts import encode
 from megatron_vlm.inference.request import AnsweredPrompt
 from tests.evaluation.local_task import CHOICES, QUESTIONS, questions, write_tasks
+from tests.inference.server.running import run_server
 from tests.instellavl.exports import write_exports
 from tests.support.environments import Environment, evaluation_environment
 
@@ -34,11 +35,13 @@ class Work(NamedTuple):
     environment: Environment
     folder: Path
 
-    def evaluate(self, output: str, *arguments: str, launcher: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    def evaluate(
+        self, output: str, *arguments: str, model: str = "instellavl", launcher: tuple[str, ...] = ()
+    ) -> list[dict[str, Any]]:
         """What lmms-eval logs about each question, in order."""
         launched = [str(self.environment.folder / "bin" / launcher[0]), *launcher[1:]] if launcher else []
         where = ["--include_path", str(self.folder / "tasks"), "--output_path", str(self.folder / output)]
-        command = ["-m", "lmms_eval", "--model", "instellavl", "--batch_size", "1", "--log_samples", *where]
+        command = ["-m", "lmms_eval", "--model", model, "--batch_size", "1", "--log_samples", *where]
         program = launched or [self.environment.python]
         done = self.environment.run_program(*program, *command, *arguments, timeout=500)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -72,6 +75,16 @@ def test_the_published_command(work: Work) -> None:
     assert work.evaluate("two", "--model_args", model, *arguments, launcher=launcher) == samples
 
 
+def test_its_openai_model_asks_our_server(work: Work) -> None:
+    with open_engine(work.folder / "instellavl") as engine:
+        assert engine is not None
+        expected = engine.answer([prompt_from_text(*question) for question in questions()], 6)
+        with run_server(engine) as server:
+            model_args = f"base_url={server.url}/v1,model_version=tiny,api_key=none,num_concurrent=4,timeout=60"
+            samples = work.evaluate("openai", "--model_args", model_args, "--task", "local_answers", model="openai")
+    assert [sample["filtered_resps"] for sample in samples] == [answer.strip() for answer in expected]
+
+
 @torch.no_grad()
 def test_losses_of_given_answers_are_those_of_transformers(work: Work) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -92,12 +105,11 @@ def test_losses_of_given_answers_are_those_of_transformers(work: Work) -> None:
             encoded = encode(answered, tokenizer, ImageGeometry.of(config, "anyres"), config)
             ids = torch.tensor([encoded.ids])
             answer = ids[0, -len(tokenizer.encode(choice)) - 1 :]
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits[
-                0, -len(answer) - 1 : -1
-            ]
-            loss, greedy = reported
-            assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, answer)), rel=1e-4)
-            assert greedy == bool((logits.argmax(-1) == answer).all())
+            all_logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits[0]
+            logits = all_logits[-len(answer) - 1 : -1]
+            loss, greedy = reported  # logged as texts
+            assert float(loss) == pytest.approx(float(torch.nn.functional.cross_entropy(logits, answer)), rel=1e-4)
+            assert greedy == str(bool((logits.argmax(-1) == answer).all()))
 
 
 def test_what_is_wrong_is_said(work: Work) -> None:

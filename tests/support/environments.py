@@ -25,7 +25,7 @@ TRANSFORMERS_4 = ("transformers==4.57.6", "tokenizers>=0.22,<0.23.1", "huggingfa
 QUANTIZATION = ("bitsandbytes", "accelerate")
 LMMS_EVAL = "lmms-eval==0.7.3"
 LMMS_EVAL_IMPORTS = (
-    *("accelerate", "datasets", "einops", "evaluate", "filelock<4", "loguru", "numexpr"),
+    *("accelerate", "datasets", "einops", "evaluate", "filelock<4", "loguru", "numexpr", "openai"),
     *("pytablewriter", "python-dotenv", "pytz", "sacrebleu", "sympy", "tenacity", "zstandard"),
 )
 """Of the 126 packages that lmms-eval asks for, those without which it does not start. torchvision from PyPI, which is
