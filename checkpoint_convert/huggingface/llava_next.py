@@ -12,29 +12,11 @@ from checkpoint_convert.huggingface.config import llava_next_config
 from checkpoint_convert.huggingface.tokenizer import IMAGE_TOKEN, export_tokenizer
 from checkpoint_convert.mapping.families import TOWERS
 from megatron_vlm.config import ModelConfig
+from megatron_vlm.data.processing.chat_template import FILE as CHAT_TEMPLATE_FILE
+from megatron_vlm.data.processing.chat_template import INSTELLA
 from megatron_vlm.data.processing.tokenizer import Tokenizer
 
 PIL_BICUBIC = 3
-
-# The `instella` template of megatron_vlm/data/processing/conversation.py in Jinja. A message's content is text with
-# <image> for each image, or a list of parts, of which the images come first, as in training.
-CHAT_TEMPLATE = (
-    "{{ eos_token }}"
-    "{% for message in messages %}"
-    "{% if message['role'] not in ['user', 'assistant', 'system'] %}"
-    "{{ raise_exception('roles are user, assistant and system, not ' + message['role']) }}"
-    "{% endif %}"
-    "{{ '<|' + message['role'] + '|>\\n' }}"
-    "{% if message['content'] is string %}{% set text = message['content'] %}"
-    "{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
-    "{% set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') %}"
-    "{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ text.strip() + eos_token + '\\n' }}"
-    "{% else %}{{ text + '\\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-)
 
 
 def write_configs(folder: Path, model: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
@@ -45,7 +27,8 @@ def write_configs(folder: Path, model: ModelConfig, tokenizer: Tokenizer, dtype:
     _write(folder, "generation_config.json", {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id})
     _write(folder, "preprocessor_config.json", _image_processor(model))
     _write(folder, "processor_config.json", _processor(model))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    template = tokenizer.chat_template
+    (folder / CHAT_TEMPLATE_FILE).write_text(template.text if template else INSTELLA, encoding="utf-8")
 
 
 def _image_processor(model: ModelConfig) -> dict[str, Any]:

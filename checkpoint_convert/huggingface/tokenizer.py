@@ -26,7 +26,13 @@ from megatron_vlm.data.processing.tokenizer import (
 )
 
 IMAGE_TOKEN = PLACEHOLDERS[0]
-_COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def import_tokenizer(source: Path, folder: Path) -> Tokenizer:
@@ -119,6 +125,8 @@ def export_tokenizer(
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token types, which OLMo rejects
     }
+    if tokenizer.chat_template is not None:  # it may name more of them, such as bos_token
+        config = tokenizer.chat_template.special_tokens | config
     _write(folder / "tokenizer_config.json", config)
 
 

@@ -32,6 +32,10 @@ class DataConfig:
     tokenizer_model: str = field(
         default="", metadata={"help": "Folder of a Hugging Face tokenizer, or a sentencepiece .model file."}
     )
+    chat_template: str = field(
+        default="auto",
+        metadata={"help": "The tokenizer's chat template, or else instella (auto); instella; or a Jinja file."},
+    )
     seq_length: int = field(default=32768, metadata={"help": "Tokens per row, image tokens included."})
     max_tiles_per_row: int = field(default=64, metadata={"help": "Maximum number of image tiles in a row."})
     image_aspect_ratio: AspectRatio = field(

@@ -74,7 +74,7 @@ def open_sources(recipe: Recipe) -> DataSources:
     data = recipe.data
     mixture = open_mixture(data.data_path, data.image_folder, data.data_root, data.cache_dir, data.cache_limit)
     geometry = ImageGeometry.of(recipe.model, data.image_aspect_ratio, data.multi_image_aspect_ratio)
-    return DataSources(mixture, load_tokenizer(data.tokenizer_model), geometry)
+    return DataSources(mixture, load_tokenizer(data.tokenizer_model, data.chat_template), geometry)
 
 
 def open_dataset(recipe: Recipe, is_logging_rank: bool) -> MixtureDataset:
@@ -97,16 +97,17 @@ def open_dataset(recipe: Recipe, is_logging_rank: bool) -> MixtureDataset:
             f"{recipe.model.image_token_index}: image tokens would collide with text tokens. "
             f"Set image_token_index to {len(tokenizer)}, or leave it out."
         )
-    if len(tokenizer) < image_token and is_logging_rank:
-        logger.warning(
-            "model.image_token_index is %d, but the tokenizer has %d ids: only a model with image_token_index = %d can "
-            "be exported. Leave it out to get that.", image_token, len(tokenizer), len(tokenizer),
-        )  # fmt: skip
     indexes = opened.load_indexes(data)
     if is_logging_rank:
         for source, index in zip(mixture.sources.sources, indexes, strict=True):
             for line in describe_rejections(source, index):
                 logger.warning("%s", line)
+    if len(tokenizer) < image_token and is_logging_rank:
+        note = (
+            f"model.image_token_index is {image_token}, but the tokenizer has {len(tokenizer)} ids: only a model with "
+            f"image_token_index = {len(tokenizer)} can be exported. Leave it out to get that."
+        )
+        logger.warning("%s", note)
     tokens = np.concatenate([index.tokens for index in indexes])
     tiles = np.concatenate([index.tiles for index in indexes])
     rejected = Counter(rejection.reason for index in indexes for rejection in index.rejected)

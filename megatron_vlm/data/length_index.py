@@ -22,11 +22,12 @@ import numpy as np
 from megatron_vlm.data.array_files import cache_folder, map_arrays, write_arrays
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.partial_files import PartialFiles, timed_batches
-from megatron_vlm.data.processing.conversation import TEMPLATE, encode_conversation
+from megatron_vlm.data.processing.chat_template import TemplateError
+from megatron_vlm.data.processing.conversation import EncodedConversation, encode_conversation, template_fingerprint
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, num_image_tiles
 from megatron_vlm.data.processing.tokenizer import Tokenizer
-from megatron_vlm.data.sources.sample_source import SampleSource
+from megatron_vlm.data.sources.sample_source import Sample, SampleSource
 from megatron_vlm.data.worker_pool import parallel_map
 from megatron_vlm.runtime.atomic_files import atomic_file
 from megatron_vlm.runtime.file_lock import file_lock
@@ -98,7 +99,8 @@ class _Measurer:
         self.verify = verify
 
     def cache_key(self) -> str:
-        parts = [_FORMAT, TEMPLATE, self.source.content_hash(), self.tokenizer.fingerprint, repr(self.geometry)]
+        template = template_fingerprint(self.tokenizer)
+        parts = [_FORMAT, template, self.source.content_hash(), self.tokenizer.fingerprint, repr(self.geometry)]
         parts += ["verified"] if self.verify else []
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
@@ -106,14 +108,21 @@ class _Measurer:
         try:
             sample = self.source.metadata(index)
             sizes = sample.measure_images(self.verify)
+            # Only the number of text tokens is needed: images count 0 here, and any image_token_index will do.
+            text = self._encode(sample, len(sizes))
         except SampleError as error:
             return _SampleLengths(REJECTED, 0, [], Rejection(index, error.sample_id, error.reason, str(error)))
         geometry = self.geometry.for_sample(len(sizes))
         image_tokens = sum(num_image_tokens(size, geometry) for size in sizes)
-        # Only the number of text tokens is needed: images count 0 here, and any image_token_index will do.
-        text = encode_conversation(sample.turns, self.tokenizer, [0] * len(sizes), 0)
         tiles = sum(num_image_tiles(size, geometry) for size in sizes)
         return _SampleLengths(len(text.ids) + image_tokens, tiles, sizes)
+
+    def _encode(self, sample: Sample, num_images: int) -> EncodedConversation:
+        try:
+            return encode_conversation(sample.turns, self.tokenizer, [0] * num_images, 0)
+        except TemplateError as error:
+            remedy = "Change the conversation, or set chat_template."
+            raise SampleError(sample.id, sample.file, "chat template", str(error), remedy) from error
 
 
 def load_length_index(

@@ -1,9 +1,9 @@
-"""The `instella` chat template: conversations to token ids, with labels on the answers only.
+"""Conversations to token ids, with labels on the answers only: by the tokenizer's chat template, or by `instella`.
 
-A conversation is an end-of-sequence token followed by its turns: `<|user|>\\n{question}\\n` for a question,
-`<|assistant|>\\n{answer}` + end-of-sequence token + `\\n` for an answer. The answer, its end-of-sequence token and the
-newline after it are supervised tokens. Questions, roles and image tokens are not. A system turn, which the published
-data has not, is `<|system|>\\n{text}\\n`, as in the other models with these roles.
+Under `instella`, a conversation is an end-of-sequence token followed by its turns: `<|user|>\\n{question}\\n` for a
+question, `<|assistant|>\\n{answer}` + end-of-sequence token + `\\n` for an answer. The answer, its end-of-sequence
+token and the newline after it are supervised tokens. Questions, roles and image tokens are not. A system turn, which
+the published data has not, is `<|system|>\\n{text}\\n`, as in the other models with these roles.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_vlm.data.processing.tokenizer import Tokenizer
 IGNORE_INDEX = -100
 IMAGE_PLACEHOLDER = "<image>"
 TEMPLATE = "instella-1"
-"""Name and version of the chat template; part of the cache key of the length index."""
+"""Name and version of this chat template."""
 
 _SYSTEM = "<|system|>\n"
 _USER = "<|user|>\n"
@@ -47,6 +47,11 @@ class EncodedConversation:
     """[L] int64, not shifted: labels[i] is ids[i] if token i is supervised, else IGNORE_INDEX."""
     image_starts: list[int]
     """Position of the first token of each image."""
+
+
+def template_fingerprint(tokenizer: Tokenizer) -> str:
+    """What conversations are encoded with, besides the tokenizer; part of the cache key of the length index."""
+    return TEMPLATE if tokenizer.chat_template is None else tokenizer.chat_template.fingerprint
 
 
 def move_image_first(question: str) -> str:
@@ -112,7 +117,7 @@ class _Encoder:
 
 
 def _encode(
-    turns: Sequence[Turn], tokenizer: Tokenizer, image_lengths: Sequence[int], image_token_index: int
+    turns: Sequence[Turn], tokenizer: Tokenizer, image_lengths: Sequence[int], image_token_index: int, prompt: bool
 ) -> EncodedConversation:
     if not turns:
         raise ValueError("a conversation needs at least one turn")
@@ -122,6 +127,10 @@ def _encode(
             f"{placeholders} {IMAGE_PLACEHOLDER} placeholders for {len(image_lengths)} images: "
             "each image needs one placeholder in a question"
         )
+    if tokenizer.chat_template is not None:
+        numbers, said, starts = tokenizer.chat_template.encode(turns, image_lengths, image_token_index, prompt)
+        ids = np.asarray(numbers, dtype=np.int64)
+        return EncodedConversation(ids, np.where(said, ids, IGNORE_INDEX), starts)
     encoder = _Encoder(tokenizer, image_lengths, image_token_index)
     encoder.add_turns(turns)
     return encoder.finish()
@@ -144,7 +153,7 @@ def encode_conversation(
     """
     if turns and turns[-1][0] != "gpt":
         raise ValueError("the last turn is not an answer: a training conversation must end with gpt")
-    return _encode(turns, tokenizer, image_lengths, image_token_index)
+    return _encode(turns, tokenizer, image_lengths, image_token_index, prompt=False)
 
 
 def encode_prompt(
@@ -157,4 +166,4 @@ def encode_prompt(
     """
     if turns and turns[-1][0] != "human":
         raise ValueError("the last turn is not a question: a prompt must end with human")
-    return _encode(turns, tokenizer, image_lengths, image_token_index)
+    return _encode(turns, tokenizer, image_lengths, image_token_index, prompt=True)

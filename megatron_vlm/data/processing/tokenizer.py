@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.errors import DataError
+from megatron_vlm.data.processing.chat_template import INSTELLA, ChatTemplate, TemplateError, read_chat_template
 
+AUTO, INSTELLA_NAME = "auto", "instella"
+"""Values of the setting chat_template; others are files."""
 PLACEHOLDERS = ("<image>", "<video>")
 """Tokens that transformers' processors replace by features. The loader inserts image_token_index itself."""
 
@@ -30,6 +33,8 @@ class Tokenizer(ABC):
     fingerprint: str
     """sha256 in hex of what determines the ids: tokenizers with the same fingerprint encode text to the same ids."""
 
+    chat_template: ChatTemplate | None = None
+    """How conversations become text; None: the `instella` template (conversation.py)."""
     placeholder_ids: frozenset[int] = frozenset()
     """Ids of tokens that stand for images; text never encodes to them."""
 
@@ -86,8 +91,9 @@ class HuggingFaceTokenizer(Tokenizer):
         pad = special["pad_token"]
         self.pad_id = self.eos_id if pad is None else self._special_id("pad_token", pad)
         # Some tokenizers list their end-of-sequence string as an ordinary added token, which text could encode to.
-        placeholders = [name for name in PLACEHOLDERS if self._fast.token_to_id(name) is not None]
-        self.placeholder_ids = frozenset(self._fast.token_to_id(name) for name in placeholders)
+        found = {name: self._fast.token_to_id(name) for name in PLACEHOLDERS}
+        placeholders = {name: number for name, number in found.items() if number is not None}
+        self.placeholder_ids = frozenset(placeholders.values())
         names = [name for name in (eos, pad, *placeholders) if name is not None]
         self._fast.add_special_tokens([AddedToken(name, special=True, normalized=True) for name in names])
         self._fast.encode_special_tokens = True
@@ -96,6 +102,17 @@ class HuggingFaceTokenizer(Tokenizer):
         digest = hashlib.sha256(self.definition)
         digest.update(f"eos={self.eos_id} pad={self.pad_id}".encode())
         self.fingerprint = digest.hexdigest()
+
+    def set_chat_template(self, text: str) -> None:
+        """Encode conversations with a Jinja template. Raises DataError if it cannot be compiled."""
+        from tokenizers import Tokenizer as FastTokenizer
+
+        names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+        special = {name: value for name in names if (value := self._special_text(name)) is not None}
+        try:
+            self.chat_template = ChatTemplate(text, special, FastTokenizer.from_str(self.definition.decode("utf-8")))
+        except TemplateError as error:
+            raise DataError(f"the chat template of {self.path} cannot be used: {error}. Set chat_template.") from error
 
     def _special_text(self, name: str) -> str | None:
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -181,15 +198,45 @@ class SentencePieceTokenizer(Tokenizer):
         return int(self._processor.get_piece_size())
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, chat_template: str = AUTO) -> Tokenizer:
     """Read a tokenizer.
 
     Args:
         path: a Hugging Face folder that holds tokenizer.json, or a sentencepiece .model file.
+        chat_template: how conversations become text: `auto` (the folder's chat template, or else `instella`),
+            `instella`, or a file with a Jinja template.
 
     Raises:
-        DataError: `path` does not exist or is not a supported tokenizer.
+        DataError: `path` does not exist or is not a supported tokenizer, or the template cannot be used.
     """
+    tokenizer = _load(path)
+    text = chat_template_text(tokenizer.path, chat_template)
+    if text != INSTELLA:
+        if not isinstance(tokenizer, HuggingFaceTokenizer):
+            raise DataError(
+                f"chat_template {chat_template} needs a Hugging Face tokenizer folder, not {tokenizer.path}"
+            )
+        tokenizer.set_chat_template(text)
+    return tokenizer
+
+
+def chat_template_text(tokenizer: Path, chat_template: str) -> str:
+    """The Jinja template that the setting chat_template means for a tokenizer.
+
+    Raises:
+        DataError: it is a file that cannot be read.
+    """
+    if chat_template == AUTO:
+        return (read_chat_template(tokenizer) if tokenizer.is_dir() else None) or INSTELLA
+    if chat_template == INSTELLA_NAME:
+        return INSTELLA
+    try:
+        return Path(chat_template).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"chat_template {chat_template} is neither auto, instella nor a file: {error}") from error
+
+
+def _load(path: str | Path) -> Tokenizer:
     if not str(path):
         raise DataError(
             "no tokenizer: set tokenizer_model to a Hugging Face tokenizer folder or a sentencepiece .model file"

@@ -15,6 +15,7 @@ from megatron_vlm.config import Recipe
 from megatron_vlm.data.dataset import max_sample_tokens, open_sources
 from megatron_vlm.data.errors import SampleError
 from megatron_vlm.data.length_index import REJECTED, LengthIndex
+from megatron_vlm.data.processing.chat_template import TemplateError
 from megatron_vlm.data.processing.conversation import IGNORE_INDEX, EncodedConversation, encode_conversation
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, Size, num_image_tiles, select_best_resolution
@@ -118,7 +119,11 @@ class DataView:
         geometry = self.geometry.for_sample(len(sizes))
         counts = [num_image_tokens(size, geometry) for size in sizes]
         image_token = self.recipe.model.image_token_index
-        encoded = encode_conversation(sample.turns, self.tokenizer, counts, image_token)
+        try:
+            encoded = encode_conversation(sample.turns, self.tokenizer, counts, image_token)
+        except TemplateError as error:
+            remedy = "Change the conversation, or set chat_template."
+            raise SampleError(sample.id, sample.file, "chat template", str(error), remedy) from error
         images = [
             ImageView(name, size, grid_of(size, geometry), num_image_tiles(size, geometry), start, count)
             for name, size, start, count in zip(sample.image_names, sizes, encoded.image_starts, counts, strict=True)

@@ -28,6 +28,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_vlm.config import Recipe, recipe_to_dict
+from megatron_vlm.data.processing.chat_template import FILE as CHAT_TEMPLATE_FILE
+from megatron_vlm.data.processing.tokenizer import chat_template_text
 from megatron_vlm.runtime.atomic_files import atomic_file, atomic_folder
 from megatron_vlm.training.checkpoint.errors import CheckpointError
 from megatron_vlm.training.checkpoint.folder import (
@@ -231,6 +233,9 @@ def keep_tokenizer(recipe: Recipe, folder: Path) -> None:
     with atomic_folder(kept) as staging_dir:
         if source.is_dir():
             shutil.copytree(source, staging_dir, dirs_exist_ok=True)
+            # The template trained with, whatever the tokenizer had: the engine and exports find it here.
+            template = chat_template_text(source, recipe.data.chat_template)
+            (staging_dir / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
         else:
             shutil.copy(source, staging_dir)
 

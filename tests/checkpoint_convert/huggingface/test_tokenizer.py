@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 
 from benchmarks.random_tokenizer import write_tokenizer
 from checkpoint_convert.errors import ConversionError
-from checkpoint_convert.huggingface.llava_next import CHAT_TEMPLATE
 from checkpoint_convert.huggingface.tokenizer import export_tokenizer, import_tokenizer
 from megatron_vlm.config import LanguageConfig, ModelConfig
+from megatron_vlm.data.processing.chat_template import INSTELLA
 from megatron_vlm.data.processing.conversation import Turn, encode_prompt
 from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
 from tests.support.real_tokenizer import real_tokenizer_folder
@@ -61,7 +61,7 @@ def _assert_same_ids(tokenizer: Tokenizer, folder: Path) -> None:
     turns = [Turn("human", "<image>\nIs there a red circle?")]
     prompt = stock.apply_chat_template(
         [{"role": "user", "content": turns[0].text}],
-        chat_template=CHAT_TEMPLATE,
+        chat_template=INSTELLA,
         add_generation_prompt=True,
         return_dict=True,
     )
