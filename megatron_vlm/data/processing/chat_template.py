@@ -127,7 +127,7 @@ class ChatTemplate:
         return ids, mask, starts
 
     def _render(self, messages: list[dict[str, str]], prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation, and where the assistant speaks in it."""
+        """The text of a conversation, and which of it the assistant says."""
         if re.search(r"\{%-?\s*generation", self.text):
             return self._run(messages, prompt, mask=True)
         rendered, _ = self._run(messages, prompt)

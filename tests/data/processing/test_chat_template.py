@@ -175,7 +175,7 @@ def test_a_template_that_marks_the_assistant_is_used_as_it_is(
         assert (a.ids.tolist(), a.labels.tolist()) == (b.ids.tolist(), b.labels.tolist())
 
 
-def test_the_setting_and_the_places_of_a_template(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_the_setting_and_the_files_of_a_template(tmp_path: Path, folders: dict[str, Path]) -> None:
     assert load_tokenizer(folders["chatml"], "instella").chat_template is None
     folder = write_family(tmp_path / "t", "chatml")
     config = json.loads((folder / "tokenizer_config.json").read_text())
