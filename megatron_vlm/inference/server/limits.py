@@ -53,9 +53,8 @@ class Limits:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         given = key.strip().encode("utf-8", "surrogateescape") if scheme.lower() == "bearer" else b""
-        if not any(
-            [hmac.compare_digest(given, known.encode()) for known in self._settings.api_keys]
-        ):  # all: in equal time
+        matches = [hmac.compare_digest(given, known.encode()) for known in self._settings.api_keys]  # in equal time
+        if not any(matches):
             raise ApiError(
                 401,
                 "This server needs an API key, and this is none of its keys. Send it as Authorization: Bearer KEY.",
