@@ -23,9 +23,8 @@ _DATASHEET: tuple[tuple[str, float], ...] = (
 """Part of the device's name -> dense bf16 FLOP/s, without sparsity, of AMD's and NVIDIA's datasheets; the first match
 counts.
 """
-_GEMM_SIZE = {True: 8192, False: 512}
-"""Rows and columns of the matrices, on a GPU and on a CPU."""
-_GEMM_RUNS, _GEMM_WARM_UP = 30, 10
+_GEMM = {True: (8192, 30, 10), False: (256, 8, 3)}
+"""Rows and columns of the matrices, number of products, and how many of them only warm up; on a GPU and on a CPU."""
 
 
 def datasheet_peak(device_name: str) -> float | None:
@@ -35,11 +34,11 @@ def datasheet_peak(device_name: str) -> float | None:
 
 def measured_gemm_rate(dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product on random numbers, on this process's device. Takes a tenth of a second."""
-    size = _GEMM_SIZE[on_gpu()]
+    size, runs, warm_up = _GEMM[on_gpu()]
     generator = torch.Generator(current_device()).manual_seed(0)
     a, b = (torch.randn(size, size, device=current_device(), generator=generator).to(dtype) for _ in range(2))
-    times = [_seconds(a, b) for _ in range(_GEMM_RUNS)]
-    return 2.0 * size**3 / statistics.median(times[_GEMM_WARM_UP:])
+    times = [_seconds(a, b) for _ in range(runs)]
+    return 2.0 * size**3 / statistics.median(times[warm_up:])
 
 
 def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -52,9 +52,11 @@ class MetricsProcessor:
         self._steps: list[_Step] = []
         self._squares: torch.Tensor | None = None
         self._started = time.perf_counter()
-        bf16 = recipe.training.bf16
-        self._datasheet = datasheet_peak(device_name()) if bf16 else None
-        self._gemm_rate = measured_gemm_rate(torch.bfloat16 if bf16 else torch.float32)
+        self._is_writing = dist.get_rank() == 0
+        if self._is_writing:
+            bf16 = recipe.training.bf16
+            self._datasheet = datasheet_peak(device_name()) if bf16 else None
+            self._gemm_rate = measured_gemm_rate(torch.bfloat16 if bf16 else torch.float32)
 
     def count(self, rows: Iterator[Any]) -> RowCounter:
         """The same rows, counted as they are read."""
@@ -127,6 +129,8 @@ class MetricsProcessor:
         )
         dist.all_reduce(sums)
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+        if not self._is_writing:
+            return
         lines = []
         for step, totals, maxima in zip(steps, sums.tolist(), longest.tolist(), strict=True):
             lines.append((step.iteration, self._values(step, totals, maxima, list(memory))))
