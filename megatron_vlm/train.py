@@ -131,6 +131,8 @@ def _fail(error: Exception) -> None:
 
 
 def _exit_code(error: Exception) -> int:
+    if isinstance(error, ImportError):  # perhaps of megatron-core, which the import below needs
+        return exit_codes.FAILED
     from megatron_vlm.training.finite_update import NonFiniteError
 
     return exit_codes.WRONG_SETTINGS if isinstance(error, ConfigError | NonFiniteError) else exit_codes.FAILED
