@@ -116,20 +116,23 @@ def busy_fraction(intervals: Iterable[tuple[float, float]]) -> float:
 
 def device_idle(recipe: Recipe, warmup: int) -> float | None:
     """Fraction of the time of some iterations in which the device computes and copies nothing; None on a CPU."""
-    if not on_gpu():
-        return None
+    activity = torch.profiler.ProfilerActivity
     trainer = Trainer(recipe)
     for _ in range(warmup + 1):
         trainer.train_step()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[activity.CUDA if on_gpu() else activity.CPU]) as profile:
         for _ in range(PROFILED_STEPS):
             trainer.train_step()
-        torch.cuda.synchronize()
+        if on_gpu():
+            torch.cuda.synchronize()
     trainer.loader.close()
     trainer.checkpointer.close()
-    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return 1 - busy_fraction((event.time_range.start, event.time_range.end) for event in events)
+    kernels = [
+        (event.time_range.start, event.time_range.end)
+        for event in profile.events() or []
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    return 1 - busy_fraction(kernels) if kernels else None
 
 
 def check_same_losses(command: Run, memory: Run, bf16: bool) -> None:
@@ -152,7 +155,7 @@ def main() -> None:
         recipe = recipe_of_shards(arguments.config, Path(folder), arguments.samples)
         recipe.data.num_workers = arguments.workers
         recipe.training.train_iters = 1 + arguments.warmup + arguments.steps
-        recipe.training.save = None
+        recipe.training.save, recipe.training.log_interval = None, 1
         command = real_command(recipe, Path(folder), arguments.warmup)
         with distributed(recipe.parallel, seed=recipe.training.seed):
             rows = rows_of(recipe)

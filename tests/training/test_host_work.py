@@ -91,6 +91,8 @@ def test_a_training_step_computes_nothing_row_long_outside_the_model(
     trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Model, backward and update, which a GPU would do, are not counted; a planted operation is."""
+    from megatron.core.pipeline_parallel import schedules
+
     from megatron_vlm.model.vlm import VisionLanguageModel
     from megatron_vlm.training import trainer as trainer_module
 
@@ -102,7 +104,7 @@ def test_a_training_step_computes_nothing_row_long_outside_the_model(
         return run
 
     monkeypatch.setattr(VisionLanguageModel, "forward", uncounted(VisionLanguageModel.forward))
-    monkeypatch.setattr(torch.autograd, "backward", uncounted(torch.autograd.backward))
+    monkeypatch.setattr(schedules, "backward_step", uncounted(schedules.backward_step))
     monkeypatch.setattr(trainer_module, "update", uncounted(trainer_module.update))
     with RowLongHostWork({trainer.recipe.data.seq_length}) as mode:
         trainer.train_step()
