@@ -31,12 +31,10 @@ class Node:
     interface: str | None = None
     agents: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def start(
-        self, *arguments: str, log: Path, head: str, meeting: str = "", environment: dict[str, str] | None = None
-    ) -> psutil.Popen:
+    def start(self, *arguments: str, log: Path, head: str, meeting: str = "", cwd: Path = ROOT) -> psutil.Popen:
         """Start an agent with arguments for `megatron_vlm.launch`; nodes meet at the address `head`, as `meeting` says.
 
-        `environment` is added to the test's own.
+        Code in the folder `cwd` comes before this repository's.
         """
         is_host = f"is_host={int(head.startswith(self.address + ':'))}"  # all have the same host name here
         flags = (
@@ -48,10 +46,10 @@ class Node:
         with log.open("a") as output:
             agent = psutil.Popen(
                 [*inside, sys.executable, "-m", "megatron_vlm.launch", *flags, *arguments],
-                cwd=ROOT,
+                cwd=cwd,
                 env={
                     **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
-                    **gloo, **(environment or {}),
+                    **gloo,
                 },
                 stdout=output,
                 stderr=subprocess.STDOUT,
