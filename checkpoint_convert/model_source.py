@@ -71,7 +71,7 @@ def open_source(path: Path, tokenizer: Path | None = None) -> Source:
     if not (path / "config.json").is_file():
         raise ConversionError(
             f"{path} is not a model: it has neither config.json, as a Hugging Face folder, nor {TRACKER}, as a "
-            "Megatron checkpoint"
+            "Megatron checkpoint. Give a folder of one of these"
         )
     config = read_config(path)
     format, source = str(config.get("model_type")), str(path / "config.json")

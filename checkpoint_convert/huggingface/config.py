@@ -24,9 +24,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConversionError(f"{file} does not exist: {folder} is not a Hugging Face model folder") from None
     except json.JSONDecodeError as error:
-        raise ConversionError(f"{file} is not JSON: {error}") from error
+        raise ConversionError(f"{file} is not JSON: {error}. Download it again") from error
     if not isinstance(config, dict):
-        raise ConversionError(f"{file} holds no settings: it must be one JSON object")
+        raise ConversionError(f"{file} holds no settings: it must be one JSON object. Download it again")
     return config
 
 

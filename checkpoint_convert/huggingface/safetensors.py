@@ -93,7 +93,10 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / name for name in names]
         if (folder / single).exists():
             return [folder / single]
-    raise ConversionError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index")
+    raise ConversionError(
+        f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index. "
+        "Download the folder again"
+    )
 
 
 def _open(file: Path) -> dict[str, Any]:

@@ -126,6 +126,10 @@ def _read(
     family = families[model_type]
     given = {name: value for name, value in config.items() if value is not None}
     values = dict(family.defaults) | given
+    for name, default in family.defaults.items():
+        if isinstance(default, int | float) and not isinstance(values[name], int | float):
+            problems.found.append(f"{name} is {values[name]!r}; expected a number")
+    problems.raise_if_any()
     for name, (default, *allowed) in family.required.items():
         problems.require(config, name, default, *allowed)
     ours = {"model_type": model_type, **family.fixed}

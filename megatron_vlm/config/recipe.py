@@ -217,6 +217,6 @@ def read_yaml(path: str | Path) -> Any:
         with open(path, encoding="utf-8") as file:
             return yaml.load(file, Loader=_UniqueKeyLoader)
     except OSError as error:
-        raise ConfigError(f"{path}: the recipe cannot be read ({error.strerror}).") from error
+        raise ConfigError(f"{path}: the recipe cannot be read ({error.strerror}). Check --config.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error

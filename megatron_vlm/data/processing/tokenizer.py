@@ -180,7 +180,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=definition)
         except RuntimeError as error:
-            raise DataError(f"{file} is not a sentencepiece model: {error}") from error
+            raise DataError(f"{file} is not a sentencepiece model: {error}. Copy it again.") from error
         if self._processor.eos_id() < 0:
             raise DataError(f"{file} has no end-of-sequence piece. Train it with an eos_id: it ends every answer.")
         self.eos_id = int(self._processor.eos_id())
@@ -248,7 +248,8 @@ def _load(path: str | Path) -> Tokenizer:
         models = sorted(location.glob("*.model"))
         if len(models) == 1:
             return SentencePieceTokenizer(models[0])
-        raise DataError(f"tokenizer folder {location} holds neither tokenizer.json nor exactly one .model file")
+        what = "neither tokenizer.json nor exactly one .model file"
+        raise DataError(f"tokenizer folder {location} holds {what}. Give another, or download it again.")
     if location.is_file() and location.suffix == ".model":
         return SentencePieceTokenizer(location)
     raise DataError(

@@ -65,8 +65,11 @@ class ShardFolder:
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{s3.join(self.folder, INDEX)} is not an MDS index: {type(error).__name__} {error}"
+                f"{s3.join(self.folder, INDEX)} is not an MDS index: {type(error).__name__} {error}. "
+                "Copy the folder again, or write it with megatron-vlm prepare-shards."
             ) from error
+        if not self._shards:
+            raise DataError(f"{s3.join(self.folder, INDEX)} lists no shard. Check that the set was written to its end.")
         self.starts = np.cumsum([0, *(shard.samples for shard in self._shards)], dtype=np.int64)
         """[shards + 1]: shard k holds samples [starts[k], starts[k + 1])."""
         self._metadata_starts = np.cumsum([0, *(file.samples for file in self._metadata_files)], dtype=np.int64)

@@ -65,11 +65,14 @@ class AnnotationFile:
         except OSError as error:
             what = f"annotation file {self.path} cannot be read: {error.strerror}"
             raise DataError(f"{what}. {_remedy(self.path)}") from error
+        except RecursionError:
+            raise DataError(f"annotation file {self.path} is nested too deeply. Write a list of entries.") from None
         except ValueError as error:
-            raise DataError(f"annotation file {self.path} {error}") from error
+            what = str(error).rstrip(".")
+            raise DataError(f"annotation file {self.path} {what}. Fix the file, or write it again.") from error
         weakref.finalize(self, os.close, self._descriptor)
         if not len(self):
-            raise DataError(f"annotation file {self.path} has no entry")
+            raise DataError(f"annotation file {self.path} has no entry. Check that it was written to its end.")
 
     def content_hash(self) -> str:
         """sha256 of the file in hex."""

@@ -113,12 +113,12 @@ def read_mixture(path: Path, data_root: str | None = None) -> list[tuple[str, Sa
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"mixture {path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise DataError(f"mixture {path} is not YAML: {error}") from error
+        raise DataError(f"mixture {path} cannot be read: {error.strerror}. Check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"mixture {path} is not YAML: {error}. Fix the file.") from error
     datasets = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(datasets, list) or not datasets:
-        raise DataError(f"mixture {path} needs a list under `datasets:`")
+        raise DataError(f"mixture {path} needs a list under `datasets:`. Write one entry for each data set.")
     problems, entries = [], []
     for number, entry in enumerate(datasets):
         try:
@@ -137,6 +137,8 @@ def _read_entry(entry: Any) -> tuple[str, SamplingRule]:
     if unknown := sorted(set(map(str, entry)) - _KEYS):
         raise ValueError(f"unknown keys {unknown}; known keys are {sorted(_KEYS)}")
     paths = [entry[key] for key in ("json_path", "shard_path") if entry.get(key)]
+    if len(paths) == 1 and not isinstance(paths[0], str):
+        raise ValueError(f"{paths[0]!r} is not a path; expected a text")
     if len(paths) != 1:
         raise ValueError("give exactly one of json_path and shard_path")
     rules = [str(entry["sampling_strategy"])] if "sampling_strategy" in entry else []

@@ -292,5 +292,6 @@ def open_source(
     if location.is_dir():
         return ShardSource(location)
     if location.exists():
-        raise DataError(f"{location} is neither annotations ({', '.join(SUFFIXES)}) nor a shard folder")
+        kinds = f"annotations ({', '.join(SUFFIXES)}) nor a shard folder"
+        raise DataError(f"{location} is neither {kinds}. Convert it: convert-dataset.")
     raise DataError(f"{location} does not exist. Check the path.")
