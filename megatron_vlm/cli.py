@@ -61,6 +61,10 @@ GROUPS = {
             "what train would do: parallel layout, rows, samples per step, epochs",
             ("--dry-run",),
         ),
+        "plan-layout": Command(
+            "megatron_vlm.commands.plan_layout",
+            "parallel layouts that fit on some GPUs, fastest first: memory, time, MFU",
+        ),
         "train": Command(
             "megatron_vlm.train",
             "train the model of a recipe, on one device or under torchrun",

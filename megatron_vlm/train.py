@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_vlm.config import ConfigError, Recipe, check_recipe, parse_command_line
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m megatron_vlm
     try:
         recipe, options = parse_command_line(arguments, prog)
         _complete(recipe, options.given)
-        check_recipe(recipe, _world_size(), paths=True)
+        _check(recipe, describe=options.dry_run and is_logging_rank)
     except ConfigError as error:
         if is_logging_rank:
             print(error, file=sys.stderr, flush=True)
@@ -44,6 +45,20 @@ def main(arguments: list[str] | None = None, prog: str = "python -m megatron_vlm
     except Exception as error:
         _fail(error)
     return exit_codes.FINISHED
+
+
+def _check(recipe: Recipe, *, describe: bool) -> None:
+    """Raise ConfigError with all problems. With `describe`, first print what can be said of a recipe without data."""
+    try:
+        check_recipe(recipe, _world_size(), paths=True)
+    except ConfigError:
+        if describe:
+            from megatron_vlm.planner.report import describe_plan
+
+            with suppress(ConfigError):
+                check_recipe(recipe, _world_size())
+                print("\n".join(describe_plan(recipe, _world_size())), flush=True)
+        raise
 
 
 def _world_size() -> int:

@@ -36,10 +36,16 @@ def to_bytes(text: str) -> int:
     return count
 
 
+_FIELD_TYPES: dict[type[Any], dict[str, Any]] = {}
+"""Resolving hints takes most of the time of checking a recipe, and the planner checks hundreds."""
+
+
 def field_types(cls: type[Any]) -> dict[str, Any]:
-    """The resolved type hint of each field of a dataclass, by name."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    """The resolved type hint of each field of a dataclass, by name. All callers get the same dict."""
+    if cls not in _FIELD_TYPES:
+        hints = typing.get_type_hints(cls, include_extras=True)
+        _FIELD_TYPES[cls] = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return _FIELD_TYPES[cls]
 
 
 def without_none(hint: Any) -> tuple[Any, bool]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vlm.config import Recipe
-from megatron_vlm.data.packing.row_cost import cost_of_model, head_operations, row_cost
+from megatron_vlm.config.training import DEFAULT_RECOMPUTE_MODULES
+from megatron_vlm.data.packing.row_cost import RowCost, cost_of_model, head_operations, row_cost
 
 TYPICAL_DOCUMENT = 2048
 """Tokens of a sample with one tiled image and its text; the published instruction mix has 2,270 on average."""
@@ -51,10 +52,25 @@ def row_work(recipe: Recipe, shape: RowShape | None = None) -> RowWork:
     layers = model.language.num_hidden_layers
     layer = (cost.per_token_squared * shape.document_tokens + cost.per_token) * shape.tokens / layers
     tower = cost.per_tile * shape.tiles
-    if training.recompute_granularity == "full":  # one forward pass more
-        passes = 2 + ("language" in training.trainable)
-        layer *= (passes + 1) / passes
+    layer += _recomputed_layer(recipe, cost, shape) * shape.tokens / layers
     if training.recomputes_vision and "vision" in training.trainable:
         tower *= 4 / 3
     head = head_operations(model, tuple(training.trainable)) * shape.supervised_tokens
     return RowWork(tower=tower, layer=layer, head=head * cost.per_token / max(operations.per_token, 1.0))
+
+
+def _recomputed_layer(recipe: Recipe, cost: RowCost, shape: RowShape) -> float:
+    """Work per token of what backward computes again, over all layers."""
+    training, language = recipe.training, recipe.model.language
+    attention = cost.per_token_squared * shape.document_tokens / 3
+    linear = cost.per_token / (2 + ("language" in training.trainable))
+    if training.recompute_granularity == "full":
+        limit = training.recompute_num_layers or language.num_hidden_layers
+        stages = recipe.parallel.pipeline_model_parallel_size * recipe.parallel.virtual_pipeline_model_parallel_size
+        return (attention + linear) * min(1.0, limit * stages / language.num_hidden_layers)
+    if training.recompute_granularity is None:
+        return 0.0
+    modules = training.recompute_modules or DEFAULT_RECOMPUTE_MODULES
+    heads = language.head_width * (language.num_attention_heads + language.num_key_value_heads)
+    mlp = 6 * language.intermediate_size / (4 * heads + 6 * language.intermediate_size)
+    return attention * ("core_attn" in modules) + linear * mlp * ("mlp" in modules)

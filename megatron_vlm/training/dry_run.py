@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_vlm.config import Recipe
 from megatron_vlm.data.planned_data import PlannedData, plan_data
 from megatron_vlm.data.validation import choose_rows, open_validation
+from megatron_vlm.planner.report import describe_plan
+from megatron_vlm.planner.row_work import RowShape
 from megatron_vlm.training.run_length import resolve_epochs, rows_of_iterations
 
 
@@ -39,7 +43,20 @@ def describe_run(recipe: Recipe, world_size: int) -> str:
             *(_describe_validation(recipe, validation) if validation is not None else []),
             f"trainable  {', '.join(training.trainable)}; {training.optimizer}, lr {training.lr:g} "
             f"{training.lr_decay_style} to {training.min_lr:g}, warmup {training.warmup_iters} steps",
+            *describe_plan(recipe, world_size, _row_shape(recipe, planned)),
         ]
+    )
+
+
+def _row_shape(recipe: Recipe, planned: PlannedData) -> RowShape:
+    """What the rows of the first epoch hold on average."""
+    members, dataset = planned.plan.current.members, planned.dataset
+    lengths = dataset.tokens[members].astype(float)
+    guess = RowShape.of_recipe(recipe)
+    return replace(
+        guess,
+        tiles=float(dataset.tiles[members].sum()) / planned.plan.rows,
+        document_tokens=float((lengths * lengths).sum() / lengths.sum()),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vlm import train
 from megatron_vlm.config import Recipe, check_recipe, load_recipe, recipe_to_dict
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry
@@ -63,3 +64,15 @@ def test_evaluation_imports_nothing_of_this_project() -> None:
     command = [sys.executable, "-W", "ignore", "-c", script]
     result = subprocess.run(command, cwd=EXAMPLES / "demo", capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dry_run_without_data_says_what_the_recipe_alone_decides(
+    stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Model, memory, tokens and days; then which files are missing."""
+    assert train.main(["--config", str(EXAMPLES / f"{stage}.yaml"), "--dry-run"]) == 2
+    printed = capsys.readouterr()
+    for start in ("model      1.474 B", "memory     ", "tokens     ", "time       8 x MI300X", "time       8 x H100"):
+        assert any(line.startswith(start) for line in printed.out.splitlines()), start
+    assert "checkpoints/start" in printed.err

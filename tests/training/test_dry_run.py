@@ -29,6 +29,7 @@ def test_a_mixture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         report = describe_run(recipe, world_size=2)
     steps, epochs = re.search(r"run +(\d+) steps = ([\d.]+) epochs", report).groups()  # type: ignore[union-attr]
     assert int(steps) == recipe.training.train_iters < 1000 and 2 <= float(epochs) < 2.3
+    assert f"tokens     {steps} steps x" in report and "for the planned rows" in report
     assert "validation 20 samples" in report and "rows every 1000 steps" in report
     assert "growing from 2 by 2 over the first 8 rows" in report
     assert "41 samples, 40 usable, rejected {'missing image': 1}, too long 0" in report and "2 ranks = data 2" in report
