@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_vlm.config import ConfigError, Recipe, check_recipe, parse_command_line
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.runtime import exit_codes
+from megatron_vlm.runtime.s3 import is_remote
 
 _LONGEST_CONVERSION_MINUTES = 60
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
@@ -86,10 +87,10 @@ def _convert_pretrained(recipe: Recipe, take_tokenizer: bool) -> None:
     source = training.pretrained_checkpoint
     if source is None or not Path(source, "config.json").is_file():
         return
-    if training.save is None:
+    if training.save is None or is_remote(training.save):
         raise DataError(
-            f"pretrained_checkpoint {source} is a Hugging Face folder, and there is no --save to convert it into. "
-            f"Give --save, or convert it yourself: megatron-vlm import --model {source} --save DIR"
+            f"pretrained_checkpoint {source} is a Hugging Face folder, and there is no folder of --save to convert it "
+            f"into. Give one on a disk, or convert it yourself: megatron-vlm import --model {source} --save DIR"
         )
     target = Path(training.save, "pretrained")
     training.pretrained_checkpoint = str(target)

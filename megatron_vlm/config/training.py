@@ -143,15 +143,17 @@ class TrainingConfig:
         metadata={"help": "Recompute the layers of the vision tower; default: if recompute_granularity is full."},
     )
     save: str | None = field(
-        default=None, metadata={"help": "Folder for checkpoints, metrics.jsonl and TensorBoard logs."}
+        default=None, metadata={"help": "Folder or s3:// prefix for checkpoints, metrics.jsonl and TensorBoard logs."}
     )
     load: str | None = field(
         default=None,
-        metadata={"help": "Checkpoint folder to resume from: weights, optimizer, data position; default: save."},
+        metadata={"help": "Checkpoint folder or s3:// prefix to resume from: weights, optimizer, rows; default: save."},
     )
     pretrained_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "Folder that a new run takes its initial weights from: a checkpoint, or a Hugging Face VLM."},
+        metadata={
+            "help": "Initial weights of a new run: a checkpoint's folder or s3:// prefix, or a Hugging Face VLM."
+        },
     )
     save_interval: int = field(
         default=1000, metadata={"help": "Iterations between checkpoints; the last iteration is always saved."}

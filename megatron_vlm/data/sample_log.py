@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_vlm.data.rank_batch import AnyBatch
 from megatron_vlm.runtime.json_lines import keep_lines, read_lines
 
-_PATTERN = "samples-rank*.jsonl"
+SAMPLES_PATTERN = "samples-rank*.jsonl"
 
 
 def log_samples(
@@ -43,9 +43,9 @@ def log_samples(
     return SampleLog(rows, folder, rank) if is_writer else rows
 
 
-def truncate_logs(folder: Path, consumed_rows: int) -> None:
-    """Remove the rows from index `consumed_rows` on from the files of all ranks; one rank of the run calls this."""
-    for path in folder.glob(_PATTERN):
+def truncate_logs(folder: Path, consumed_rows: int, files: str = SAMPLES_PATTERN) -> None:
+    """Remove the rows from index `consumed_rows` on from the matching files; one rank calls this for each file."""
+    for path in folder.glob(files):
         keep_lines(path, lambda line: line["row"] < consumed_rows)
 
 
@@ -54,7 +54,7 @@ class SampleLog(Iterator[AnyBatch]):
 
     def __init__(self, rows: Iterator[AnyBatch], folder: Path, rank: int) -> None:
         self._rows = rows
-        self._file = (folder / _PATTERN.replace("*", str(rank))).open("a", buffering=1)
+        self._file = (folder / SAMPLES_PATTERN.replace("*", str(rank))).open("a", buffering=1)
 
     def __next__(self) -> AnyBatch:
         batch = next(self._rows)
@@ -64,5 +64,5 @@ class SampleLog(Iterator[AnyBatch]):
 
 def read_samples(folder: Path) -> list[tuple[int, list[str]]]:
     """(row index, sample ids) of every row of a run, over all ranks, sorted by row."""
-    lines = (line for path in folder.glob(_PATTERN) for line in read_lines(path))
+    lines = (line for path in folder.glob(SAMPLES_PATTERN) for line in read_lines(path))
     return sorted((line["row"], line["samples"]) for line in lines)

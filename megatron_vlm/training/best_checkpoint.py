@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config import Recipe
 from megatron_vlm.runtime.logging import log_rank0
+from megatron_vlm.runtime.s3.path import storage_path
 from megatron_vlm.training.checkpoint import Checkpointer, CheckpointError, Progress
 
 FOLDER = "best"
@@ -26,7 +26,7 @@ class BestCheckpoint:
         training = recipe.training
         assert training.best_metric is not None and training.save is not None
         self.metric = training.best_metric
-        self.folder = Path(training.save, FOLDER)
+        self.folder = storage_path(training.save) / FOLDER
         changed = replace(training, save=str(self.folder), save_total_limit=1, save_retain_interval=None)
         self._checkpointer = Checkpointer(replace(recipe, training=changed), training.distributed_timeout_minutes)
 

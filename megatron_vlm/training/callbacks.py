@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
+
+from megatron_vlm.runtime.s3.path import StoragePath
 
 
 class Callback:
@@ -23,5 +24,8 @@ class Callback:
     def on_eval(self, iteration: int, metrics: dict[str, float]) -> None:
         """After an evaluation, whose metrics are the same on every rank."""
 
-    def on_save(self, iteration: int, checkpoint: Path) -> None:
-        """After the checkpoint of `iteration` was written as a whole, perhaps some iterations later."""
+    def on_save(self, iteration: int, checkpoint: StoragePath) -> None:
+        """After the checkpoint of `iteration` was written as a whole, perhaps some iterations later.
+
+        `checkpoint` is a Path, or an S3Path where training.save is an s3:// prefix.
+        """

@@ -7,13 +7,13 @@ the next checkpoint would save them.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_vlm.config import Recipe
 from megatron_vlm.runtime.logging import log_rank0
+from megatron_vlm.training.run_files import run_folder
 from megatron_vlm.training.sample_report import append_record, describe_samples, gather_samples
 
 SKIPPED_FILE = "skipped_updates.jsonl"
@@ -59,7 +59,7 @@ class SkippedUpdates:
     """Reports updates that were not applied, and ends the run after too many of them in a row."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.limit, self.save = recipe.training.max_skipped_updates, recipe.training.save
+        self.limit, self.folder = recipe.training.max_skipped_updates, run_folder(recipe)
         self.in_a_row = 0
 
     def applied(self) -> None:
@@ -84,10 +84,10 @@ class SkippedUpdates:
             f"({self.in_a_row} in a row, {self.limit} end the run). {describe_samples(samples)}"
         )
         where = ""
-        if self.save is not None:
-            where = f"; {Path(self.save, SKIPPED_FILE)} lists their samples"
+        if self.folder is not None:
+            where = f"; {self.folder / SKIPPED_FILE} lists their samples"
             record = {"iteration": iteration, "loss": str(loss), "grad_norm": str(grad_norm), "samples": samples}
-            append_record(Path(self.save, SKIPPED_FILE), record)
+            append_record(self.folder / SKIPPED_FILE, record)
         if self.in_a_row >= self.limit:
             raise NonFiniteError(
                 f"{self.in_a_row} updates in a row, up to iteration {iteration}, had a loss or a gradient that is NaN "

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from pathlib import Path
 
 from megatron_vlm.config import Recipe
 from megatron_vlm.runtime.logging import log_rank0
+from megatron_vlm.training.run_files import run_folder
 from megatron_vlm.training.sample_report import append_record, describe_samples, gather_samples
 
 SPIKES_FILE = "loss_spikes.jsonl"
@@ -23,7 +23,7 @@ class LossSpikes:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        self._factor, self._save = recipe.training.loss_spike_factor, recipe.training.save
+        self._factor, self._folder = recipe.training.loss_spike_factor, run_folder(recipe)
         self._recent: deque[float] = deque(maxlen=_WINDOW)
 
     def check(self, iteration: int, loss: float, sample_ids: list[str]) -> bool:
@@ -46,7 +46,7 @@ class LossSpikes:
             f"WARNING: iteration {iteration} has loss {loss:.4f}, {loss / median:.1f} times the median of the "
             f"iterations before ({median:.4f}). {describe_samples(samples)}"
         )
-        if self._save is not None:
+        if self._folder is not None:
             record = {"iteration": iteration, "loss": loss, "median": median, "samples": samples}
-            append_record(Path(self._save, SPIKES_FILE), record)
+            append_record(self._folder / SPIKES_FILE, record)
         return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -27,6 +26,7 @@ from megatron_vlm.runtime.garbage_collection import ScheduledCollection
 from megatron_vlm.runtime.launch import local_rank, local_rank0_first
 from megatron_vlm.runtime.logging import log_rank0
 from megatron_vlm.runtime.process_groups import parallel_ranks, tile_shard_rank
+from megatron_vlm.runtime.s3.path import StoragePath
 from megatron_vlm.training.best_checkpoint import BestCheckpoint
 from megatron_vlm.training.callbacks import Callback
 from megatron_vlm.training.checkpoint import (
@@ -36,6 +36,7 @@ from megatron_vlm.training.checkpoint import (
     checkpoint_to_resume,
     iteration_of,
     load_checkpoint,
+    naming,
     read_progress,
     recipe_differences,
     require_checkpoint,
@@ -49,6 +50,7 @@ from megatron_vlm.training.optimizer import (
     learning_rate,
     wrap_for_data_parallel,
 )
+from megatron_vlm.training.run_files import RunFiles, run_folder
 from megatron_vlm.training.run_length import batch_size, resolve_epochs
 from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks
 from megatron_vlm.training.stop import StopRequest
@@ -86,7 +88,9 @@ class Trainer:
             log_rank0(f"resuming after iteration {self.progress.iteration} from {resume_from}")
             for difference in recipe_differences(resume_from, recipe):
                 log_rank0(f"  setting changed since then: {difference}")
-        self.checkpointer = Checkpointer(recipe, recipe.training.distributed_timeout_minutes)
+        with naming("training.save"):
+            self.run_files = RunFiles(recipe, self.progress.consumed_rows)
+        self.checkpointer = Checkpointer(recipe, recipe.training.distributed_timeout_minutes, self.run_files.send)
         self.loader = self._build_loader()
         self._check_order()
         self.metrics = MetricsProcessor(recipe, self.ranks, self.progress.iteration)
@@ -100,12 +104,13 @@ class Trainer:
         self.validator = Validator(recipe, validation, self.ranks) if validation is not None else None
         self.best = BestCheckpoint(recipe) if recipe.training.best_metric is not None else None
 
-    def _load_initial_weights(self, chunks: list[VisionLanguageModel]) -> Path | None:
+    def _load_initial_weights(self, chunks: list[VisionLanguageModel]) -> StoragePath | None:
         """Set the weights of a new run; if there is a checkpoint to resume from, return it instead."""
         training = self.recipe.training
         resume_from = checkpoint_to_resume(training.save, training.load)
         if resume_from is None and training.pretrained_checkpoint:
-            source = require_checkpoint(training.pretrained_checkpoint)
+            with naming("training.pretrained_checkpoint"):
+                source = require_checkpoint(training.pretrained_checkpoint)
             load_checkpoint(source, chunks, self.recipe, tokenizer_fingerprint=self.fingerprint)
             log_rank0(f"starting from the weights of {source}")
         elif resume_from is None:
@@ -161,11 +166,12 @@ class Trainer:
         progress.plan_inputs = json.dumps(loader.plan_inputs)
 
     def _log_samples(self, rows: Iterator[AnyBatch]) -> Iterator[AnyBatch]:
-        if not self.recipe.data.log_samples or self.recipe.training.save is None:
+        folder = run_folder(self.recipe)
+        if not self.recipe.data.log_samples or folder is None:
             return rows
         return log_samples(
             rows,
-            Path(self.recipe.training.save),
+            folder,
             self.progress.consumed_rows,
             rank=dist.get_rank(),
             is_writer=self.ranks.is_row_leader and self.ranks.is_first_stage,
@@ -191,6 +197,7 @@ class Trainer:
             self.validator.close()
         if self.best is not None:
             self.best.close()
+        self.run_files.send_last()
         return stopped
 
     def _train(self, garbage: ScheduledCollection) -> str | None:
@@ -204,6 +211,7 @@ class Trainer:
             except NonFiniteError:  # on every rank; what is being written is from before
                 self.metrics.flush()
                 self._report_last_save()
+                self.run_files.send_last()
                 raise
             if self.validator is not None and self.validator.is_due(progress.iteration):
                 self.metrics.add(self._evaluate(self.validator))
@@ -211,7 +219,7 @@ class Trainer:
             stopped = self.stop_request.reason(progress.iteration)
             last = stopped is not None or progress.iteration == training.train_iters
             if training.save and (last or progress.iteration % training.save_interval == 0):
-                self.metrics.flush()  # what a checkpoint covers is never lost
+                self.metrics.sync()  # what a checkpoint covers is never lost
                 with self.watchdog.paused(), self.metrics.timer.phase("checkpoint"):
                     self.save(wait=last or not training.async_save)
             elif self.checkpointer.is_written_everywhere():
@@ -294,7 +302,7 @@ class Trainer:
             if written is not None:
                 self._report_saved(written)
 
-    def _report_saved(self, checkpoint: Path | None) -> None:
+    def _report_saved(self, checkpoint: StoragePath | None) -> None:
         log_rank0(f"saved {checkpoint}")
         for callback in self.callbacks:
             if checkpoint is not None:

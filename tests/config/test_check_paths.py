@@ -29,6 +29,7 @@ def test_existing_paths_pass(recipe, tmp_path):
     check_paths(recipe)
     (tmp_path / "new").mkdir()
     recipe.data.image_folder = "s3://bucket/images"
+    recipe.training.save = recipe.training.load = recipe.training.pretrained_checkpoint = "s3://bucket/run"
     check_paths(recipe)
     (tmp_path / "bpe.model").write_bytes(b"")
     recipe.data.tokenizer_model = str(tmp_path / "bpe.model")
@@ -53,6 +54,8 @@ def test_existing_paths_pass(recipe, tmp_path):
         ("training", "load", "{}/checkpoint", "no such folder"),
         ("training", "pretrained_checkpoint", "{}/checkpoint", "no such folder"),
         ("training", "save", "{}/notes.txt", "a file, not a folder"),
+        ("training", "save", "gs://bucket/run", "Use s3://bucket/prefix"),
+        ("training", "load", "s3://", "Use s3://bucket/prefix"),
     ],
 )
 def test_each_wrong_path_is_reported_with_a_remedy(recipe, tmp_path, section, name, value, message):

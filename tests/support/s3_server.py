@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -23,9 +24,9 @@ class Fault:
 
     kind: str
     """error: status 500; stall: half of the body, then nothing; disconnect: half of the body, then the connection
-    closes; truncate: half of the body with its own Content-Length"""
+    closes; truncate: half of the body with its own Content-Length; hang: nothing is done, and no answer comes"""
     part: str
-    """Substring of the request paths that match."""
+    """Regular expression that is found in the request paths that match."""
     times: int = 10**9
     """Requests left to fail."""
     method: str = "GET"
@@ -45,7 +46,7 @@ class Proxy:
     def matching(self, method: str, path: str) -> str | None:
         self.requests.append((method, path))
         for fault in self.faults:
-            if fault.times > 0 and fault.method == method and fault.part in path:
+            if fault.times > 0 and fault.method == method and re.search(fault.part, path):
                 fault.times -= 1
                 return fault.kind
         return None
@@ -58,7 +59,12 @@ def server() -> Iterator[int]:
 
     instance = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     instance.start()
-    yield instance.get_host_and_port()[1]
+    port = instance.get_host_and_port()[1]
+    reset = http.client.HTTPConnection("127.0.0.1", port)
+    reset.request("POST", "/moto-api/reset")  # all servers of a process have the same content
+    assert reset.getresponse().status == 200
+    reset.close()
+    yield port
     instance.stop()
 
 
@@ -78,6 +84,10 @@ def proxy(server_port: int) -> Iterator[Proxy]:
                 self.send_response(500)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
+                return
+            if fault == "hang":
+                stop.wait(60)
+                self.close_connection = True
                 return
             connection = http.client.HTTPConnection("127.0.0.1", server_port, timeout=60)
             connection.request(self.command, self.path, body, dict(self.headers))

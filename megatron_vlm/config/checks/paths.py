@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,9 +75,12 @@ def _check_tokenizer(recipe: Recipe) -> Iterator[Problem]:
 
 def _check_checkpoints(recipe: Recipe) -> Iterator[Problem]:
     training = recipe.training
-    for name in ("load", "pretrained_checkpoint"):
+    for name in ("save", "load", "pretrained_checkpoint"):
         value = getattr(training, name)
-        if value is not None and not Path(value).is_dir():
+        if value is not None and _remote(value):
+            if not re.match(r"s3://[^/]+", value):
+                yield Problem(f"training.{name}", value, "no folder and no s3:// prefix", "Use s3://bucket/prefix")
+        elif value is not None and name != "save" and not Path(value).is_dir():
             yield _missing(f"training.{name}", Path(value), "folder")
     if training.save is not None and Path(training.save).exists() and not Path(training.save).is_dir():
         yield Problem("training.save", training.save, "a file, not a folder", "Use a folder, or a new path")

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _SCHEME = "s3://"
-_PERMANENT_ERRORS = {"400", "401", "403", "404", "AccessDenied", "InvalidAccessKeyId", "NoSuchBucket", "NoSuchKey",
-                     "NoSuchUpload", "SignatureDoesNotMatch"}  # fmt: skip
+_PERMANENT_ERRORS = {"400", "401", "403", "404", "AccessDenied", "InvalidAccessKeyId", "InvalidRange", "NoSuchBucket",
+                     "NoSuchKey", "NoSuchUpload", "SignatureDoesNotMatch"}  # fmt: skip
 """Error codes that are not retried."""
 
 

@@ -14,7 +14,7 @@ from megatron_vlm.training.checkpoint.folder import (
 )
 from megatron_vlm.training.checkpoint.load import load_checkpoint, load_common, read_progress, recipe_differences
 from megatron_vlm.training.checkpoint.progress import Progress
-from megatron_vlm.training.checkpoint.resume import checkpoint_to_resume
+from megatron_vlm.training.checkpoint.resume import checkpoint_to_resume, naming
 from megatron_vlm.training.checkpoint.save import Checkpointer, save_checkpoint
 from megatron_vlm.training.checkpoint.trusted_metadata import read_metadata
 
@@ -29,6 +29,7 @@ __all__ = [
     "latest_checkpoint",
     "load_checkpoint",
     "load_common",
+    "naming",
     "read_metadata",
     "read_progress",
     "read_recipe",

@@ -1,11 +1,12 @@
 """The folder that a run saves into: which checkpoints are in it, which of them are whole, which one a run resumes from.
 
 SAVE/iter_0000010/                      one complete state
+SAVE/iter_0000010.2/                    the same iteration saved again, in an object store; it replaces the other one
 SAVE/iter_0000020.incomplete/           being written, or left of a run that was killed; never read
 SAVE/latest_checkpointed_iteration.txt  Megatron-LM's tracker: the iteration that is read
 
-A checkpoint is written beside its final name and renamed when everything in it is on the disk. `recipe.json` is written
-last, so that a folder of older versions is known to be whole by it, too.
+SAVE is a folder or an s3:// prefix. `recipe.json` is written last: a checkpoint without it is not whole. On a disk a
+checkpoint is also written beside its final name, and renamed when everything in it is stored.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from megatron_vlm.config import Recipe, recipe_from_dict
 from megatron_vlm.runtime.atomic_files import atomic_file, sync
+from megatron_vlm.runtime.s3.path import StoragePath, storage_path
 from megatron_vlm.training.checkpoint.errors import CheckpointError
 from megatron_vlm.training.checkpoint.trusted_metadata import METADATA
 
@@ -29,34 +31,50 @@ FORMAT = "metadata.json"
 INCOMPLETE = ".incomplete"
 _REPLACED = ".replaced"
 _REMOVED = ".removed"
-_NAME = re.compile(r"iter_(\d{7,})")
+_NAME = re.compile(r"iter_(\d{7,})(?:\.(\d+))?")
+
+
+def checkpoint_name(iteration: int) -> str:
+    """The name of the folder of an iteration."""
+    return f"iter_{iteration:07d}"
 
 
 def checkpoint_path(folder: str | Path, iteration: int) -> Path:
-    """Where the checkpoint of an iteration lies."""
-    return Path(folder) / f"iter_{iteration:07d}"
+    """Where the checkpoint of an iteration lies on a disk."""
+    return Path(folder) / checkpoint_name(iteration)
 
 
-def iteration_of(checkpoint: Path) -> int:
+def iteration_of(checkpoint: StoragePath) -> int:
     """The iteration of an iter_* folder."""
-    return int(checkpoint.name.removeprefix("iter_"))
+    match = _NAME.match(checkpoint.name)
+    assert match is not None
+    return int(match[1])
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_whole(checkpoint: StoragePath) -> bool:
     """Whether everything of an iter_* folder was written."""
     return (checkpoint / RECIPE).is_file() and (checkpoint / METADATA).is_file()
 
 
-def whole_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
-    """(iteration, path) of the whole checkpoints in a save folder, oldest first."""
-    folder = Path(folder)
+def whole_checkpoints(folder: str | StoragePath) -> list[tuple[int, StoragePath]]:
+    """(iteration, path) of the whole checkpoints in a save folder, oldest first; each iteration once."""
+    newest: dict[int, StoragePath] = {}
+    for iteration, _, path in named_checkpoints(folder):
+        if is_whole(path):
+            newest[iteration] = path
+    return sorted(newest.items())
+
+
+def named_checkpoints(folder: str | StoragePath) -> list[tuple[int, int, StoragePath]]:
+    """(iteration, number of the save of it, path) of what is named like a checkpoint, whole or not, oldest first."""
+    folder = storage_path(folder)
     if not folder.is_dir():
         return []
-    named = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return sorted((int(match[1]), path) for match, path in named if is_whole(path))
+    matches = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted((int(match[1]), int(match[2] or 1), path) for match, path in matches if match)
 
 
-def latest_checkpoint(folder: str | Path) -> Path | None:
+def latest_checkpoint(folder: str | StoragePath) -> StoragePath | None:
     """The checkpoint that a run resumes from; None where none was ever finished.
 
     It is the one that the tracker names, so that somebody can go back by editing it. Where the tracker is missing,
@@ -65,7 +83,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints and none of them is whole.
     """
-    folder = Path(folder)
+    folder = storage_path(folder)
     whole = dict(whole_checkpoints(folder))
     tracked = tracked_iteration(folder)
     if tracked is not None and tracked in whole:
@@ -75,21 +93,25 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     if tracked is not None:
         raise CheckpointError(
             f"{folder / TRACKER} names iteration {tracked}, and no checkpoint in {folder} is whole: restore "
-            f"{checkpoint_path(folder, tracked).name}, or remove {TRACKER} to start from the beginning"
+            f"{checkpoint_name(tracked)}, or remove {TRACKER} to start from the beginning"
         )
     return None
 
 
-def tracked_iteration(folder: str | Path) -> int | None:
+def tracked_iteration(folder: str | StoragePath) -> int | None:
     """What the tracker says; None where it is missing, empty or no number."""
     try:
-        text = (Path(folder) / TRACKER).read_text().strip()
+        text = (storage_path(folder) / TRACKER).read_text().strip()
     except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
         return None
     return int(text) if text.isdigit() else None
 
 
-def require_checkpoint(folder: str | Path) -> Path:
+@overload
+def require_checkpoint(folder: Path) -> Path: ...
+@overload
+def require_checkpoint(folder: str | StoragePath) -> StoragePath: ...
+def require_checkpoint(folder: str | StoragePath) -> StoragePath:
     """Like latest_checkpoint, but a folder without one is an error."""
     found = latest_checkpoint(folder)
     if found is None:
@@ -99,7 +121,7 @@ def require_checkpoint(folder: str | Path) -> Path:
     return found
 
 
-def read_description(checkpoint: Path) -> dict[str, Any]:
+def read_description(checkpoint: StoragePath) -> dict[str, Any]:
     """The content of a checkpoint's recipe.json.
 
     Raises:
@@ -115,7 +137,7 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
     return content
 
 
-def read_recipe(folder: str | Path) -> Recipe:
+def read_recipe(folder: str | StoragePath) -> Recipe:
     """The recipe that the checkpoint to resume from in a save folder was written with."""
     return recipe_from_dict(read_description(require_checkpoint(folder))["recipe"])
 
@@ -135,26 +157,39 @@ def publish(incomplete: Path, iteration: int) -> Path:
     with atomic_file(folder / TRACKER) as file:
         file.write(str(iteration).encode())
     shutil.rmtree(replaced, ignore_errors=True)
+    for number, _, path in named_checkpoints(folder):  # copied from an object store: iter_0000010.2
+        if number == iteration and path != target:
+            _remove(Path(str(path)))
     return target
 
 
-def remove_old(folder: Path, keep_latest: int | None, keep_every: int | None) -> list[Path]:
-    """Remove whole checkpoints that are neither among the newest `keep_latest` nor of an iteration divisible by
-    `keep_every`, never the one that the tracker names. Returns what was removed.
+def old_iterations(folder: StoragePath, keep_latest: int | None, keep_every: int | None) -> list[int]:
+    """Iterations of whole checkpoints that are neither among the newest `keep_latest` nor divisible by `keep_every`,
+    without the one that the tracker names.
     """
     if keep_latest is None:
         return []
     whole, tracked = whole_checkpoints(folder), tracked_iteration(folder)
-    old = [
-        path
-        for iteration, path in whole[:-keep_latest]
+    return [
+        iteration
+        for iteration, _ in whole[:-keep_latest]
         if iteration != tracked and not (keep_every and iteration % keep_every == 0)
     ]
-    for path in old:
-        doomed = path.with_name(path.name + _REMOVED)  # stopped in the middle, it must not look whole
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-    return old
+
+
+def remove_old(folder: Path, keep_latest: int | None, keep_every: int | None) -> list[Path]:
+    """Remove the checkpoints of `old_iterations` from a disk. Returns what was removed."""
+    old = set(old_iterations(folder, keep_latest, keep_every))
+    paths = [Path(str(path)) for iteration, _, path in named_checkpoints(folder) if iteration in old]
+    for path in paths:
+        _remove(path)
+    return paths
+
+
+def _remove(checkpoint: Path) -> None:
+    doomed = checkpoint.with_name(checkpoint.name + _REMOVED)  # stopped in the middle, it must not look whole
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def recover(folder: str | Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,17 +15,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vlm.config import Recipe, recipe_from_dict, recipe_to_dict
 from megatron_vlm.model.sharding import model_sharded_state_dict, unwrap
+from megatron_vlm.runtime.s3 import S3Error
+from megatron_vlm.runtime.s3.path import StoragePath
 from megatron_vlm.training.checkpoint.errors import CheckpointError
 from megatron_vlm.training.checkpoint.folder import COMMON, read_description
 from megatron_vlm.training.checkpoint.planner import ShardLoadPlanner
 from megatron_vlm.training.checkpoint.progress import Progress
+from megatron_vlm.training.checkpoint.s3_storage import checkpoint_reader
 from megatron_vlm.training.checkpoint.shards import LocalState, chained, model_state, optimizer_state
-from megatron_vlm.training.checkpoint.trusted_metadata import TrustedReader
 from megatron_vlm.training.param_groups import match_param_groups, recipe_settings, restore_settings
 
 
 def load_checkpoint(
-    checkpoint: Path,
+    checkpoint: StoragePath,
     chunks: list[Any],
     recipe: Recipe,
     *,
@@ -61,7 +63,7 @@ def load_checkpoint(
 
 
 @torch.no_grad()
-def _read(checkpoint: Path, state: LocalState, chunks: list[Any]) -> None:
+def _read(checkpoint: StoragePath, state: LocalState, chunks: list[Any]) -> None:
     planner = ShardLoadPlanner(state, str(checkpoint))
     try:
         _load_alone(checkpoint, planner)
@@ -69,6 +71,8 @@ def _read(checkpoint: Path, state: LocalState, chunks: list[Any]) -> None:
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, CheckpointError):
             raise cause from None
+        if isinstance(cause, S3Error):
+            raise CheckpointError(str(cause)) from error
         raise CheckpointError(f"{checkpoint} cannot be read ({cause}): copy the checkpoint again") from error
     if planner.loaded_objects:
         for chunk in chunks:
@@ -84,15 +88,15 @@ def _objects_of(chunk: Any, loaded: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _load_alone(checkpoint: Path, planner: ShardLoadPlanner) -> None:
+def _load_alone(checkpoint: StoragePath, planner: ShardLoadPlanner) -> None:
     """Read what the planner asks for, on this rank alone; torch warns of that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load({}, storage_reader=TrustedReader(checkpoint), planner=planner, no_dist=True)
+        dcp.load({}, storage_reader=checkpoint_reader(checkpoint), planner=planner, no_dist=True)
 
 
-def load_common(checkpoint: Path) -> dict[str, Any]:
+def load_common(checkpoint: StoragePath) -> dict[str, Any]:
     """What of a checkpoint is the same on every rank: progress, schedule, the optimizer's groups.
 
     Raises:
@@ -101,11 +105,13 @@ def load_common(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / COMMON
     try:
         if path.is_file():
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            loaded = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
         else:
             loaded = _common_among_tensors(checkpoint)
     except CheckpointError:
         raise
+    except S3Error as error:
+        raise CheckpointError(str(error)) from error
     except Exception as error:  # pickle raises whatever the bytes happen to mean
         raise CheckpointError(
             f"{path} cannot be read ({_first_line(error)}): it is damaged, or was made to run code. Copy the "
@@ -116,12 +122,12 @@ def load_common(checkpoint: Path) -> dict[str, Any]:
     return loaded
 
 
-def read_progress(checkpoint: Path) -> Progress:
+def read_progress(checkpoint: StoragePath) -> Progress:
     """Where the run stood. Raises as `load_common`."""
     return Progress(**load_common(checkpoint)["progress"])
 
 
-def _common_among_tensors(checkpoint: Path) -> dict[str, Any]:
+def _common_among_tensors(checkpoint: StoragePath) -> dict[str, Any]:
     """As megatron-core 0.19 saves it."""
     from megatron_vlm.training.checkpoint.shards import StoredObject
 
@@ -145,7 +151,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def check_same_model(checkpoint: Path, recipe: Recipe, fingerprint: str) -> None:
+def check_same_model(checkpoint: StoragePath, recipe: Recipe, fingerprint: str) -> None:
     """Raise CheckpointError where a checkpoint is of another model or another tokenizer."""
     stored = read_description(checkpoint)
     # by way of a recipe, so that a setting that an older checkpoint does not have has its default
@@ -172,7 +178,7 @@ def check_same_model(checkpoint: Path, recipe: Recipe, fingerprint: str) -> None
         )
 
 
-def _check_same_parts(checkpoint: Path, recipe: Recipe) -> None:
+def _check_same_parts(checkpoint: StoragePath, recipe: Recipe) -> None:
     ours = sorted(recipe.training.trainable)
     theirs = sorted(recipe_from_dict(read_description(checkpoint)["recipe"]).training.trainable)
     if ours != theirs:
@@ -182,7 +188,7 @@ def _check_same_parts(checkpoint: Path, recipe: Recipe) -> None:
         )
 
 
-def recipe_differences(checkpoint: Path, recipe: Recipe) -> list[str]:
+def recipe_differences(checkpoint: StoragePath, recipe: Recipe) -> list[str]:
     """Settings that differ from those that a checkpoint was saved with, as `section.name: before -> now`."""
     before = recipe_to_dict(recipe_from_dict(read_description(checkpoint)["recipe"]))
     now = recipe_to_dict(recipe)

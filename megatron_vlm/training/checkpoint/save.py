@@ -7,10 +7,11 @@ untouched by it.
 
 from __future__ import annotations
 
+import io
 import json
-import shutil
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,26 +25,16 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_vlm.config import Recipe, recipe_to_dict
-from megatron_vlm.data.processing.chat_template import FILE as CHAT_TEMPLATE_FILE
-from megatron_vlm.data.processing.tokenizer import chat_template_text
-from megatron_vlm.runtime.atomic_files import atomic_file, atomic_folder
+from megatron_vlm.runtime.s3.path import StoragePath
+from megatron_vlm.training.checkpoint.destination import destination_of
 from megatron_vlm.training.checkpoint.errors import CheckpointError
-from megatron_vlm.training.checkpoint.folder import (
-    COMMON,
-    FORMAT,
-    INCOMPLETE,
-    RECIPE,
-    checkpoint_path,
-    publish,
-    remove_old,
-)
+from megatron_vlm.training.checkpoint.folder import COMMON, FORMAT, RECIPE
 from megatron_vlm.training.checkpoint.planner import ShardSavePlanner, copy_to_host, written_here
 from megatron_vlm.training.checkpoint.progress import Progress
 from megatron_vlm.training.checkpoint.shards import LocalState, model_state, optimizer_state
+from megatron_vlm.training.checkpoint.writer import ShardWriter, reason
 from megatron_vlm.training.optimizer import synchronize_parameters
 
 _MEGATRON_FORMAT = {
@@ -60,25 +51,30 @@ class _Pending:
     """A save that is being written."""
 
     iteration: int
-    done: Future[Path]
+    done: Future[StoragePath]
 
 
 class Checkpointer:
     """Saves the state of a run; every rank makes one and makes the same calls."""
 
-    def __init__(self, recipe: Recipe, timeout_minutes: int = 10) -> None:
+    def __init__(
+        self, recipe: Recipe, timeout_minutes: int = 10, write_logs: Callable[[], None] = lambda: None
+    ) -> None:
         """A collective call.
 
         Args:
-            recipe: its training.save is the folder; it is written into every checkpoint.
+            recipe: its training.save is the folder or s3:// prefix; it is written into every checkpoint.
             timeout_minutes: of the collectives while writing; a rank whose disk is slower than this is an error.
+            write_logs: called on every rank, in the thread that writes, before a checkpoint is complete.
         """
         self.recipe = recipe
+        self._destination, self._write_logs = destination_of(recipe.training.save or ""), write_logs
         self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
         self._poll = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._pending: _Pending | None = None
+        self._is_published = False
         self.blocked_seconds = 0.0
         """How long the last call of `save` or `wait` kept training from continuing."""
 
@@ -115,7 +111,7 @@ class Checkpointer:
             self.wait()
         self.blocked_seconds = time.perf_counter() - started
 
-    def wait(self) -> Path | None:
+    def wait(self) -> StoragePath | None:
         """Until nothing is being written. Returns the checkpoint that was, if there was one.
 
         Raises:
@@ -127,12 +123,12 @@ class Checkpointer:
         try:
             return pending.done.result()
         except CheckpointException as error:
-            reasons = "; ".join(f"rank {rank}: {_reason(found[0])}" for rank, found in sorted(error.failures.items()))
+            reasons = "; ".join(f"rank {rank}: {reason(found[0])}" for rank, found in sorted(error.failures.items()))
         except Exception as error:
-            reasons = _reason(error)
+            reasons = reason(error)
         raise CheckpointError(
             f"the checkpoint of iteration {pending.iteration} could not be written: {reasons}. "
-            f"Older checkpoints in {self.recipe.training.save} are as they were"
+            f"Older checkpoints in training.save, {self.recipe.training.save}, are as they were"
         )
 
     @property
@@ -161,83 +157,55 @@ class Checkpointer:
             dist.destroy_process_group(self._group)
             dist.destroy_process_group(self._poll)
 
-    def _write(self, state: LocalState, common: dict[str, Any], progress: Progress) -> Path:
-        folder = Path(self.recipe.training.save or "")
-        target = checkpoint_path(folder, progress.iteration)
-        incomplete = target.with_name(target.name + INCOMPLETE)
+    def _write(self, state: LocalState, common: dict[str, Any], progress: Progress) -> StoragePath:
+        self._is_published = False
+        unfinished = self._on_rank0(lambda: self._destination.begin(progress.iteration))
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", category=FutureWarning)
-                writer, planner = _Writer(incomplete), ShardSavePlanner(state)
-                dcp.save({}, storage_writer=writer, planner=planner, process_group=self._group)
-            outcome: list[str | None] = [None]
-            if dist.get_rank() == 0:
-                try:
-                    self._finish(incomplete, common, progress)
-                except Exception as error:
-                    outcome = [f"rank 0: {_reason(error)}"]
-            dist.broadcast_object_list(outcome, src=0, group=self._group)
-            if outcome[0] is not None:
-                raise CheckpointError(outcome[0])
+                writer = ShardWriter(unfinished, self._destination, self._write_logs)
+                dcp.save({}, storage_writer=writer, planner=ShardSavePlanner(state), process_group=self._group)
+            return self._on_rank0(lambda: self._finish(unfinished, common, progress))
         except BaseException:
-            if dist.get_rank() == 0:  # every rank has stopped writing when torch reports it
-                shutil.rmtree(incomplete, ignore_errors=True)
+            # Every rank has stopped writing when torch reports it. A rank that died since then harms no checkpoint.
+            if dist.get_rank() == 0 and not self._is_published:
+                self._destination.discard(unfinished)
             raise
-        return target
 
-    def _finish(self, incomplete: Path, common: dict[str, Any], progress: Progress) -> None:
-        training = self.recipe.training
-        with atomic_file(incomplete / COMMON) as file:
-            torch.save(common, file)
-        with atomic_file(incomplete / FORMAT) as file:
-            file.write(json.dumps(_MEGATRON_FORMAT).encode())
-        keep_tokenizer(self.recipe, incomplete.parent)
-        with atomic_file(incomplete / RECIPE) as file:
-            file.write(json.dumps(description(self.recipe, progress), indent=1).encode())
-        publish(incomplete, progress.iteration)
-        remove_old(incomplete.parent, training.save_total_limit, training.save_retain_interval)
+    def _on_rank0(self, action: Callable[[], StoragePath]) -> StoragePath:
+        """The result of rank 0, on every rank; or its error, as CheckpointError. A collective call."""
+        outcome: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                outcome = [action(), None]
+            except Exception as error:
+                outcome = [None, f"rank 0: {reason(error)}"]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        result, failure = outcome
+        if failure is not None:
+            raise CheckpointError(failure)
+        assert isinstance(result, StoragePath)
+        return result
 
-
-class _Writer(dcp.FileSystemWriter):
-    """torch's writer into a folder that is emptied first; files are on the disk before a rank says that it is done."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, sync_files=True)
-        self.folder = folder
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        # The coordinator alone runs this, when every rank has planned and before any writes.
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        return list(super().prepare_global_plan(plans))
-
-    def finish(self, metadata: Metadata, results: Any) -> None:
-        for key, stored in metadata.state_dict_metadata.items():
-            if isinstance(stored, TensorStorageMetadata):
-                covered = sum(chunk.sizes.numel() for chunk in stored.chunks)
-                if covered != stored.size.numel():
-                    raise CheckpointError(f"{key}: ranks wrote {covered} of its {stored.size.numel()} values")
-        super().finish(metadata, results)
+    def _finish(self, unfinished: StoragePath, common: dict[str, Any], progress: Progress) -> StoragePath:
+        training, destination = self.recipe.training, self._destination
+        content = io.BytesIO()
+        torch.save(common, content)
+        destination.write(unfinished / COMMON, content.getvalue())
+        destination.write(unfinished / FORMAT, json.dumps(_MEGATRON_FORMAT).encode())
+        data = self.recipe.data
+        destination.keep_tokenizer(Path(data.tokenizer_model or "/nonexistent"), data.chat_template)
+        written = json.dumps(description(self.recipe, progress), indent=1)
+        destination.write(unfinished / RECIPE, written.encode())  # last: it makes the checkpoint whole
+        published = destination.publish(unfinished, progress.iteration)
+        self._is_published = True
+        destination.remove_old(training.save_total_limit, training.save_retain_interval)
+        return published
 
 
 def description(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """The content of recipe.json: what a person or a conversion wants to know without reading tensors."""
     return {"recipe": recipe_to_dict(recipe), "tokenizer_fingerprint": progress.tokenizer_fingerprint}
-
-
-def keep_tokenizer(recipe: Recipe, folder: Path) -> None:
-    """A checkpoint is of no use without its tokenizer: it travels along, whole or not at all."""
-    source, kept = Path(recipe.data.tokenizer_model or "/nonexistent"), folder / "tokenizer"
-    if kept.exists() or not source.exists():
-        return
-    with atomic_folder(kept) as staging_dir:
-        if source.is_dir():
-            shutil.copytree(source, staging_dir, dirs_exist_ok=True)
-            # The template trained with, whatever the tokenizer had: the engine and exports find it here.
-            template = chat_template_text(source, recipe.data.chat_template)
-            (staging_dir / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
-        else:
-            shutil.copy(source, staging_dir)
 
 
 def _plain(value: Any) -> Any:
@@ -249,23 +217,13 @@ def _plain(value: Any) -> Any:
     return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
 
 
-def _reason(error: BaseException) -> str:
-    """What the operating system said, where it did: torch wraps it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return f"{cause.strerror}" + (f": {cause.filename}" if cause.filename else "")
-        cause = cause.__cause__ or cause.__context__
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}".splitlines()[0]
-
-
 def save_checkpoint(
     chunks: list[Any],
     recipe: Recipe,
     progress: Progress,
     optimizer: MegatronOptimizer | None = None,
     schedule: OptimizerParamScheduler | None = None,
-) -> Path:
+) -> StoragePath:
     """Write one checkpoint into recipe.training.save and wait for it; every rank calls this."""
     checkpointer = Checkpointer(recipe)
     checkpointer.save(chunks, progress, optimizer, schedule)

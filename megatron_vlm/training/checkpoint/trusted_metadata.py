@@ -6,6 +6,7 @@ such metadata is made of are looked up; anything else is an error.
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from megatron_vlm.runtime.s3 import S3Error
+from megatron_vlm.runtime.s3.path import StoragePath
 from megatron_vlm.training.checkpoint.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -43,7 +46,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint's metadata needs")
 
 
-def read_metadata(checkpoint: Path) -> Metadata:
+def read_metadata(checkpoint: StoragePath) -> Metadata:
     """The metadata of an iter_* folder.
 
     Raises:
@@ -51,10 +54,11 @@ def read_metadata(checkpoint: Path) -> Metadata:
     """
     path = checkpoint / METADATA
     try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: {checkpoint} is no whole checkpoint. Copy it again") from None
+    except S3Error as error:
+        raise CheckpointError(str(error)) from error
     except Exception as error:  # pickle raises whatever the bytes happen to mean
         raise CheckpointError(
             f"{path} cannot be read ({error}): it is damaged, or was made to run code. Copy the checkpoint again from "
@@ -68,8 +72,8 @@ def read_metadata(checkpoint: Path) -> Metadata:
 class TrustedReader(FileSystemReader):
     """torch's reader of checkpoint files, with `read_metadata` of this module."""
 
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__(checkpoint)
+    def __init__(self, checkpoint: StoragePath) -> None:
+        super().__init__(checkpoint if isinstance(checkpoint, Path) else str(checkpoint))
         self._checkpoint = checkpoint
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -10,7 +9,8 @@ import torch.distributed as dist
 from megatron_vlm.config import Recipe
 from megatron_vlm.runtime.logging import log_rank0
 from megatron_vlm.training.metrics.writers import METRICS_FILE as METRICS_FILE
-from megatron_vlm.training.metrics.writers import MetricWriter, open_writers
+from megatron_vlm.training.metrics.writers import MetricWriter, TensorBoard, open_writers
+from megatron_vlm.training.run_files import run_folder
 
 Line = tuple[int, dict[str, Any]]
 """(iteration, metrics)"""
@@ -28,8 +28,8 @@ class MetricsLog:
         """
         self.recipe = recipe
         self._writers: list[MetricWriter] = []
-        if dist.get_rank() == 0 and recipe.training.save:
-            folder = Path(recipe.training.save)
+        folder = run_folder(recipe)
+        if dist.get_rank() == 0 and folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self._writers = open_writers(recipe, folder, first_iteration)
 
@@ -57,6 +57,12 @@ class MetricsLog:
             f"packing {100 * values['pack_fill']:.1f} % | {tokens / elapsed:,.0f} tokens/s{utilization} | "
             f"data wait {values['data_wait_ms']:.0f} ms | {describe_duration(left)} left"
         )
+
+    def sync(self) -> None:
+        """Until everything written so far is in the files."""
+        for writer in self._writers:
+            if isinstance(writer, TensorBoard):
+                writer.flush()
 
     def close(self) -> None:
         for writer in self._writers:

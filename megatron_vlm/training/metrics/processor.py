@@ -169,6 +169,11 @@ class MetricsProcessor:
             values |= dict(zip(memory, maxima[2 + len(PHASES) :], strict=True))
         return values
 
+    def sync(self) -> None:
+        """Like flush, and wait until the files have everything. A collective call."""
+        self.flush()
+        self._log.sync()
+
     def close(self) -> None:
         """Write what is left; a collective call."""
         self.flush()

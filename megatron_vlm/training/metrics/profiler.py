@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_vlm.config import Recipe
 from megatron_vlm.runtime.device import on_gpu
 from megatron_vlm.runtime.logging import log_rank0
+from megatron_vlm.training.run_files import run_folder
 
 FOLDER = "profile"
 
@@ -25,7 +26,7 @@ class ProfilerWindow:
         self._first, self._last = training.profile_step_start, training.profile_step_end
         if self._last is None:
             self._last = self._first
-        self._folder = Path(training.save or ".", FOLDER)
+        self._folder = (run_folder(recipe) or Path()) / FOLDER
         self._profile: profile | None = None
 
     def before(self, iteration: int) -> None:

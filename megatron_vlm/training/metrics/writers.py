@@ -70,6 +70,10 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, iteration)
 
+    def flush(self) -> None:
+        """Until everything is in the file; a thread writes it."""
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
 

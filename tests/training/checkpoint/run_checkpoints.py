@@ -40,8 +40,8 @@ from megatron_vlm.training.checkpoint import (
     save_checkpoint,
 )
 from megatron_vlm.training.checkpoint import resume as resume_module
-from megatron_vlm.training.checkpoint import save as save_module
 from megatron_vlm.training.checkpoint.shards import optimizer_state
+from megatron_vlm.training.checkpoint.writer import ShardWriter
 from megatron_vlm.training.finite_update import update
 from megatron_vlm.training.optimizer import build_optimizer, build_schedule, wrap_for_data_parallel
 from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks
@@ -86,7 +86,8 @@ class Run:
         return losses
 
     def save(self, iteration: int) -> Path:
-        return save_checkpoint(self.chunks, self.recipe, Progress(iteration=iteration), self.optimizer, self.schedule)
+        progress = Progress(iteration=iteration)
+        return Path(str(save_checkpoint(self.chunks, self.recipe, progress, self.optimizer, self.schedule)))
 
     def load(self) -> Progress:
         checkpoint = latest_checkpoint(self.recipe.training.save or "")
@@ -216,16 +217,16 @@ def _save_failing(checkpointer: Checkpointer, run: Run, iteration: int) -> list[
 
 @contextmanager
 def full_before_writing() -> Iterator[None]:
-    write = save_module._Writer.write_data
+    write = ShardWriter.write_data
 
     def full(self: Any, plan: Any, planner: Any) -> Any:
         if dist.get_rank() == 2:
-            raise OSError(errno.ENOSPC, "No space left on device", str(self.folder))
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.target))
         return write(self, plan, planner)
 
-    save_module._Writer.write_data = full
+    ShardWriter.write_data = full
     yield
-    save_module._Writer.write_data = write
+    ShardWriter.write_data = write
 
 
 @contextmanager
@@ -241,16 +242,16 @@ def full_in_the_middle() -> Iterator[None]:
 @contextmanager
 def writer_dies() -> Iterator[None]:
     """The thread that writes ends without an error of any known kind."""
-    write = save_module._Writer.write_data
+    write = ShardWriter.write_data
 
     def dies(self: Any, plan: Any, planner: Any) -> Any:
         if dist.get_rank() == 2:
             raise SystemExit(3)
         return write(self, plan, planner)
 
-    save_module._Writer.write_data = dies
+    ShardWriter.write_data = dies
     yield
-    save_module._Writer.write_data = write
+    ShardWriter.write_data = write
 
 
 def one_rank_cannot_write(folder: Path) -> dict[str, Any]:

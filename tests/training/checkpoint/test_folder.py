@@ -97,6 +97,18 @@ def test_a_whole_one_is_there_at_any_moment(tmp_path: Path, monkeypatch: pytest.
         assert found is not None and (found / RECIPE).read_text() == ("new" if kill_at == 2 else "old")
 
 
+def test_copies_from_an_object_store_are_replaced_and_removed(tmp_path: Path) -> None:
+    make(tmp_path, 10, "older")
+    make(tmp_path, 10, "saved again", ".2")
+    make(tmp_path, 20, suffix=".3")
+    found = latest_checkpoint(tmp_path)
+    assert found == tmp_path / "iter_0000020.3" and dict(whole_checkpoints(tmp_path))[10].name == "iter_0000010.2"
+    publish(make(tmp_path, 20, "new", ".incomplete"), 20)
+    assert sorted(path.name for path in tmp_path.glob("iter_*20*")) == ["iter_0000020"]
+    assert [path.name for path in remove_old(tmp_path, 1, None)] == ["iter_0000010", "iter_0000010.2"]
+    assert iterations(tmp_path) == [20]
+
+
 def test_recover_removes_what_was_being_removed(tmp_path: Path) -> None:
     make(tmp_path, 10, suffix=".removed")
     make(tmp_path, 20)

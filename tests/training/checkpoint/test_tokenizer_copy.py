@@ -7,15 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config import Recipe
-from megatron_vlm.training.checkpoint.save import keep_tokenizer
+from megatron_vlm.training.checkpoint.destination import LocalDestination
 from tests.data.helpers import tiny_tokenizer_folder
 
 
 def test_an_interrupted_copy_of_the_tokenizer_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, save = Recipe(), tmp_path / "save"
-    source = tiny_tokenizer_folder(tmp_path / "source")
-    recipe.data.tokenizer_model = str(source)
+    save, source = tmp_path / "save", tiny_tokenizer_folder(tmp_path / "source")
 
     def copy_one_file(_: Path, folder: Path, **__: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -24,7 +21,7 @@ def test_an_interrupted_copy_of_the_tokenizer_is_done_again(tmp_path: Path, monk
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, "copytree", copy_one_file)
-        keep_tokenizer(recipe, save)
-    keep_tokenizer(recipe, save)
+        LocalDestination(save).keep_tokenizer(source, "auto")
+    LocalDestination(save).keep_tokenizer(source, "auto")
     names = sorted(path.name for path in source.iterdir())
     assert len(names) > 1 and sorted(path.name for path in (save / "tokenizer").iterdir()) == names
