@@ -1,19 +1,23 @@
-"""Jobs killed at various moments and resumed: every sample is trained on as often as the mixture says."""
+"""Jobs of which a rank, or all, are killed at various moments, saves included, and that resume.
+
+In the same layout they continue bit for bit. In other layouts every sample is trained on as often as the mixture says.
+No checkpoint that was reported is lost, and none that is torn is ever the newest.
+"""
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
@@ -21,16 +25,21 @@ from megatron_vlm.config import load_recipe
 from megatron_vlm.data.loader import RowLoader, build_loader
 from megatron_vlm.data.prepare.shard_writer import prepare_shards
 from megatron_vlm.data.sample_log import read_samples
+from megatron_vlm.runtime.exit_codes import SAVED
+from megatron_vlm.training.checkpoint.folder import latest_checkpoint
 from tests.data.helpers import mixed_folder
-from tests.support.launch import ROOT
-from tests.training.tiny_run import LAYOUTS, metrics, run, write_recipe
+from tests.support.forked_ranks import ForkedRanks
+from tests.training.tiny_run import LAYOUTS, metrics, write_recipe
 
 TIMEOUT_SECONDS = 300
+LONG = 1000
+"""Iterations of the schedule; no job gets that far."""
+COMPARED = ("iteration", "lm_loss", "grad_norm", "learning_rate", "tokens", "loss_tokens", "tiles", "rows")
 
 
 @dataclass
 class Job:
-    """One start of the run; each has another number of ranks than the previous one."""
+    """One start of the run."""
 
     data_ranks: int
     rows_per_step: int
@@ -41,6 +50,8 @@ class Job:
     """training: some steps after a checkpoint; saving: while a checkpoint is written; starting: while data is opened
     and planned, or workers start.
     """
+    all_at_once: bool = False
+    """As when the only node loses power; otherwise one rank, by chance, is killed."""
 
     @property
     def ranks(self) -> int:
@@ -54,18 +65,18 @@ class Job:
         ]  # fmt: skip
 
 
-TWO = [Job(2, 6, 2, killed_while="saving"), Job(1, 5, 0), Job(2, 4, 1)]
-"""The last job of each list is not killed."""
+TWO = [Job(2, 6, 2, killed_while="saving", all_at_once=True), Job(1, 5, 0), Job(2, 4, 1)]
+"""Each job has another number of ranks than the previous one. The last job of each list is not killed."""
 TEN = [
     Job(2, 4, 2, killed_while="starting"),
     Job(2, 4, 2),
     Job(1, 3, 0, killed_while="saving"),
-    Job(4, 8, 1),
+    Job(4, 8, 1, all_at_once=True),
     Job(2, 2, 1, "pp2", killed_while="starting"),
     Job(1, 5, 1, "tp2", killed_while="saving"),
     Job(3, 6, 2),
     Job(2, 6, 4, "cp2"),
-    Job(4, 4, 0, killed_while="saving"),
+    Job(4, 4, 0, killed_while="saving", all_at_once=True),
     Job(1, 2, 2, killed_while="starting"),
     Job(3, 3, 1),
 ]
@@ -129,14 +140,11 @@ def _reached(save: Path) -> int:
         return 0
 
 
-def _start_and_kill(recipe: Path, job: Job, save: Path, generator: random.Random) -> None:
-    """Start a job, wait for the moment `job.killed_while`, and kill all its processes at once."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.ranks),
-        "-m", "megatron_vlm.train", "--config", str(recipe), *job.flags(save, 1000),
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    log, target, saved = save.parent / "log", _tracked(save) + generator.randint(2, 5), _tracked(save)
+def _start_and_kill(ranks: ForkedRanks, recipe: Path, job: Job, save: Path, generator: random.Random) -> None:
+    """Start a job, wait for the moment `job.killed_while`, and kill one of its ranks, or all at once."""
+    log, before = save.parent / "log", _tracked(save)
+    target = before + generator.randint(2, 5)
+    log.write_text("")
 
     def is_time() -> bool:
         output = log.read_text()
@@ -145,24 +153,32 @@ def _start_and_kill(recipe: Path, job: Job, save: Path, generator: random.Random
         if "data: " not in output:  # a resumed run first truncates its logs: until then they show the previous run
             return False
         if job.killed_while == "saving":
-            return _tracked(save) > saved and _saving(save)
+            return _tracked(save) > before and _saving(save)
         return _reached(save) >= target
 
-    with log.open("w") as stream:
-        launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    pids = ranks.start("--config", recipe, *job.flags(save, LONG), ranks=job.ranks, log=log)
     started = time.monotonic()
-    try:
-        while not is_time():
-            assert launcher.poll() is None and time.monotonic() - started < TIMEOUT_SECONDS, log.read_text()[-3000:]
-            time.sleep(0.005)
-        if job.killed_while != "saving":
-            time.sleep(generator.random() * 0.5)
-    finally:
-        processes = [*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)]
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-        launcher.wait()
-        psutil.wait_procs(processes, timeout=10)
+    while not is_time():
+        in_time = time.monotonic() - started < TIMEOUT_SECONDS
+        assert in_time and not ranks.has_ended(), log.read_text()[-3000:]
+        time.sleep(0.005)
+    time.sleep(generator.random() * (0.05 if job.killed_while == "saving" else 0.5))
+    for pid in pids if job.all_at_once else generator.sample(pids, 1):
+        with suppress(ProcessLookupError):  # it has ended because of another one
+            os.kill(pid, signal.SIGKILL)
+    assert ranks.wait(TIMEOUT_SECONDS) != 0, log.read_text()[-3000:]
+    reported = [int(number) for number in re.findall(r"saved .*iter_(\d+)", log.read_text())]
+    assert _tracked(save) >= max(reported, default=before), "a checkpoint that was reported is lost"
+    found = latest_checkpoint(save)
+    assert found is None or int(found.name[5:]) >= _tracked(save), "the newest one is not whole"
+
+
+def _finish(ranks: ForkedRanks, recipe: Path, job: Job, save: Path, last: int) -> None:
+    """Start a job that nobody kills; it stops after iteration `last`."""
+    log = save.parent / "log"
+    flags = (*job.flags(save, LONG), "--exit-interval", str(last))
+    ranks.start("--config", recipe, *flags, ranks=job.ranks, log=log)
+    assert ranks.wait(TIMEOUT_SECONDS) == SAVED, log.read_text()[-3000:]
 
 
 def _uninterrupted(recipe: Path) -> RowLoader:
@@ -171,16 +187,22 @@ def _uninterrupted(recipe: Path) -> RowLoader:
     return build_loader(read, dp_rank=0, dp_size=1, consumed_rows=0, need_tiles=False)
 
 
-def _resume_after_kills(folder: Path, jobs: list[Job], seed: int) -> None:
-    generator = random.Random(seed)
-    recipe, save = _write_recipe(folder), folder / "run"
+def _kill_all(ranks: ForkedRanks, recipe: Path, jobs: list[Job], save: Path, generator: random.Random) -> str:
+    """Start and kill the jobs, in order. Returns what happened, for the log."""
     unfinished = 0
-    *killed, last = jobs
-    for job in killed:
-        _start_and_kill(recipe, job, save, generator)
+    for job in jobs:
+        _start_and_kill(ranks, recipe, job, save, generator)
         unfinished += job.killed_while == "saving" and _saving(save)
-    assert unfinished or not any(job.killed_while == "saving" for job in killed)
-    run(recipe, None, *last.flags(save, _tracked(save) + 6), ranks=last.ranks)
+    assert unfinished or sum(job.killed_while == "saving" for job in jobs) < 4, "no save was interrupted"
+    moments = dict(Counter(job.killed_while for job in jobs))
+    return f"{len(jobs)} kills ({moments}, {unfinished} left a checkpoint unfinished)"
+
+
+def _resume_in_other_layouts(ranks: ForkedRanks, folder: Path, jobs: list[Job], seed: int) -> None:
+    recipe, save = _write_recipe(folder), folder / "run"
+    *killed, last = jobs
+    happened = _kill_all(ranks, recipe, killed, save, random.Random(seed))
+    _finish(ranks, recipe, last, save, _tracked(save) + 6)
     done = read_samples(save)
     assert [number for number, _ in done] == list(range(len(done))) and len(done) >= 6 * last.rows_per_step
     loader = _uninterrupted(recipe)
@@ -191,18 +213,52 @@ def _resume_after_kills(folder: Path, jobs: list[Job], seed: int) -> None:
     sampled = [_check_shares(ids) for ids in list(epochs.values())[:-1]]
     assert sampled and all(a != b for a, b in pairwise(sampled))
     samples = sum(len(ids) for _, ids in done)
-    print(
-        f"{len(killed)} kills ({dict(Counter(job.killed_while for job in killed))}, {unfinished} left a checkpoint "
-        f"unfinished): {len(done)} rows, {samples} samples, {len(sampled)} whole epochs"
-    )
+    print(f"{happened}: {len(done)} rows, {samples} samples, {len(sampled)} whole epochs")
+
+
+def _resume_in_the_same_layout(ranks: ForkedRanks, folder: Path, jobs: list[Job], seed: int) -> None:
+    """The run has the metrics of one that nobody killed, bit for bit, and the same samples."""
+    recipe, save, unbroken = _write_recipe(folder), folder / "run", folder / "unbroken"
+    happened = _kill_all(ranks, recipe, jobs, save, random.Random(seed))
+    last = _tracked(save) + 4
+    for path in (save, unbroken):
+        _finish(ranks, recipe, jobs[-1], path, last)
+    kept = [[{key: line[key] for key in COMPARED} for line in metrics(path)] for path in (save, unbroken)]
+    assert kept[0] == kept[1] and len(kept[0]) == last
+    assert read_samples(save) == read_samples(unbroken)
+    print(f"{happened}: {last} iterations as without")
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[ForkedRanks]:
+    forked = ForkedRanks()
+    yield forked
+    forked.close()
+
+
+def _same(layout: str, kills: int) -> list[Job]:
+    moments = ("saving", "training", "starting", "saving")
+    return [Job(2 if layout == "dp2" else 1, 4, 1, layout, moments[n % 4], n % 3 == 2) for n in range(kills)]
 
 
 @pytest.mark.timeout(600)
-def test_two_kills(tmp_path: Path) -> None:
-    _resume_after_kills(tmp_path, TWO, seed=0)
+def test_three_kills(ranks: ForkedRanks, tmp_path: Path) -> None:
+    _resume_in_the_same_layout(ranks, tmp_path, _same("dp2", 3), seed=0)
+
+
+@pytest.mark.timeout(600)
+def test_two_kills_and_other_layouts(ranks: ForkedRanks, tmp_path: Path) -> None:
+    _resume_in_other_layouts(ranks, tmp_path, TWO, seed=0)
 
 
 @pytest.mark.full
-@pytest.mark.timeout(2400)
-def test_ten_kills(tmp_path: Path) -> None:
-    _resume_after_kills(tmp_path, TEN, seed=1)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("layout", "kills"), [("dp2", 14), ("pp2", 8), ("tp2", 8)])
+def test_thirty_kills(ranks: ForkedRanks, tmp_path: Path, layout: str, kills: int) -> None:
+    _resume_in_the_same_layout(ranks, tmp_path, _same(layout, kills), seed=1)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_twenty_kills_and_other_layouts(ranks: ForkedRanks, tmp_path: Path) -> None:
+    _resume_in_other_layouts(ranks, tmp_path, [*TEN[:-1], *TEN], seed=1)
