@@ -142,5 +142,5 @@ def _data_traffic(recipe: Recipe, world_size: int, device: Device) -> tuple[floa
     return sent, sent / (device.link if inside else device.network)
 
 
-def days(recipe: Recipe, estimated: Estimate) -> float:
-    return recipe.training.train_iters * estimated.step_seconds / 86400
+def days(estimated: Estimate, steps: int) -> float:
+    return steps * estimated.step_seconds / 86400

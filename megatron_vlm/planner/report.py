@@ -33,22 +33,24 @@ def describe_plan(recipe: Recipe, world_size: int, shape: RowShape | None = None
         f"stages     {'-'.join(map(str, layers_per_stage(recipe)))} language layers",
         f"memory     {fullest.total / GB:.1f} GB on the fullest rank of {world_size}: {describe_memory(fullest)}",
     ]
+    rows = f"{training.global_batch_size} rows x {recipe.data.seq_length}"
     if training.epochs is None or source == "the planned rows":
-        positions = training.train_iters * training.global_batch_size * recipe.data.seq_length
-        lines.append(
-            f"tokens     {training.train_iters} steps x {training.global_batch_size} rows x {recipe.data.seq_length} "
-            f"= {positions / _BILLION:.2f} B"
-        )
-        lines += [f"time       {line}, for {source}" for line in _times(recipe, shape)]
-    return lines
+        steps = training.train_iters
+        positions = steps * training.global_batch_size * recipe.data.seq_length
+        lines.append(f"tokens     {steps} steps x {rows} = {positions / _BILLION:.2f} B")
+    else:
+        steps = None
+        lines.append(f"tokens     {rows} a step; {training.epochs} epochs are as many steps as the data fills")
+    return lines + [f"time       {line}, for {source}" for line in _times(recipe, shape, steps)]
 
 
 def describe_memory(memory: RankMemory) -> str:
     return ", ".join(f"{name} {size / GB:.1f}" for name, size in vars(memory).items())
 
 
-def _times(recipe: Recipe, shape: RowShape) -> list[str]:
-    lines = []
+def _times(recipe: Recipe, shape: RowShape, steps: int | None) -> list[str]:
+    """For all steps, or for 1,000 of them where their number is not known."""
+    lines, per = [], "" if steps is not None else " per 1,000 steps"
     for name in _MACHINES:
         found = best_layouts(recipe, GPUS_PER_MACHINE, DEVICES[name], shape)
         if not found:
@@ -56,8 +58,9 @@ def _times(recipe: Recipe, shape: RowShape) -> list[str]:
             continue
         best = found[0]
         lines.append(
-            f"{GPUS_PER_MACHINE} x {name}: about {_duration(days(recipe, best))}, {best.step_seconds:.2f} s a step, "
-            f"MFU {100 * best.mfu:.0f} %, {best.memory.total / GB:.0f} GB a rank, with {describe_layout(best)}"
+            f"{GPUS_PER_MACHINE} x {name}: about {_duration(days(best, steps or 1000))}{per}, "
+            f"{best.step_seconds:.2f} s a step, MFU {100 * best.mfu:.0f} %, "
+            f"{best.memory.total / GB:.0f} GB a rank, with {describe_layout(best)}"
         )
     return lines
 

@@ -71,8 +71,10 @@ def test_dry_run_without_data_says_what_the_recipe_alone_decides(
     stage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Model, memory, tokens and days; then which files are missing."""
-    assert train.main(["--config", str(EXAMPLES / f"{stage}.yaml"), "--dry-run"]) == 2
+    steps = ["--epochs", "none", "--train-iters", "47800"] if stage == "instruct" else []
+    assert train.main(["--config", str(EXAMPLES / f"{stage}.yaml"), "--dry-run", *steps]) == 2
     printed = capsys.readouterr()
+    assert ("= 25.06 B" if steps else "epochs are as many steps as the data fills") in printed.out
     for start in ("model      1.474 B", "memory     ", "tokens     ", "time       8 x MI300X", "time       8 x H100"):
         assert any(line.startswith(start) for line in printed.out.splitlines()), start
     assert "checkpoints/start" in printed.err
