@@ -29,6 +29,7 @@ from megatron_vlm.inference.server.backend import Backend
 from megatron_vlm.inference.server.settings import ServerSettings
 from tests.support.launch import ROOT
 
+TORCHRUN = "torch.distributed.run"
 SERVE = ("-m", "megatron_vlm.text_generation.serve")
 
 CONFIG = InferenceConfig(
@@ -86,9 +87,9 @@ class ServerProcess:
     """`megatron-vlm serve`, or other Python; its output is read line by line."""
 
     def __init__(
-        self, *arguments: str | Path, ranks: int = 1, run: Sequence[str] = ("-m", "megatron_vlm.text_generation.serve")
+        self, *arguments: str | Path, ranks: int = 1, run: Sequence[str] = SERVE, launcher: str = TORCHRUN
     ) -> None:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+        torchrun = ["-m", launcher, "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
         command = [sys.executable, *torchrun, *run, *map(str, arguments)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         self.process = subprocess.Popen(

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.inference.server.running import RunningServer, ServerProcess
+from tests.inference.server.running import TORCHRUN, RunningServer, ServerProcess
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
@@ -49,8 +49,8 @@ class Client(threading.Thread):
             time.sleep(0.01)
 
 
-def _start(folder: Path, layout: str) -> ServerProcess:
-    server = ServerProcess(folder / "megatron", "--port", "0", layout, "2", ranks=2)
+def _start(folder: Path, layout: str, launcher: str = TORCHRUN) -> ServerProcess:
+    server = ServerProcess(folder / "megatron", "--port", "0", layout, "2", ranks=2, launcher=launcher)
     server.wait_for("ready")
     return server
 
@@ -69,14 +69,14 @@ def _rank_process(server: ServerProcess, rank: int) -> psutil.Process:
 def test_two_ranks_answer_like_one_and_finish_after_sigterm(server: RunningServer, folder: Path, layout: str) -> None:
     body = {"prompt": ["What is the colour?", "A red dog."], "max_tokens": 12, "temperature": 0}
     expected = server.client.post("/v1/completions", json=body).json()["choices"]
-    with _start(folder, layout) as ranks:
+    with _start(folder, layout, "megatron_vlm.launch") as ranks:  # torchrun would kill the ranks after 30 s
         url = _url(ranks)
         choices = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"]
         assert [choice["text"] for choice in choices] == [choice["text"] for choice in expected]
-        client = Client(url, 400)
+        client = Client(url, 200)
         client.wait_for_event()
         ranks.stop()
-        ranks.end()  # with torchrun's exit code, which is that of the signal
+        assert ranks.end(240) == 128 + signal.SIGTERM  # the launcher's own, when all ranks have ended
         client.join(10)
         assert client.events[-1] == "data: [DONE]"
         assert client.events[-2]["choices"][0]["finish_reason"] == "length"
