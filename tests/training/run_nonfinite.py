@@ -46,9 +46,10 @@ def _step(run: Run, planted: float | None, loss: float | None = None) -> tuple[b
     """One step; `planted` gets into one value of one rank's gradient, before it is reduced over ranks."""
     hooks = []
     if planted is not None and dist.get_rank() == dist.get_world_size() - 1:
-        parameters = [parameter for chunk in run.chunks for parameter in chunk.parameters() if parameter.requires_grad]
-        # a weight of which each tensor rank has a part: of the others, all tensor ranks have the same gradient
-        weight = next(parameter for parameter in parameters if getattr(parameter, "tensor_model_parallel", False))
+        named = [pair for chunk in run.chunks for pair in chunk.named_parameters()]
+        # A weight of which each tensor rank has a part: of the others, all tensor ranks have the same gradient. Not one
+        # of a linear layer, whose gradient may be added to the buffer without being seen by a hook.
+        weight = next(p for name, p in named if name.endswith(("word_embeddings.weight", "output_layer.weight")))
 
         def plant(gradient: torch.Tensor) -> torch.Tensor:
             gradient = gradient.clone()
