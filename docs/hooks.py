@@ -13,7 +13,7 @@ from mkdocs.structure.files import File
 
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "tests/README.md": "tests.md"}
 """File, relative to the root of the repository -> page of the site."""
-REPOSITORY_ONLY = ("LICENSE",)
+REPOSITORY_ONLY = ("LICENSE", "CONTRIBUTING.md")
 """Files that a page links to and that are no pages: in the site, the text stands without a link."""
 
 _LINK = re.compile(r"(?<!!)\[([^\]\n]+)\]\(([^)#:\s]+)(#[^)\s]*)?\)")

@@ -126,7 +126,7 @@ def export_tokenizer(
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token types, which OLMo rejects
     }
     if tokenizer.chat_template is not None:  # it may name more of them, such as bos_token
-        config = tokenizer.chat_template.special_tokens | config
+        config = {**tokenizer.chat_template.special_tokens, **config}
     _write(folder / "tokenizer_config.json", config)
 
 
