@@ -24,13 +24,17 @@ def test_command_line_overrides_recipe_overrides_defaults(tmp_path):
     path.write_text("training: {train_iters: 5, lr: 1e-4}\n")
     recipe, options = parse_command_line(["--config", str(path), "--train-iters", "7", "--dry-run"])
     assert (recipe.training.train_iters, recipe.training.lr, recipe.training.seed) == (7, 1e-4, 42)
-    assert vars(options) == {"config": str(path), "dry_run": True}
+    assert vars(options) == {
+        "config": str(path),
+        "dry_run": True,
+        "given": {"training.lr", "training.train_iters"},
+    }
 
 
 def test_without_arguments_all_settings_are_defaults():
     recipe, options = parse_command_line([])
     assert recipe == Recipe()
-    assert vars(options) == {"config": None, "dry_run": False}
+    assert vars(options) == {"config": None, "dry_run": False, "given": set()}
 
 
 def test_every_setting_has_a_flag_that_sets_it_and_nothing_else():

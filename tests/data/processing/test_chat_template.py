@@ -11,8 +11,6 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_vlm.config.data import DataConfig
-from megatron_vlm.config.recipe import Recipe
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.length_index import load_length_index
 from megatron_vlm.data.processing.chat_template import INSTELLA, TemplateError
@@ -251,12 +249,10 @@ def test_checkpoints_and_exports_carry_the_template(tmp_path: Path, folders: dic
 
     from checkpoint_convert.huggingface.llava_next import write_configs
     from checkpoint_convert.huggingface.tokenizer import import_tokenizer
-    from megatron_vlm.training.checkpoint.save import keep_tokenizer
+    from megatron_vlm.training.checkpoint.destination import destination_of
 
     source = folders["chatml" if family == "instella" else family]
-    recipe = Recipe(data=DataConfig(tokenizer_model=str(source)))
-    recipe.data.chat_template = "instella" if family == "instella" else "auto"
-    keep_tokenizer(recipe, tmp_path)
+    destination_of(str(tmp_path)).keep_tokenizer(source, "instella" if family == "instella" else "auto")
     kept = load_tokenizer(tmp_path / "tokenizer")
     assert (kept.chat_template is None) == (family == "instella")
     model = tiny_model()
