@@ -163,7 +163,12 @@ def test_processes_that_start_together_measure_once(
 ) -> None:
     folder, log = mixed_folder(tmp_path, 12), tmp_path / "measured"
     _count_measured(folder, tokenizer, log, monkeypatch)
-    with ThreadPoolExecutor(4) as threads:  # each opens the lock by itself, as processes do
-        found = list(threads.map(lambda _: build(folder, tokenizer, processes=1), range(4)))
+    file = folder.write()
+
+    def start(_: int) -> LengthIndex:  # each opens the lock by itself, as processes do
+        return load_length_index(AnnotationSource(file, folder.images), tokenizer, GEOMETRY, processes=1)
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(start, range(4)))
     assert log.stat().st_size == 12
     assert all(same(index, found[0]) for index in found)
