@@ -71,7 +71,7 @@ def other_data(recipe: Recipe, folder: Path) -> None:
         older = Path(recipe.data.data_path[0]).read_text().replace("?", "!", 1)
         original = AnnotationSource.__init__
 
-        def opened(self: AnnotationSource, path: Any, image_folder: Any) -> None:
+        def opened(self: AnnotationSource, path: Any, image_folder: Any, cache_dir: Any = None) -> None:
             copy = folder / "older.json"
             copy.write_text(older)
             original(self, copy, image_folder)
