@@ -59,6 +59,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.full
 def test_a_node_joins_leaves_and_is_replaced(folder: Path) -> None:
     """One node trains alone; with a second, both save and start again together; the second dies, and comes back."""
     first_log, second_log = folder / "log1", folder / "log2"
@@ -78,6 +79,7 @@ def test_a_node_joins_leaves_and_is_replaced(folder: Path) -> None:
         assert agent.wait(timeout=PATIENCE) == FINISHED and last.wait(timeout=PATIENCE) == FINISHED
 
 
+@pytest.mark.full
 def test_nodes_that_do_not_meet_are_reported(folder: Path) -> None:
     log = folder / "log"
     node = Node("127.0.0.1")

@@ -12,6 +12,7 @@ from tests.benchmarks.small_recipe import write_small_recipe
 from tests.support.launch import launch
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     grids = [[28, 56], [56, 28], [56, 56]]

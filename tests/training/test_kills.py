@@ -246,6 +246,7 @@ def test_three_kills(ranks: ForkedRanks, tmp_path: Path) -> None:
     _resume_in_the_same_layout(ranks, tmp_path, _same("dp2", 3), seed=0)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(600)
 def test_two_kills_and_other_layouts(ranks: ForkedRanks, tmp_path: Path) -> None:
     _resume_in_other_layouts(ranks, tmp_path, TWO, seed=0)

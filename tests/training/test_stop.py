@@ -27,7 +27,9 @@ def _start(*command: str, log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGUSR1, False), (signal.SIGTERM, True)])
+@pytest.mark.parametrize(
+    ("number", "to_all"), [(signal.SIGUSR1, False), pytest.param(signal.SIGTERM, True, marks=pytest.mark.full)]
+)
 def test_a_signal_saves_and_the_same_command_resumes(tmp_path: Path, number: int, to_all: bool) -> None:
     """To torchrun's process alone, or, as schedulers do, to all processes of the job, loader workers included."""
     recipe, save, log = write_recipe(tmp_path, train_iters=100_000), tmp_path / "run", tmp_path / "log"

@@ -42,6 +42,7 @@ def test_metrics_have_all_keys(work: Path) -> None:
         assert 0 < line["loss_tokens"] < line["tokens"]
 
 
+@pytest.mark.full
 def test_eight_ranks_have_the_losses_of_one_process(work: Path) -> None:
     run(work / "recipe.yaml", work / "one")
     flags = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--context-parallel-size", "2")
@@ -50,7 +51,10 @@ def test_eight_ranks_have_the_losses_of_one_process(work: Path) -> None:
     _assert_equal(metrics(work / "tp2"), metrics(work / "one"))
 
 
-@pytest.mark.parametrize("layout", ["pp2", "cp2", "dp2"])
+FULL = pytest.mark.full
+
+
+@pytest.mark.parametrize("layout", ["pp2", pytest.param("cp2", marks=FULL), pytest.param("dp2", marks=FULL)])
 def test_checkpoint_of_tp2_resumes_in_another_layout(work: Path, layout: str) -> None:
     """Weights, optimizer, schedule and order of rows: the losses are those of the uninterrupted run."""
     stopped = work / f"stopped_{layout}"
