@@ -11,7 +11,7 @@ from tests.benchmarks.small_recipe import write_small_recipe
 from tests.support.launch import launch
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     """Before timing, the benchmark compares the first row's losses from the loader and from memory."""
     grids = [[28, 56], [56, 28], [56, 56]]

@@ -10,7 +10,7 @@ import pytest
 from tests.support.launch import launch
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     """Before timing, the benchmark compares tiles; after each pass it counts them."""
     small = ["--samples", "12", "--rounds", "1", "--workers", "0", "2", "--output", str(tmp_path)]

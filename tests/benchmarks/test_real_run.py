@@ -13,7 +13,7 @@ from tests.support.launch import launch
 
 
 @pytest.mark.full
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     grids = [[28, 56], [56, 28], [56, 56]]
     recipe = write_small_recipe(tmp_path / "recipe.yaml", seq_length=2048, max_tiles=20, grids=grids)

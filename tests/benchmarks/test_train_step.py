@@ -37,7 +37,7 @@ def test_the_long_sample_fills_a_row() -> None:
     assert len(sample.document.image_sizes) > 1
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     """Before timing, the benchmark compares both losses on the same samples."""
     small = ["--rounds", "1", "--steps", "1", "--rows", "1", "--seq-length", "1024", "--output", str(tmp_path)]
