@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	    echo "make: Python 3.11 or 3.12 with the venv module is needed, found: $(or $(PYTHON),none). Name one: make PYTHON=/path/to/python3.12"; exit 1; }
 	@test -e $@ || rm -rf .venv
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[train,serve,inference,demo,test,docs]'
+	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[train,serve,tracking,inference,demo,test,docs]'
 	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off --no-deps $(STREAMING)
 	@touch $@
 

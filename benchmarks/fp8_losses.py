@@ -6,7 +6,6 @@ python -m benchmarks.fp8_losses --config RECIPE.yaml --steps 3
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
 import tempfile
@@ -17,10 +16,10 @@ from typing import Any
 import torch
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
-from benchmarks.feeding import CONFIG, recipe_of_shards
-from benchmarks.real_run import Run, from_memory, rows_of
+from benchmarks.feeding import recipe_of_shards
+from benchmarks.real_run import Run, from_memory, rows_of, shards_parser
 from benchmarks.real_size import LINEAR_LAYERS, NOT_HERE
-from benchmarks.report import RESULTS, machine, save, table
+from benchmarks.report import machine, save, table
 from megatron_vlm.config import ConfigError, Recipe
 from megatron_vlm.data.rank_batch import RankBatch
 from megatron_vlm.runtime.device import on_gpu
@@ -64,13 +63,7 @@ def train(recipe: Recipe, rows: list[RankBatch]) -> dict[str, Run | None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=CONFIG, help="recipe that gives the model and the row length")
-    parser.add_argument("--samples", type=int, default=320, help="conversations in the shards")
-    parser.add_argument("--steps", type=int, default=200, help="iterations of each kind, one row each")
-    parser.add_argument("--workers", type=int, default=4, help="worker processes of the loader")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
-    arguments = parser.parse_args()
+    arguments = shards_parser(__doc__, "iterations of each kind, one row each", steps=200).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of_shards(arguments.config, Path(folder), arguments.samples)
         recipe.data.num_workers = arguments.workers

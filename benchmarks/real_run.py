@@ -142,14 +142,20 @@ def check_same_losses(command: Run, memory: Run, bf16: bool) -> None:
             raise SystemExit(f"iteration {number}: the command has loss {ours:.4f}, rows in memory {reference:.4f}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def shards_parser(description: str | None, steps_help: str, *, steps: int) -> argparse.ArgumentParser:
+    """The flags of a benchmark that trains on shards of made-up conversations."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=CONFIG, help="recipe that gives the model and the row length")
     parser.add_argument("--samples", type=int, default=320, help="conversations in the shards; 9 of 10 have an image")
-    parser.add_argument("--steps", type=int, default=50, help="timed iterations, one row each")
-    parser.add_argument("--warmup", type=int, default=5, help="iterations before these")
+    parser.add_argument("--steps", type=int, default=steps, help=steps_help)
     parser.add_argument("--workers", type=int, default=4, help="worker processes of the loader")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
+    return parser
+
+
+def main() -> None:
+    parser = shards_parser(__doc__, "timed iterations, one row each", steps=50)
+    parser.add_argument("--warmup", type=int, default=5, help="iterations before these")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of_shards(arguments.config, Path(folder), arguments.samples)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.environments import QUANTIZATION, TRANSFORMERS_4, Environment, inference_environment, overlay
+from tests.support.s3_server import Proxy, store
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +19,13 @@ def one_process() -> Iterator[None]:
 
     with distributed(ParallelConfig()):
         yield
+
+
+@pytest.fixture(scope="module")
+def one_store() -> Iterator[Proxy]:
+    """An S3 server, for the whole module."""
+    with store() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,24 @@ number() {
     printf '%s\n' "$found"
 }
 
+# Defaults of the flags that both scripts have.
+# shellcheck disable=SC2034  # used by the other scripts
+data_root='' stage='' checkpoints=checkpoints recipes=examples/instellavl gpus=8 max_restarts=3 max_failures=3
+
+# set_common FLAG VALUE...: one of these flags.
+# shellcheck disable=SC2034
+set_common() {
+    case $1 in
+        --data-root) data_root=$(value "$@") ;;
+        --stage) stage=$(value "$@") ;;
+        --checkpoints) checkpoints=$(value "$@") ;;
+        --recipes) recipes=$(value "$@") ;;
+        --gpus) gpus=$(number 1 "$@") ;;
+        --max-restarts) max_restarts=$(number 0 "$@") ;;
+        --max-failures) max_failures=$(number 1 "$@") ;;
+    esac
+}
+
 # previous STAGE: the folder of checkpoints that the stage starts from.
 previous() {
     case $1 in

@@ -39,19 +39,12 @@ settings and scancel end the job.
 HELP
 }
 
-data_root='' stage='' checkpoints=checkpoints recipes=examples/instellavl gpus=8 min_nodes='' port=29500
-max_restarts=3 max_failures=3
+min_nodes='' port=29500
 while [[ $# -gt 0 ]]; do
     case $1 in
-        --data-root) data_root=$(value "$@") ;;
-        --stage) stage=$(value "$@") ;;
-        --checkpoints) checkpoints=$(value "$@") ;;
-        --recipes) recipes=$(value "$@") ;;
-        --gpus) gpus=$(number 1 "$@") ;;
+        --data-root | --stage | --checkpoints | --recipes | --gpus | --max-restarts | --max-failures) set_common "$@" ;;
         --min-nodes) min_nodes=$(number 1 "$@") ;;
         --port) port=$(number 1 "$@") ;;
-        --max-restarts) max_restarts=$(number 0 "$@") ;;
-        --max-failures) max_failures=$(number 1 "$@") ;;
         --help | -h) usage && exit ;;
         --) shift && break ;;
         *) wrong "unknown argument $1; settings of the trainer come after --" ;;

@@ -30,20 +30,13 @@ SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and end the script.
 HELP
 }
 
-data_root='' stage=all checkpoints=checkpoints recipes=examples/instellavl gpus=8 nodes=1 rendezvous=''
-run_name=instellavl max_restarts=3 max_failures=3
+stage=all nodes=1 rendezvous='' run_name=instellavl
 while [[ $# -gt 0 ]]; do
     case $1 in
-        --data-root) data_root=$(value "$@") ;;
-        --stage) stage=$(value "$@") ;;
-        --checkpoints) checkpoints=$(value "$@") ;;
-        --recipes) recipes=$(value "$@") ;;
-        --gpus) gpus=$(number 1 "$@") ;;
+        --data-root | --stage | --checkpoints | --recipes | --gpus | --max-restarts | --max-failures) set_common "$@" ;;
         --nodes) nodes=$(value "$@") ;;
         --rendezvous) rendezvous=$(value "$@") ;;
         --run-name) run_name=$(value "$@") ;;
-        --max-restarts) max_restarts=$(number 0 "$@") ;;
-        --max-failures) max_failures=$(number 1 "$@") ;;
         --help | -h) usage && exit ;;
         --) shift && break ;;
         *) wrong "unknown argument $1; settings of the trainer come after --" ;;

@@ -14,6 +14,7 @@ import logging
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -165,20 +166,17 @@ def load_length_index(
 
 def _measure_once(measurer: _Measurer, path: Path, processes: int | None) -> LengthIndex:
     """Measure all samples and write the file, or wait for the file of another process that does so."""
-    name = measurer.source.name
-    try:
-        with file_lock(path.with_suffix(".lock"), purpose=f"measuring {name}"):
-            index = _read(path)
-            if index is None:
-                parts = PartialFiles(path.with_suffix(".partial"))
-                index = _measure_all(measurer, parts, processes)
-                _write(path, index)
-                parts.remove()
-    except OSError as error:
-        raise DataError(
-            f"the length index of {name} cannot be written to {path.parent}: {error}. "
-            "Set cache_dir to a writable folder."
-        ) from error
+    lock = path.with_suffix(".lock")
+    with _writing_to(path.parent):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    with file_lock(lock, purpose=f"measuring {measurer.source.name}"):
+        index = _read(path)
+        if index is None:
+            parts = PartialFiles(path.with_suffix(".partial"))
+            index = _measure_all(measurer, parts, processes)
+            _write(path, index)
+            parts.remove()
     index.file = path
     return index
 
@@ -195,7 +193,8 @@ def _measure_all(measurer: _Measurer, parts: PartialFiles, processes: int | None
         part = _collect(iter(batch), len(batch))
         measured.append(part)
         if more:  # after the last batch, the whole index is written
-            parts.write(done, done + len(batch), _to_arrays(part))
+            with _writing_to(parts.folder.parent):
+                parts.write(done, done + len(batch), _to_arrays(part))
         done += len(batch)
     return _concatenate(measured)
 
@@ -259,13 +258,19 @@ def _read(path: Path) -> LengthIndex | None:
 
 
 def _write(path: Path, index: LengthIndex) -> None:
-    try:
+    with _writing_to(path.parent):
         with atomic_file(path.with_suffix(_REJECTED_SUFFIX)) as file:
             file.write("".join(json.dumps(asdict(rejection)) + "\n" for rejection in index.rejected).encode())
         write_arrays(path, **_to_arrays(index))
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataError(
-            f"the length index cannot be written to {path.parent}: {error}. Set cache_dir to a writable folder."
+            f"the length index cannot be written to {folder}: {error}. Set cache_dir to a writable folder."
         ) from error
 
 

@@ -26,7 +26,8 @@ def test_lines_in_a_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO):
         assert list(parallel_map(work, 4, 2, "working", 1, samples=300, samples_before=100)) == [0, 1, 2, 3]
     done = [int(message.split()[1]) for message in caplog.messages]
-    assert len(done) > 1 and done == sorted(done) and done[0] >= 100 and done[-1] <= 300
+    # the first line may come before the first sample is done
+    assert len(done) > 1 and done == sorted(done) and done[0] >= 100 and 100 < done[-1] <= 300
     assert all("of 300 samples" in message and "remaining" in message for message in caplog.messages)
 
 

@@ -24,7 +24,7 @@ def test_every_package_that_make_installs_has_an_exact_version() -> None:
     extras = PROJECT["optional-dependencies"]
     wanted = [
         *PROJECT["dependencies"],
-        *(line for name in extras if name not in ("cuda", "gpu", "eval", "tracking") for line in extras[name]),
+        *(line for name in extras if name not in ("cuda", "gpu", "eval") for line in extras[name]),
     ]
     names = {re.match(r"[\w-]+", line).group().lower() for line in wanted}  # type: ignore[union-attr]
     assert names - pinned == {PROJECT["name"]}

@@ -11,25 +11,17 @@ from megatron_vlm.runtime.s3 import ObjectMissing, S3Error, client, objects
 from megatron_vlm.runtime.s3.multipart import abort_uploads, writing
 from megatron_vlm.runtime.s3.path import S3Path, storage_path
 from megatron_vlm.runtime.s3.ranges import ByteRange, read_ranges
-from tests.support.s3_server import BUCKET, Fault, Proxy, store
+from tests.support.s3_server import BUCKET, Fault, Proxy, fast_retries
 
 FOLDER = f"s3://{BUCKET}/folder"
 PART = 5 << 20
 """The smallest that a store accepts."""
 
 
-@pytest.fixture(scope="module")
-def one_store() -> Iterator[Proxy]:
-    with store() as running:
-        yield running
-
-
 @pytest.fixture
-def proxy(one_store: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setattr(client, "retry_policy", client.RetryPolicy(attempts=3, first_delay=0.02, timeout=2.0))
-    yield one_store
-    one_store.faults.clear()
-    objects.remove_folder(f"s3://{BUCKET}")
+def proxy(one_store: Proxy) -> Iterator[Proxy]:
+    with fast_retries(one_store, attempts=3, timeout=2.0):
+        yield one_store
 
 
 def uploads() -> int:

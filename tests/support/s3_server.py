@@ -53,6 +53,19 @@ class Proxy:
 
 
 @contextmanager
+def fast_retries(running: Proxy, attempts: int, timeout: float) -> Iterator[Proxy]:
+    """Inside the block, failed requests are tried again at once; afterwards the store is empty and has no faults."""
+    from megatron_vlm.runtime.s3 import client, objects
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "retry_policy", client.RetryPolicy(attempts, first_delay=0.02, timeout=timeout))
+        yield running
+    running.faults.clear()
+    running.requests.clear()
+    objects.remove_folder(f"s3://{BUCKET}")
+
+
+@contextmanager
 def server() -> Iterator[int]:
     """An empty S3 server; yields its port."""
     from moto.server import ThreadedMotoServer

@@ -23,27 +23,15 @@ from megatron_vlm.data.shards.mds_format import ShardSample
 from megatron_vlm.data.shards.reader import ShardFolder
 from megatron_vlm.runtime.s3 import client
 from tests.data.helpers import make_recipe, mixed_folder, tiny_tokenizer_folder
-from tests.support.s3_server import BUCKET, Fault, Proxy, put_folder, store, wait_for
+from tests.support.s3_server import BUCKET, Fault, Proxy, fast_retries, put_folder, wait_for
 
 URL = f"s3://{BUCKET}/train"
 
 
-@pytest.fixture(scope="module")
-def one_store() -> Iterator[Proxy]:
-    with store() as running:
-        yield running
-
-
 @pytest.fixture
-def proxy(one_store: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """An empty store without faults, and few fast retries."""
-    monkeypatch.setattr(client, "retry_policy", client.RetryPolicy(attempts=4, first_delay=0.02, timeout=1.0))
-    yield one_store
-    monkeypatch.undo()
-    one_store.faults.clear()
-    one_store.requests.clear()
-    for name in s3.list_names(f"s3://{BUCKET}/"):
-        client.client().delete_object(Bucket=BUCKET, Key=name)
+def proxy(one_store: Proxy) -> Iterator[Proxy]:
+    with fast_retries(one_store, attempts=4, timeout=1.0):
+        yield one_store
 
 
 @pytest.fixture(scope="module")

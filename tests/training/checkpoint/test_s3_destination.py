@@ -9,31 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlm.runtime.s3 import S3Error, client, objects
+from megatron_vlm.runtime.s3 import S3Error, objects
 from megatron_vlm.runtime.s3.path import S3Path
 from megatron_vlm.training.checkpoint import CheckpointError, latest_checkpoint, load_common, read_metadata
 from megatron_vlm.training.checkpoint.destination import S3Destination, destination_of
 from megatron_vlm.training.checkpoint.folder import RECIPE, TRACKER, whole_checkpoints
 from megatron_vlm.training.checkpoint.trusted_metadata import METADATA
 from tests.data.helpers import tiny_tokenizer_folder
-from tests.support.s3_server import BUCKET, Fault, Proxy, store
+from tests.support.s3_server import BUCKET, Fault, Proxy, fast_retries
 from tests.training.checkpoint.test_trusted_metadata import Hostile
 
 FOLDER = S3Path(f"s3://{BUCKET}/run")
 
 
-@pytest.fixture(scope="module")
-def one_store() -> Iterator[Proxy]:
-    with store() as running:
-        yield running
-
-
 @pytest.fixture
-def proxy(one_store: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setattr(client, "retry_policy", client.RetryPolicy(attempts=2, first_delay=0.02, timeout=5.0))
-    yield one_store
-    one_store.faults.clear()
-    objects.remove_folder(f"s3://{BUCKET}")
+def proxy(one_store: Proxy) -> Iterator[Proxy]:
+    with fast_retries(one_store, attempts=2, timeout=5.0):
+        yield one_store
 
 
 @pytest.fixture
