@@ -20,6 +20,8 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 MAX_LOGITS_PER_CHUNK = 2**26
 """fp32 logits of a chunk on a rank, 256 MB: large enough for full speed, small next to the activations."""
+_CHUNKS, _MIN_CHUNK = 8, 256
+"""A row is divided into as many chunks, unless they would have fewer tokens: smaller matrix products are slower."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -42,7 +44,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        chunk = max(1, MAX_LOGITS_PER_CHUNK // len(weight))
+        chunk = _chunk_size(len(hidden), len(weight))
         for start in range(0, len(hidden), chunk):
             chunk_hidden = hidden[start : start + chunk]
             losses, probabilities, normalizer, target, in_shard = _cross_entropy(
@@ -59,7 +61,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[start : start + chunk] = grad_logits @ weight
                 if grad_weight is not None:
-                    grad_weight += grad_logits.t() @ chunk_hidden
+                    _add_product(grad_weight, grad_logits.t(), chunk_hidden)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -67,14 +69,42 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
+        # In place: a product would be a second tensor as large as the output layer.
         return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
+            None if grad_hidden is None else grad_hidden.mul_(grad.to(grad_hidden.dtype)),
+            None if grad_weight is None else grad_weight.mul_(grad).to(ctx.weight_dtype),
             None,
             None,
             None,
             None,
         )
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    group: dist.ProcessGroup,
+    token_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sum of the cross entropies of tokens, an fp32 scalar; shapes as in _ChunkedCrossEntropy.
+
+    Its backward pass can run once: it scales in place the gradients that the forward pass has computed.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, token_weights, group, torch.is_grad_enabled())
+
+
+def _chunk_size(tokens: int, vocabulary: int) -> int:
+    """Tokens whose logits are computed at a time."""
+    return max(1, min(MAX_LOGITS_PER_CHUNK // vocabulary, max(_MIN_CHUNK, -(-tokens // _CHUNKS))))
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right, in place; without a second tensor of its size if the dtypes are the same."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _cross_entropy(
@@ -142,13 +172,8 @@ class LossHead(MegatronModule):
         """
         weight = self.weight if self.weight is not None else tied
         assert weight is not None
-        return _ChunkedCrossEntropy.apply(
-            self._gather_sequence(hidden)[supervised],
-            weight,
-            targets,
-            token_weights,
-            self.group,
-            torch.is_grad_enabled(),
+        return chunked_cross_entropy(
+            self._gather_sequence(hidden)[supervised], weight, targets, self.group, token_weights
         )
 
     @torch.no_grad()
@@ -158,7 +183,7 @@ class LossHead(MegatronModule):
         """[n] fp32 losses of supervised tokens, without gradients; arguments as in `forward`."""
         weight = self.weight if self.weight is not None else tied
         assert weight is not None
-        hidden, chunk = self._gather_sequence(hidden), max(1, MAX_LOGITS_PER_CHUNK // len(weight))
+        hidden, chunk = self._gather_sequence(hidden), _chunk_size(len(supervised), len(weight))
         losses = [
             _cross_entropy(hidden[where], weight, chunk_targets, self.group)[0]
             for where, chunk_targets in zip(supervised.split(chunk), targets.split(chunk), strict=True)

@@ -33,7 +33,7 @@ def test_gpu_check_continues_after_a_failure(tmp_path: Path) -> None:
     )
     ran = (tmp_path / "ran").read_text()
     assert done.returncode and "make gpu-check: failed: tests real_size" in done.stdout
-    assert [name in ran for name in ("attention", "real_size", "feeding", "real_run", "fp8_losses")] == [True] * 5
+    assert [name in ran for name in ("attention", "loss_head", "real_size", "feeding", "real_run", "fp8_losses")] == [True] * 6
 
 
 def test_steps_of_the_test_model(tmp_path: Path) -> None:

@@ -118,7 +118,17 @@ APEX_ADAM = (
               "self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, "
               "weight_decay=0., amsgrad=False, set_grad_none=True, capturable=False, use_master=False"),
 )  # fmt: skip
-ALL = (*FLASH_ATTN_2, *FLASH_ATTN_3, *AITER, *TE_INIT, *TE_FORWARD, *TE_LINEAR, *TE_AUTOCAST, *TE_ADAM, *APEX_ADAM)
+LIGER_LOSS = tuple(
+    Published("liger-kernel", "0.8.5", "liger_kernel/transformers/fused_linear_cross_entropy.py",
+              f"LigerFusedLinearCrossEntropyLoss.{method}", signature)
+    for method, signature in (
+        ("__init__", "self, ce_weight=None, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0, "
+                     "reduction='mean', softcap=None, return_z_loss=False, accum_dtype=None, use_token_scaling=False, "
+                     "return_token_accuracy=False, return_predicted_tokens=False"),
+        ("forward", "self, lin_weight, _input, target, bias=None"),
+    )
+)  # fmt: skip
+ALL = (*FLASH_ATTN_2, *FLASH_ATTN_3, *AITER, *TE_INIT, *TE_FORWARD, *TE_LINEAR, *TE_AUTOCAST, *TE_ADAM, *APEX_ADAM, *LIGER_LOSS)
 
 
 def with_signature(published: Published, body: Any) -> Any:

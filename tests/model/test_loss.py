@@ -46,3 +46,17 @@ def test_equals_cross_entropy(
         assert head.weight.grad is None
     else:
         assert torch.allclose(head.weight.grad, weight.grad, rtol=1e-5, atol=1e-4)
+
+
+def test_a_second_backward_pass_is_refused(one_process: None) -> None:
+    """The first scales the stored gradients in place: a second must not return what is scaled twice."""
+    from megatron.core import parallel_state
+
+    from megatron_vlm.model.loss import chunked_cross_entropy
+
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    group = parallel_state.get_tensor_model_parallel_group()
+    total = chunked_cross_entropy(hidden, weight, torch.arange(5), group)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        total.backward()
