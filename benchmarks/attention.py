@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
-from benchmarks.instruct_samples import InstructRows
-from benchmarks.report import RESULTS, machine, save, table
+from benchmarks.support.instruct_samples import InstructRows
+from benchmarks.support.report import RESULTS, machine, save, table
 from benchmarks.train_step import time_call
 from megatron_vlm.config import Recipe
 from megatron_vlm.config.recipe import load_recipe

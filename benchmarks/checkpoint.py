@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
-from benchmarks.report import RESULTS, save, table
+from benchmarks.support.report import RESULTS, save, table
 from megatron_vlm.config import DataConfig, LanguageConfig, ModelConfig, ParallelConfig, Recipe, TrainingConfig
 from megatron_vlm.config import VisionConfig as Vision
 from megatron_vlm.data.batch import PackedBatch

@@ -20,10 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
-from benchmarks.own_process import run_in_own_process
-from benchmarks.random_folder import write_random_folder
-from benchmarks.random_tokenizer import write_tokenizer
+from benchmarks.support import report
+from benchmarks.support.own_process import run_in_own_process
+from benchmarks.support.random_folder import write_random_folder
+from benchmarks.support.random_tokenizer import write_tokenizer
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
 from checkpoint_convert.megatron_to_hf import DTYPES
 from megatron_vlm.config import ModelConfig

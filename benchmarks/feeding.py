@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
-from benchmarks import transformers_loop
-from benchmarks.report import RESULTS, machine, save, table
-from benchmarks.synthetic_images import write_image_shards
+from benchmarks.support import transformers_loop
+from benchmarks.support.report import RESULTS, machine, save, table
+from benchmarks.support.synthetic_images import write_image_shards
 from benchmarks.train_step import PackedLoop, time_call
 from megatron_vlm.config import DataConfig, ParallelConfig, Recipe
 from megatron_vlm.config.recipe import load_recipe

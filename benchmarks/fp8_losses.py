@@ -19,7 +19,7 @@ import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before meg
 from benchmarks.feeding import recipe_of_shards
 from benchmarks.real_run import Run, from_memory, rows_of, shards_parser
 from benchmarks.real_size import LINEAR_LAYERS, NOT_HERE
-from benchmarks.report import machine, save, table
+from benchmarks.support.report import machine, save, table
 from megatron_vlm.config import ConfigError, Recipe
 from megatron_vlm.data.rank_batch import RankBatch
 from megatron_vlm.runtime.device import on_gpu

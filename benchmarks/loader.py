@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import loader_peers
-from benchmarks.report import RESULTS, machine, save, table
-from benchmarks.synthetic_images import write_image_shards
+from benchmarks.support import loader_peers
+from benchmarks.support.report import RESULTS, machine, save, table
+from benchmarks.support.synthetic_images import write_image_shards
 from megatron_vlm.config import DataConfig, ModelConfig, ParallelConfig, Recipe, TrainingConfig
 from megatron_vlm.data.dataset import MixtureDataset, open_dataset, open_plan_cache
 from megatron_vlm.data.loader import RowLoader

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
-from benchmarks import report
-from benchmarks.own_process import run_in_own_process
+from benchmarks.support import report
+from benchmarks.support.own_process import run_in_own_process
 from benchmarks.train_step import time_call
 from megatron_vlm.config import ParallelConfig
 from megatron_vlm.runtime.device import current_device, device_name, on_gpu

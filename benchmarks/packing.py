@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.own_process import run_in_own_process
-from benchmarks.packing_lengths import Samples, hard_to_pack, read_lengths, sample_mix
-from benchmarks.packing_peers import PEERS
 from benchmarks.packing_plan import measure_plan
-from benchmarks.report import RESULTS, save, table
+from benchmarks.support.own_process import run_in_own_process
+from benchmarks.support.packing_lengths import Samples, hard_to_pack, read_lengths, sample_mix
+from benchmarks.support.packing_peers import PEERS
+from benchmarks.support.report import RESULTS, save, table
 from megatron_vlm.data.packing.distribution import min_rows
 from megatron_vlm.data.packing.epoch_plan import Budget, plan_epoch
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.own_process import run_in_own_process
-from benchmarks.packing_lengths import sample_mix
+from benchmarks.support.own_process import run_in_own_process
+from benchmarks.support.packing_lengths import sample_mix
 from megatron_vlm.data.packing.epoch_plan import Budget, EpochPlan, plan_epoch
 from megatron_vlm.data.packing.plan_cache import PlanCache
 from megatron_vlm.data.packing.row_plan import RowPlan

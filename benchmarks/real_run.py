@@ -28,7 +28,7 @@ import yaml
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
 from benchmarks.feeding import CONFIG, recipe_of_shards
-from benchmarks.report import RESULTS, machine, save, table
+from benchmarks.support.report import RESULTS, machine, save, table
 from benchmarks.train_step import time_call
 from megatron_vlm.config import Recipe, recipe_to_dict
 from megatron_vlm.data.loader import build_loader

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
-from benchmarks import transformers_loop
-from benchmarks.instruct_samples import InstructRows
-from benchmarks.kernel_kinds import seconds_by_kind
-from benchmarks.report import RESULTS, machine, save, table
-from benchmarks.samples import Sample
+from benchmarks.support import transformers_loop
+from benchmarks.support.instruct_samples import InstructRows
+from benchmarks.support.kernel_kinds import seconds_by_kind
+from benchmarks.support.report import RESULTS, machine, save, table
+from benchmarks.support.samples import Sample
 from benchmarks.train_step import PackedLoop, time_call
 from megatron_vlm.config import ConfigError, ParallelConfig, Recipe
 from megatron_vlm.config.recipe import load_recipe

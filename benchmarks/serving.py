@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
-from benchmarks import transformers_loop
-from benchmarks.random_tokenizer import write_tokenizer
-from benchmarks.report import RESULTS, save, table
+from benchmarks.support import transformers_loop
+from benchmarks.support.random_tokenizer import write_tokenizer
+from benchmarks.support.report import RESULTS, save, table
 from checkpoint_convert.mapping.hf_names import canonical_name
 from checkpoint_convert.mapping.param_map import param_map, to_megatron
 from checkpoint_convert.megatron.files import tensors_of

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
-from benchmarks import transformers_loop
-from benchmarks.report import RESULTS, machine, save, table
-from benchmarks.samples import SampleGenerator, Workload, build_workload
+from benchmarks.support import transformers_loop
+from benchmarks.support.report import RESULTS, machine, save, table
+from benchmarks.support.samples import SampleGenerator, Workload, build_workload
 from checkpoint_convert.mapping.hf_names import canonical_name
 from checkpoint_convert.mapping.param_map import param_map, to_megatron
 from checkpoint_convert.megatron.files import tensors_of

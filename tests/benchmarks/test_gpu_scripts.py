@@ -13,9 +13,13 @@ from tests.gpu import run_linear_layers, run_step
 from tests.support.launch import ROOT, launch
 
 
-def test_every_benchmark_of_gpu_check_has_a_test_on_a_cpu() -> None:
+def _gpu_benchmarks() -> list[str]:
     (listed,) = re.findall(r"^GPU_BENCHMARKS := (.+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    names = listed.split()
+    return str(listed).split()
+
+
+def test_every_benchmark_of_gpu_check_has_a_test_on_a_cpu() -> None:
+    names = _gpu_benchmarks()
     assert {"attention", "real_size", "feeding", "real_run"} <= set(names)
     for name in names:
         assert f'"benchmarks.{name}"' in (ROOT / "tests" / "benchmarks" / f"test_{name}.py").read_text(), name
@@ -33,7 +37,9 @@ def test_gpu_check_continues_after_a_failure(tmp_path: Path) -> None:
     )
     ran = (tmp_path / "ran").read_text()
     assert done.returncode and "make gpu-check: failed: tests real_size" in done.stdout
-    assert [name in ran for name in ("attention", "loss_head", "real_size", "feeding", "real_run", "fp8_losses")] == [True] * 6
+    assert [name in ran for name in ("attention", "loss_head", "real_size", "feeding", "real_run", "fp8_losses")] == [
+        True
+    ] * 6
 
 
 def test_steps_of_the_test_model(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.kernel_kinds import kind_of
+from benchmarks.support.kernel_kinds import kind_of
 
 KERNELS = {
     "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNN": "matrix products",

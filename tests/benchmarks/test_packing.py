@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import packing
 from benchmarks.packing import PACKINGS, describe, imbalance
-from benchmarks.packing_lengths import MIX_PERCENTILES, Samples, hard_to_pack, read_lengths, sample_mix
+from benchmarks.support.packing_lengths import MIX_PERCENTILES, Samples, hard_to_pack, read_lengths, sample_mix
 from megatron_vlm.data.packing.epoch_plan import Budget
 
 BUDGET = Budget(32768, 80, 1000)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.instruct_samples import InstructRows
 from benchmarks.real_size import step_flops
+from benchmarks.support.instruct_samples import InstructRows
 from megatron_vlm.config.recipe import load_recipe
 from megatron_vlm.data.batch import IGNORE_INDEX
 from tests.benchmarks.small_recipe import write_small_recipe

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.samples import SampleGenerator, build_workload
+from benchmarks.support.samples import SampleGenerator, build_workload
 from benchmarks.train_step import recipe_of
 from megatron_vlm.data.batch import IGNORE_INDEX
 from tests.support.launch import launch

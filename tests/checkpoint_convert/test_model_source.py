@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.random_tokenizer import write_tokenizer
+from benchmarks.support.random_tokenizer import write_tokenizer
 from checkpoint_convert import hf_to_megatron
 from checkpoint_convert.model_source import open_source
 from megatron_vlm.training.checkpoint import read_recipe

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.random_tokenizer import write_tokenizer
+from benchmarks.support.random_tokenizer import write_tokenizer
 from checkpoint_convert import hf_to_megatron, megatron_to_hf, verify
 from tests.support.random_models import GROUPED_QUERY_SIZES, clip_vision_model, write_llava_next
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.random_folder import write_random_folder
-from benchmarks.random_tokenizer import write_tokenizer
+from benchmarks.support.random_folder import write_random_folder
+from benchmarks.support.random_tokenizer import write_tokenizer
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
 from checkpoint_convert.huggingface.safetensors import FolderTensors, TensorSpec, write_weights
 from checkpoint_convert.mapping.lazy_tensors import NamedTensors

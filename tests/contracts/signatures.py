@@ -128,7 +128,18 @@ LIGER_LOSS = tuple(
         ("forward", "self, lin_weight, _input, target, bias=None"),
     )
 )  # fmt: skip
-ALL = (*FLASH_ATTN_2, *FLASH_ATTN_3, *AITER, *TE_INIT, *TE_FORWARD, *TE_LINEAR, *TE_AUTOCAST, *TE_ADAM, *APEX_ADAM, *LIGER_LOSS)
+ALL = (
+    *FLASH_ATTN_2,
+    *FLASH_ATTN_3,
+    *AITER,
+    *TE_INIT,
+    *TE_FORWARD,
+    *TE_LINEAR,
+    *TE_AUTOCAST,
+    *TE_ADAM,
+    *APEX_ADAM,
+    *LIGER_LOSS,
+)
 
 
 def with_signature(published: Published, body: Any) -> Any:

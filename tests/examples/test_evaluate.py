@@ -15,7 +15,7 @@ import torch
 from evaluate import Question
 from PIL import Image
 
-from benchmarks.random_tokenizer import write_tokenizer
+from benchmarks.support.random_tokenizer import write_tokenizer
 from checkpoint_convert.huggingface.llava_next import write_configs
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from tests.checkpoint_convert.whole_model import model_config, picture

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from benchmarks.random_tokenizer import write_tokenizer
+from benchmarks.support.random_tokenizer import write_tokenizer
 from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.inference.detokenizer import Detokenizer
 

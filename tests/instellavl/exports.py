@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.random_tokenizer import write_tokenizer
+from benchmarks.support.random_tokenizer import write_tokenizer
 from checkpoint_convert.huggingface import instellavl, llava_next
 from checkpoint_convert.huggingface.safetensors import write_weights
 from checkpoint_convert.mapping.hf_names import instellavl_name

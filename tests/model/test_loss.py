@@ -48,7 +48,7 @@ def test_equals_cross_entropy(
         assert torch.allclose(head.weight.grad, weight.grad, rtol=1e-5, atol=1e-4)
 
 
-def test_a_second_backward_pass_is_refused(one_process: None) -> None:
+def test_a_second_backward_pass_is_an_error(one_process: None) -> None:
     """The first scales the stored gradients in place: a second must not return what is scaled twice."""
     from megatron.core import parallel_state
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.random_tokenizer import write_tokenizer
+from benchmarks.support.random_tokenizer import write_tokenizer
 from tests.data.helpers import mixed_folder
 from tests.support.environments import Environment, copy_sources, empty_environment
 from tests.support.launch import ROOT

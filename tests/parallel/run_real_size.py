@@ -25,7 +25,7 @@ import megatron_vlm.runtime.megatron_patches  # noqa: F401
 # isort: split
 from megatron.core import tensor_parallel
 
-from benchmarks.instruct_samples import InstructRows
+from benchmarks.support.instruct_samples import InstructRows
 from megatron_vlm.config import Recipe, check_recipe, load_recipe
 from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.model.build import build_model

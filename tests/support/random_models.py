@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.random_tokenizer import write_tokenizer
+from benchmarks.support.random_tokenizer import write_tokenizer
 
 VISION_SIZES: dict[str, Any] = {
     "hidden_size": 48,

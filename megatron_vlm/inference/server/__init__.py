@@ -2,7 +2,8 @@
 
     process.py    the process: socket, engine, signals, exit code
     app.py        the application: routes, errors
-    ...           one module per protocol, and what they share
+    openai/       OpenAI's protocol; megatron_api.py Megatron-LM's; page.py the chat page
+    ...           what they share
 
 This package needs fastapi and uvicorn: pip install 'megatron-vlm[serve]'.
 """

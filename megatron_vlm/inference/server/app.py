@@ -9,8 +9,6 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from megatron_vlm import __version__
 from megatron_vlm.inference.server.backend import Backend
-from megatron_vlm.inference.server.chat import chat_router
-from megatron_vlm.inference.server.completions import completions_router
 from megatron_vlm.inference.server.errors import (
     MegatronErrorBody,
     OpenAIErrorBody,
@@ -20,6 +18,8 @@ from megatron_vlm.inference.server.errors import (
 from megatron_vlm.inference.server.limits import Limits
 from megatron_vlm.inference.server.megatron_api import megatron_router
 from megatron_vlm.inference.server.metrics import CONTENT_TYPE
+from megatron_vlm.inference.server.openai.chat import chat_router
+from megatron_vlm.inference.server.openai.completions import completions_router
 from megatron_vlm.inference.server.page import page_router
 
 _DESCRIPTION = "Text generation from text and images: OpenAI's protocol, and that of Megatron-LM's server."

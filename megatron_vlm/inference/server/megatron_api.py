@@ -11,7 +11,7 @@ from megatron_vlm.inference.request import SamplingParams, TextPrompt
 from megatron_vlm.inference.server.backend import Backend
 from megatron_vlm.inference.server.errors import api_error
 from megatron_vlm.inference.server.generation import Generation
-from megatron_vlm.inference.server.openai_common import json_number, token_text
+from megatron_vlm.inference.server.openai.common import json_number, token_text
 from megatron_vlm.inference.server.schema import STRICT, Text, Zero
 
 _RENAMED = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
-from benchmarks.random_tokenizer import write_tokenizer
+from benchmarks.support.random_tokenizer import write_tokenizer
 from checkpoint_convert.huggingface.config import llava_next_config, model_from_llava_next, model_from_parts
 from checkpoint_convert.huggingface.llava_next import write_configs
 from checkpoint_convert.huggingface.safetensors import write_weights

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.random_tokenizer import write_tokenizer
+from benchmarks.support.random_tokenizer import write_tokenizer
 from checkpoint_convert.huggingface.llava_next import write_configs
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.data.processing.image_tokens import num_image_tokens

@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from benchmarks.random_tokenizer import write_tokenizer
+from benchmarks.support.random_tokenizer import write_tokenizer
 from checkpoint_convert.errors import ConversionError
 from checkpoint_convert.huggingface.tokenizer import export_tokenizer, import_tokenizer
 from megatron_vlm.config import LanguageConfig, ModelConfig

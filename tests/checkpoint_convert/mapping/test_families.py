@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.random_tokenizer import write_tokenizer
+from benchmarks.support.random_tokenizer import write_tokenizer
 from checkpoint_convert import hf_to_megatron, megatron_to_hf, verify
 from checkpoint_convert.huggingface.safetensors import FolderTensors
 from tests.checkpoint_convert.mapping import run_families

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.random_folder import write_random_folder
+from benchmarks.support.random_folder import write_random_folder
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
 from checkpoint_convert.huggingface.safetensors import FolderTensors
 from megatron_vlm.config import recipe_from_dict

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from benchmarks.packing_lengths import sample_mix
+from benchmarks.support.packing_lengths import sample_mix
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.packing.epoch_plan import Budget, EpochPlan, pack_window, plan_epoch
 from megatron_vlm.data.processing.image_tokens import num_image_tokens

@@ -15,7 +15,7 @@ from megatron_vlm.inference.server.backend import Backend
 from megatron_vlm.inference.server.errors import ApiError
 from megatron_vlm.inference.server.generation import Generation
 from megatron_vlm.inference.server.merge_streams import merge
-from megatron_vlm.inference.server.openai_common import (
+from megatron_vlm.inference.server.openai.common import (
     event_stream,
     json_number,
     new_id,
@@ -23,7 +23,7 @@ from megatron_vlm.inference.server.openai_common import (
     token_text,
     usage,
 )
-from megatron_vlm.inference.server.openai_schema import CompletionRequest
+from megatron_vlm.inference.server.openai.schema import CompletionRequest
 
 Token = tuple[int, float | None, Sequence[tuple[int, float]]]
 """(id, log-probability, most likely tokens)"""

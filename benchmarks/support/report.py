@@ -13,7 +13,7 @@ import torch
 
 from megatron_vlm.runtime.device import device_name
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 """Default folder of the JSON files; those that the documentation quotes are committed."""
 
 

@@ -18,7 +18,7 @@ from transformers import (
     OlmoConfig,
 )
 
-from benchmarks.samples import PAD, Sample
+from benchmarks.support.samples import PAD, Sample
 from megatron_vlm.config import Recipe
 from megatron_vlm.data.batch import IGNORE_INDEX
 from megatron_vlm.data.processing.tiling import CLIP_MEAN, CLIP_STD, normalise_tiles

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from benchmarks.packing_lengths import sample_mix
-from benchmarks.samples import PAD, Sample
+from benchmarks.support.packing_lengths import sample_mix
+from benchmarks.support.samples import PAD, Sample
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Document, PackedBatch, assemble_row
 from megatron_vlm.data.packing.epoch_plan import Budget, plan_epoch

@@ -17,7 +17,7 @@ from megatron_vlm.inference.server.errors import ApiError
 from megatron_vlm.inference.server.generation import Generation
 from megatron_vlm.inference.server.images import load_images
 from megatron_vlm.inference.server.merge_streams import merge
-from megatron_vlm.inference.server.openai_common import (
+from megatron_vlm.inference.server.openai.common import (
     event_stream,
     json_number,
     new_id,
@@ -25,7 +25,7 @@ from megatron_vlm.inference.server.openai_common import (
     token_text,
     usage,
 )
-from megatron_vlm.inference.server.openai_schema import ChatRequest, ImagePart, Message
+from megatron_vlm.inference.server.openai.schema import ChatRequest, ImagePart, Message
 
 _ROLES = {"user": "human", "assistant": "gpt"}
 

@@ -16,7 +16,7 @@ from megatron_vlm.inference.request import Handle, SamplingParams
 from megatron_vlm.inference.server.backend import Backend
 from megatron_vlm.inference.server.errors import ApiError, api_error
 from megatron_vlm.inference.server.generation import Generation
-from megatron_vlm.inference.server.openai_schema import GenerationRequest
+from megatron_vlm.inference.server.openai.schema import GenerationRequest
 
 _LEAST_LOGPROB = -9999.0
 
