@@ -23,9 +23,9 @@ from benchmarks.support.report import RESULTS, machine, save, table
 from benchmarks.train_step import time_call
 from megatron_vlm.config import Recipe
 from megatron_vlm.config.recipe import load_recipe
-from megatron_vlm.data.document_layout import document_layout
-from megatron_vlm.model.attention_backend import PREFERRED, Attention, why_not
-from megatron_vlm.model.packed_sequence import PackedSequence, packed_sequence
+from megatron_vlm.data.rows.document_layout import document_layout
+from megatron_vlm.model.layers.attention_backend import PREFERRED, Attention, why_not
+from megatron_vlm.model.layers.packed_sequence import PackedSequence, packed_sequence
 from megatron_vlm.runtime.device import current_device, device_kind
 
 CONFIG = Path(__file__).parent.parent / "examples/instellavl/instruct.yaml"

@@ -25,7 +25,7 @@ import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before meg
 from benchmarks.support.report import RESULTS, save, table
 from megatron_vlm.config import DataConfig, LanguageConfig, ModelConfig, ParallelConfig, Recipe, TrainingConfig
 from megatron_vlm.config import VisionConfig as Vision
-from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.data.rows.batch import PackedBatch
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import initialize_weights
 from megatron_vlm.runtime.launch import distributed

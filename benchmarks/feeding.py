@@ -29,7 +29,7 @@ from benchmarks.train_step import PackedLoop, time_call
 from megatron_vlm.config import DataConfig, ParallelConfig, Recipe
 from megatron_vlm.config.recipe import load_recipe
 from megatron_vlm.data.loader import RowLoader, build_loader
-from megatron_vlm.data.rank_batch import RankBatch
+from megatron_vlm.data.rows.rank_batch import RankBatch
 from megatron_vlm.model.rank_view import rank_view
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.launch import distributed

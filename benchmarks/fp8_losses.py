@@ -21,7 +21,7 @@ from benchmarks.real_run import Run, from_memory, rows_of, shards_parser
 from benchmarks.real_size import LINEAR_LAYERS, NOT_HERE
 from benchmarks.support.report import machine, save, table
 from megatron_vlm.config import ConfigError, Recipe
-from megatron_vlm.data.rank_batch import RankBatch
+from megatron_vlm.data.rows.rank_batch import RankBatch
 from megatron_vlm.runtime.device import on_gpu
 from megatron_vlm.runtime.launch import distributed
 

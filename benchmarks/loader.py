@@ -33,7 +33,7 @@ from megatron_vlm.data.dataset import MixtureDataset, open_dataset, open_plan_ca
 from megatron_vlm.data.loader import RowLoader
 from megatron_vlm.data.packing.row_plan import RowPlan
 from megatron_vlm.data.plan_fingerprint import plan_inputs
-from megatron_vlm.data.row_builder import RowBuilder
+from megatron_vlm.data.rows.row_builder import RowBuilder
 
 OURS, BARE_LOOP, STREAMING, TRANSFORMERS = (
     "megatron-vlm", "bare loop", "mosaicml-streaming, same transform", "transformers processor",

@@ -32,7 +32,7 @@ from benchmarks.support.report import RESULTS, machine, save, table
 from benchmarks.train_step import time_call
 from megatron_vlm.config import Recipe, recipe_to_dict
 from megatron_vlm.data.loader import build_loader
-from megatron_vlm.data.rank_batch import RankBatch
+from megatron_vlm.data.rows.rank_batch import RankBatch
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import initialize_weights
 from megatron_vlm.model.rank_view import rank_view

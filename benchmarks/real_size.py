@@ -31,8 +31,8 @@ from benchmarks.support.samples import Sample
 from benchmarks.train_step import PackedLoop, time_call
 from megatron_vlm.config import ConfigError, ParallelConfig, Recipe
 from megatron_vlm.config.recipe import load_recipe
-from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
 from megatron_vlm.data.packing.row_cost import step_operations
+from megatron_vlm.data.rows.batch import IGNORE_INDEX, PackedBatch
 from megatron_vlm.runtime.device import current_device, on_gpu
 from megatron_vlm.runtime.launch import distributed
 from megatron_vlm.runtime.out_of_memory import is_out_of_memory

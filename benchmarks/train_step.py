@@ -36,8 +36,8 @@ from megatron_vlm.config import (
     TrainingConfig,
     VisionConfig,
 )
-from megatron_vlm.data.batch import PackedBatch
-from megatron_vlm.data.rank_batch import AnyBatch, RankBatch, rank_batch
+from megatron_vlm.data.rows.batch import PackedBatch
+from megatron_vlm.data.rows.rank_batch import AnyBatch, RankBatch, rank_batch
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.rank_view import rank_view
 from megatron_vlm.runtime.device import current_device, on_gpu

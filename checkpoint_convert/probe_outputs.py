@@ -21,10 +21,10 @@ from checkpoint_convert.megatron.files import checkpoint_recipe, checkpoint_tens
 from checkpoint_convert.model_source import MEGATRON, Source
 from instellavl.constants import IMAGE_TOKEN_INDEX
 from megatron_vlm.config import ModelConfig
-from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.data.processing.conversation import Turn
 from megatron_vlm.data.processing.tiling import image_to_tiles
 from megatron_vlm.data.processing.tokenizer import Tokenizer
+from megatron_vlm.data.rows.batch import PackedBatch
 from megatron_vlm.inference.engine import Engine, Prompt, read_prompts
 from megatron_vlm.model.build import build_model
 from megatron_vlm.runtime.launch import distributed

@@ -8,12 +8,12 @@ import torch
 from benchmarks.support.packing_lengths import sample_mix
 from benchmarks.support.samples import PAD, Sample
 from megatron_vlm.config import ModelConfig
-from megatron_vlm.data.batch import IGNORE_INDEX, Document, PackedBatch, assemble_row
 from megatron_vlm.data.packing.epoch_plan import Budget, plan_epoch
 from megatron_vlm.data.packing.row_cost import cost_of_model
 from megatron_vlm.data.processing.conversation import EncodedConversation
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, Size, num_image_tiles
+from megatron_vlm.data.rows.batch import IGNORE_INDEX, Document, PackedBatch, assemble_row
 
 POOL_SIZE = 4000
 """Samples that rows are packed from."""

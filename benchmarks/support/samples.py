@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from megatron_vlm.config import ModelConfig
-from megatron_vlm.data.batch import IGNORE_INDEX, Document, PackedBatch, assemble_row
 from megatron_vlm.data.packing.epoch_plan import Budget, plan_epoch
 from megatron_vlm.data.processing.conversation import EncodedConversation
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, num_image_tiles
+from megatron_vlm.data.rows.batch import IGNORE_INDEX, Document, PackedBatch, assemble_row
 
 IMAGES_BY_QUESTIONS = {
     2: 9, 3: 31, 4: 72, 5: 180, 6: 251, 7: 380, 8: 518, 9: 531, 10: 538, 11: 490, 12: 382, 13: 240, 14: 159, 15: 111,

@@ -20,8 +20,8 @@ from transformers import (
 
 from benchmarks.support.samples import PAD, Sample
 from megatron_vlm.config import Recipe
-from megatron_vlm.data.batch import IGNORE_INDEX
 from megatron_vlm.data.processing.tiling import CLIP_MEAN, CLIP_STD, normalise_tiles
+from megatron_vlm.data.rows.batch import IGNORE_INDEX
 
 Batch = dict[str, torch.Tensor]
 

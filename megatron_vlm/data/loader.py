@@ -25,9 +25,9 @@ from megatron_vlm.data.errors import DataError, RowError
 from megatron_vlm.data.packing.row_plan import PlannedRow, RowPlan
 from megatron_vlm.data.planned_data import PlannedData, plan_data
 from megatron_vlm.data.processing.tokenizer import Tokenizer
-from megatron_vlm.data.rank_batch import AnyBatch, RankView, rank_batch
-from megatron_vlm.data.row_builder import RowBuilder
-from megatron_vlm.data.worker_transport import SharedBatch
+from megatron_vlm.data.rows.rank_batch import AnyBatch, RankView, rank_batch
+from megatron_vlm.data.rows.row_builder import RowBuilder
+from megatron_vlm.data.rows.worker_transport import SharedBatch
 
 if TYPE_CHECKING:
     from megatron_vlm.config import Recipe

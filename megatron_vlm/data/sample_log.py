@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_vlm.data.rank_batch import AnyBatch
+from megatron_vlm.data.rows.rank_batch import AnyBatch
 from megatron_vlm.runtime.json_lines import keep_lines, read_lines
 
 SAMPLES_PATTERN = "samples-rank*.jsonl"

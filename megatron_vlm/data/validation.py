@@ -17,7 +17,7 @@ from megatron_vlm.data.dataset import open_dataset
 from megatron_vlm.data.loader import RowLoader, load_rows
 from megatron_vlm.data.packing.row_plan import PlannedRow, RowPlan
 from megatron_vlm.data.planned_data import PlannedData, plan_dataset
-from megatron_vlm.data.rank_batch import RankBatch, RankView
+from megatron_vlm.data.rows.rank_batch import RankBatch, RankView
 
 if TYPE_CHECKING:
     from megatron_vlm.config import Recipe

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_vlm.inference.step_plan import Span, StepPlan
-from megatron_vlm.model.packed_sequence import PackedSequence
+from megatron_vlm.model.layers.packed_sequence import PackedSequence
 
 
 class PagedKVCache:

@@ -15,15 +15,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_vlm.config.inference import InferenceConfig
-from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch, tile_range
 from megatron_vlm.data.processing.image_tokens import RowFeatures
 from megatron_vlm.data.processing.tiling import ImageGeometry
-from megatron_vlm.data.rank_batch import rank_batch
+from megatron_vlm.data.rows.batch import IGNORE_INDEX, PackedBatch, tile_range
+from megatron_vlm.data.rows.rank_batch import rank_batch
 from megatron_vlm.inference.kv_cache import PagedKVCache
 from megatron_vlm.inference.scheduler import ROW_MULTIPLE
 from megatron_vlm.inference.step_plan import ImageToEncode, StepPlan
 from megatron_vlm.model.image_merge import encode_tiles, merge_image_features
-from megatron_vlm.model.packed_sequence import PackedSequence, rotary_tables
+from megatron_vlm.model.layers.packed_sequence import PackedSequence, rotary_tables
 from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.process_groups import tile_shard_rank

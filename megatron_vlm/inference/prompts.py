@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from megatron_vlm.config import ModelConfig
-from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
 from megatron_vlm.data.processing.conversation import IMAGE_PLACEHOLDER, encode_conversation, encode_prompt
 from megatron_vlm.data.processing.image_tokens import RowFeatures, num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, Size, extract_tiles
 from megatron_vlm.data.processing.tokenizer import Tokenizer
+from megatron_vlm.data.rows.batch import IGNORE_INDEX, PackedBatch
 from megatron_vlm.inference.request import AnsweredPrompt, AnyPrompt, Prompt, TextPrompt, TokenPrompt
 
 _CONTEXT_TOKENS = 8

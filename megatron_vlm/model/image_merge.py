@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_vlm.data.processing.tiling import normalise_tiles
-from megatron_vlm.data.rank_batch import RankBatch, RankView
+from megatron_vlm.data.rows.rank_batch import RankBatch, RankView
 from megatron_vlm.model.projector import Projector
 from megatron_vlm.model.vision import VisionTower
 

@@ -10,12 +10,12 @@ from megatron.core.transformer.transformer_block import TransformerBlock, get_nu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.config import LanguageConfig
-from megatron_vlm.model.attention_kernels import Kernel
-from megatron_vlm.model.layer_spec import block_spec
-from megatron_vlm.model.linear_layers import LinearLayers
+from megatron_vlm.model.layers.attention_kernels import Kernel
+from megatron_vlm.model.layers.layer_spec import block_spec
+from megatron_vlm.model.layers.linear_layers import LinearLayers
+from megatron_vlm.model.layers.norm import LANGUAGE_NORMS
+from megatron_vlm.model.layers.packed_sequence import PackedSequence
 from megatron_vlm.model.loss import LossHead
-from megatron_vlm.model.norm import LANGUAGE_NORMS
-from megatron_vlm.model.packed_sequence import PackedSequence
 
 
 class LanguageModel(LanguageModule):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from megatron.core import parallel_state
 
 from megatron_vlm.config import Recipe
-from megatron_vlm.data.rank_batch import RankView
-from megatron_vlm.model.attention_backend import choose_attention
+from megatron_vlm.data.rows.rank_batch import RankView
+from megatron_vlm.model.layers.attention_backend import choose_attention
 from megatron_vlm.runtime.process_groups import tile_shard_rank
 
 

@@ -17,11 +17,11 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.config import VisionConfig
-from megatron_vlm.data.document_layout import DocumentLayout
-from megatron_vlm.model.attention_kernels import Kernel
-from megatron_vlm.model.layer_spec import block_spec
-from megatron_vlm.model.norm import LayerNorm
-from megatron_vlm.model.packed_sequence import packed_sequence
+from megatron_vlm.data.rows.document_layout import DocumentLayout
+from megatron_vlm.model.layers.attention_kernels import Kernel
+from megatron_vlm.model.layers.layer_spec import block_spec
+from megatron_vlm.model.layers.norm import LayerNorm
+from megatron_vlm.model.layers.packed_sequence import packed_sequence
 from megatron_vlm.model.sharding import set_tensor_replica_ids
 from megatron_vlm.model.unused_layers import UnusedLayers
 

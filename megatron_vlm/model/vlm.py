@@ -17,12 +17,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.config import PARTS, Recipe
-from megatron_vlm.data.rank_batch import AnyBatch, RankBatch, rank_batch
-from megatron_vlm.model.attention_backend import choose_attention
+from megatron_vlm.data.rows.rank_batch import AnyBatch, RankBatch, rank_batch
 from megatron_vlm.model.image_merge import encode_tiles, merge_image_features
 from megatron_vlm.model.language import LanguageModel
-from megatron_vlm.model.linear_layers import linear_layers
-from megatron_vlm.model.packed_sequence import PackedSequence, packed_sequence, rotary_tables
+from megatron_vlm.model.layers.attention_backend import choose_attention
+from megatron_vlm.model.layers.linear_layers import linear_layers
+from megatron_vlm.model.layers.packed_sequence import PackedSequence, packed_sequence, rotary_tables
 from megatron_vlm.model.projector import Projector
 from megatron_vlm.model.rank_view import rank_view
 from megatron_vlm.model.sharding import mark_tensor_parallel_weights
@@ -130,8 +130,8 @@ class VisionLanguageModel(MegatronModule):
 
         Returns:
             The hidden states [s / tp, 1, H]; on the last stage, without a `cache`, the weighted sum of the losses of
-            this context rank's supervised tokens (fp32 scalar), see data/loss_weights.py; with `token_losses`, the [m]
-            fp32 losses of these tokens.
+            this context rank's supervised tokens (fp32 scalar), see data/rows/loss_weights.py; with `token_losses`, the
+            [m] fp32 losses of these tokens.
         """
         row = self.on_device(batch)
         hidden = self.embed(row) if self.pre_process else None

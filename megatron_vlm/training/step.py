@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from megatron_vlm.config import Recipe
-from megatron_vlm.data.rank_batch import AnyBatch, RankBatch
+from megatron_vlm.data.rows.rank_batch import AnyBatch, RankBatch
 from megatron_vlm.model.sharding import unwrap
 from megatron_vlm.runtime.device import current_device
 

@@ -12,12 +12,12 @@ from megatron_vlm.data.loader import RowLoader, build_loader
 from megatron_vlm.data.plan_fingerprint import check_order
 from megatron_vlm.data.planned_data import PlannedData, plan_data
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
-from megatron_vlm.data.rank_batch import AnyBatch
+from megatron_vlm.data.rows.rank_batch import AnyBatch
 from megatron_vlm.data.sample_log import log_samples
 from megatron_vlm.data.validation import open_validation
-from megatron_vlm.model.attention_backend import describe_attention
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import initialize_weights
+from megatron_vlm.model.layers.attention_backend import describe_attention
 from megatron_vlm.model.rank_view import rank_view
 from megatron_vlm.model.sharding import unwrap
 from megatron_vlm.model.vlm import VisionLanguageModel

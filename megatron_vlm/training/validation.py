@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vlm.config import ConfigError, Recipe
 from megatron_vlm.data.planned_data import PlannedData
-from megatron_vlm.data.rank_batch import AnyBatch, RankBatch
+from megatron_vlm.data.rows.rank_batch import AnyBatch, RankBatch
 from megatron_vlm.data.validation import ValidationRows
 from megatron_vlm.model.rank_view import rank_view
 from megatron_vlm.model.sharding import unwrap

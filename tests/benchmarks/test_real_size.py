@@ -10,7 +10,7 @@ import pytest
 from benchmarks.real_size import step_flops
 from benchmarks.support.instruct_samples import InstructRows
 from megatron_vlm.config.recipe import load_recipe
-from megatron_vlm.data.batch import IGNORE_INDEX
+from megatron_vlm.data.rows.batch import IGNORE_INDEX
 from tests.benchmarks.small_recipe import write_small_recipe
 from tests.support.launch import launch
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.support.samples import SampleGenerator, build_workload
 from benchmarks.train_step import recipe_of
-from megatron_vlm.data.batch import IGNORE_INDEX
+from megatron_vlm.data.rows.batch import IGNORE_INDEX
 from tests.support.launch import launch
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vlm.data.rank_batch import tile_documents
+from megatron_vlm.data.rows.rank_batch import tile_documents
 from megatron_vlm.model.vlm import VisionLanguageModel
 from tests.checkpoint_convert.whole_model import (
     SINGLE,

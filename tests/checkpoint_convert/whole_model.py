@@ -15,9 +15,9 @@ from checkpoint_convert.mapping.hf_names import canonical_name
 from checkpoint_convert.mapping.param_map import param_map, to_megatron
 from checkpoint_convert.megatron.files import tensors_of
 from megatron_vlm.config import ModelConfig, Recipe
-from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
 from megatron_vlm.data.processing.image_tokens import feature_order
 from megatron_vlm.data.processing.tiling import ImageGeometry, extract_tiles, image_to_tiles
+from megatron_vlm.data.rows.batch import IGNORE_INDEX, PackedBatch
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.image_merge import encode_tiles
 from megatron_vlm.model.vlm import VisionLanguageModel

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401
-from megatron_vlm.data.document_layout import document_layout
-from megatron_vlm.model import attention_kernels as kernels
-from megatron_vlm.model.packed_sequence import PackedSequence, packed_sequence
+from megatron_vlm.data.rows.document_layout import document_layout
+from megatron_vlm.model.layers import attention_kernels as kernels
+from megatron_vlm.model.layers.packed_sequence import PackedSequence, packed_sequence
 from tests.contracts import signatures
 from tests.contracts.signatures import Published, with_signature
 

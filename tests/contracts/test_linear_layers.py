@@ -53,7 +53,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
     import megatron_vlm.training.trainer  # noqa: F401  (all of megatron-core that looks for Transformer Engine)
-    from megatron_vlm.model import linear_layers
+    from megatron_vlm.model.layers import linear_layers
 
     happened: list[str] = []
     contexts = ["fp8"]  # megatron-core's block has entered it
@@ -199,7 +199,7 @@ def test_where_it_cannot_run_training_says_so_and_everything_else_works(one_proc
 
 
 def test_an_installation_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_vlm.model import linear_layers
+    from megatron_vlm.model.layers import linear_layers
 
     monkeypatch.setattr(linear_layers, "on_gpu", lambda: True)
     linear_layers._import_problem.cache_clear()

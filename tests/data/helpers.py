@@ -15,7 +15,7 @@ from PIL import Image
 from megatron_vlm.config.data import DataConfig
 from megatron_vlm.config.model import LanguageConfig, ModelConfig, VisionConfig
 from megatron_vlm.config.training import TrainingConfig
-from megatron_vlm.data.rank_batch import RankView
+from megatron_vlm.data.rows.rank_batch import RankView
 
 EOS, PAD = "|||IP_ADDRESS|||", "<|padding|>"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_vlm.data.batch import IGNORE_INDEX, Document, assemble_row, tile_range
 from megatron_vlm.data.processing.conversation import EncodedConversation
 from megatron_vlm.data.processing.image_tokens import NEWLINE, feature_order
 from megatron_vlm.data.processing.tiling import ImageGeometry
+from megatron_vlm.data.rows.batch import IGNORE_INDEX, Document, assemble_row, tile_range
 from tests.data.helpers import tiny_model
 
 GEOMETRY = ImageGeometry.of(tiny_model(), "anyres")

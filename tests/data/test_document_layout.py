@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_vlm.data.document_layout import document_layout
+from megatron_vlm.data.rows.document_layout import document_layout
 
 
 def test_a_layout_for_a_variable_length_kernel_has_no_tensor_as_long_as_the_row() -> None:

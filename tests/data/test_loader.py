@@ -15,14 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_vlm.data import row_builder
-from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch, tile_range
 from megatron_vlm.data.errors import DataError, RowError
 from megatron_vlm.data.loader import RowLoader, build_loader
 from megatron_vlm.data.prepare.shard_writer import prepare_shards
 from megatron_vlm.data.processing import image_io as images
 from megatron_vlm.data.processing.tiling import ImageGeometry, extract_tiles, num_image_tiles
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
+from megatron_vlm.data.rows import row_builder
+from megatron_vlm.data.rows.batch import IGNORE_INDEX, PackedBatch, tile_range
 from tests.data.helpers import Folder, image_bytes, make_recipe, mixed_folder, tiny_sentencepiece, tiny_tokenizer_folder
 
 

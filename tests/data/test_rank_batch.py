@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vlm.data.batch import IGNORE_INDEX, Document, PackedBatch, assemble_row
-from megatron_vlm.data.loss_weights import token_weights
 from megatron_vlm.data.processing.conversation import EncodedConversation
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry
-from megatron_vlm.data.rank_batch import RankBatch, rank_batch, tile_documents
+from megatron_vlm.data.rows.batch import IGNORE_INDEX, Document, PackedBatch, assemble_row
+from megatron_vlm.data.rows.loss_weights import token_weights
+from megatron_vlm.data.rows.rank_batch import RankBatch, rank_batch, tile_documents
 from tests.data.helpers import tiny_model, view_of
 
 GEOMETRY = ImageGeometry.of(tiny_model(), "anyres")

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vlm.data.batch import PackedBatch
 from megatron_vlm.data.loader import RowLoader
 from megatron_vlm.data.packing.epoch_plan import Budget, EpochPlan, plan_epoch
 from megatron_vlm.data.packing.plan_cache import PlanCache
 from megatron_vlm.data.packing.row_plan import PlannedRow, RowPlan
+from megatron_vlm.data.rows.batch import PackedBatch
 from megatron_vlm.data.sources.mixture import Mixture
 from megatron_vlm.data.sources.mixture_file import SamplingRule
 from megatron_vlm.data.sources.sample_source import Sample, SampleSource, SourceList

@@ -12,7 +12,7 @@ from megatron_vlm.data.length_index import load_length_index
 from megatron_vlm.data.packing.row_plan import PlannedRow
 from megatron_vlm.data.processing.tiling import ImageGeometry
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
-from megatron_vlm.data.row_builder import RowBuilder
+from megatron_vlm.data.rows.row_builder import RowBuilder
 from megatron_vlm.data.sources.sample_source import AnnotationSource, SourceList
 from tests.data.helpers import Folder, image_bytes, mixed_folder, tiny_model, tiny_tokenizer_folder
 

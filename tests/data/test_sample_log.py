@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.data.rows.batch import PackedBatch
 from megatron_vlm.data.sample_log import SampleLog, read_samples, truncate_logs
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from megatron_vlm.data import truncation
-from megatron_vlm.data.batch import IGNORE_INDEX
 from megatron_vlm.data.length_index import load_length_index
 from megatron_vlm.data.loader import build_loader
 from megatron_vlm.data.processing.tiling import ImageGeometry
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
+from megatron_vlm.data.rows.batch import IGNORE_INDEX
 from megatron_vlm.data.sources.sample_source import AnnotationSource
 from megatron_vlm.data.truncation import load_truncations
 from tests.data.helpers import Folder, make_recipe, tiny_model, tiny_tokenizer_folder

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_vlm.config import Recipe
 from megatron_vlm.data.planned_data import PlannedData, plan_data
-from megatron_vlm.data.rank_batch import RankView
+from megatron_vlm.data.rows.rank_batch import RankView
 from megatron_vlm.data.validation import ValidationRows, choose_rows, open_validation, short_names
 from tests.data.helpers import make_recipe, mixed_folder, tiny_tokenizer_folder
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vlm.data.batch import PackedBatch
-from megatron_vlm.data.rank_batch import RankBatch, rank_batch
-from megatron_vlm.data.worker_transport import SharedBatch
+from megatron_vlm.data.rows.batch import PackedBatch
+from megatron_vlm.data.rows.rank_batch import RankBatch, rank_batch
+from megatron_vlm.data.rows.worker_transport import SharedBatch
 from tests.data.helpers import tiny_model, view_of
 
 

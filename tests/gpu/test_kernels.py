@@ -17,7 +17,7 @@ def _cu_seqlens(lengths: list[int]) -> list[int]:
 
 def _available(head_dim: int) -> list[str]:
     import megatron_vlm.runtime.megatron_patches  # noqa: F401
-    from megatron_vlm.model.attention_backend import PREFERRED, why_not
+    from megatron_vlm.model.layers.attention_backend import PREFERRED, why_not
     from megatron_vlm.runtime.device import device_kind
 
     return [name for name in PREFERRED[device_kind()] if why_not(name, torch.bfloat16, head_dim) is None]
@@ -33,10 +33,10 @@ def _available(head_dim: int) -> list[str]:
 def test_every_backend_of_this_machine(lengths: list[int], heads: int, kv_heads: int, width: int, causal: bool) -> None:
     """Against SDPA of each document in fp32; outputs and all three gradients."""
     backends = _available(width)
-    from megatron_vlm.data.document_layout import document_layout
-    from megatron_vlm.model.attention_backend import Attention
-    from megatron_vlm.model.attention_kernels import sdpa
-    from megatron_vlm.model.packed_sequence import packed_sequence
+    from megatron_vlm.data.rows.document_layout import document_layout
+    from megatron_vlm.model.layers.attention_backend import Attention
+    from megatron_vlm.model.layers.attention_kernels import sdpa
+    from megatron_vlm.model.layers.packed_sequence import packed_sequence
 
     cu_seqlens = _cu_seqlens(lengths)
     packed = packed_sequence(document_layout(cu_seqlens, causal=causal, grouped=True).to(torch.device("cuda")))
@@ -71,9 +71,9 @@ def test_pixels_are_normalised_to_the_same_bits() -> None:
 def test_any_head_dimension_works_in_bf16() -> None:
     """Head dimensions that are not multiples of 8 use SDPA."""
     assert _available(6) == ["sdpa"]
-    from megatron_vlm.data.document_layout import document_layout
-    from megatron_vlm.model.attention_kernels import sdpa
-    from megatron_vlm.model.packed_sequence import packed_sequence
+    from megatron_vlm.data.rows.document_layout import document_layout
+    from megatron_vlm.model.layers.attention_kernels import sdpa
+    from megatron_vlm.model.layers.packed_sequence import packed_sequence
 
     layout = document_layout(_cu_seqlens([3, 40, 7]), causal=True, grouped=True).to(torch.device("cuda"))
     packed = packed_sequence(layout)

@@ -26,9 +26,9 @@ LENGTHS = [[30], [5, 5, 5], [9, 30, 8, 1, 10, 2], [7, 1, 7, 1, 7], [1300, 40, 11
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_grouped_documents_equal_a_masked_row(lengths: list[int], causal: bool, kv_heads: int) -> None:
     import megatron_vlm.runtime.megatron_patches  # noqa: F401
-    from megatron_vlm.data.document_layout import document_layout
-    from megatron_vlm.model.attention_kernels import sdpa
-    from megatron_vlm.model.packed_sequence import packed_sequence
+    from megatron_vlm.data.rows.document_layout import document_layout
+    from megatron_vlm.model.layers.attention_kernels import sdpa
+    from megatron_vlm.model.layers.packed_sequence import packed_sequence
 
     cu_seqlens = [0]
     for length in lengths:
@@ -50,9 +50,9 @@ def test_grouped_documents_equal_a_masked_row(lengths: list[int], causal: bool, 
 def test_attention_keeps_no_more_than_query_key_and_value_for_backward(one_process: None) -> None:
     """A slice of qkv as the value would keep all of qkv: twice as much for the language model."""
     from megatron_vlm.config import ParallelConfig
-    from megatron_vlm.data.document_layout import document_layout
+    from megatron_vlm.data.rows.document_layout import document_layout
     from megatron_vlm.model.build import build_model
-    from megatron_vlm.model.packed_sequence import packed_sequence, rotary_tables
+    from megatron_vlm.model.layers.packed_sequence import packed_sequence, rotary_tables
     from tests.parallel.rows import tiny_recipe
 
     (model,) = build_model(tiny_recipe(ParallelConfig()))

@@ -9,8 +9,8 @@ import torch
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401
 from megatron_vlm.config import ConfigError, Recipe
-from megatron_vlm.model import attention_backend as backends
-from megatron_vlm.model.attention_backend import choose_attention, describe_attention
+from megatron_vlm.model.layers import attention_backend as backends
+from megatron_vlm.model.layers.attention_backend import choose_attention, describe_attention
 
 PACKAGES = {"flash_attn_2", "flash_attn_3", "transformer_engine", "aiter"}
 

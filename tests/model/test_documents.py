@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_vlm.config import ParallelConfig
-from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
+from megatron_vlm.data.rows.batch import IGNORE_INDEX, PackedBatch
 from tests.parallel.rows import SEQ_LENGTH, make_row, tiny_recipe
 
 EQUAL = 1e-5

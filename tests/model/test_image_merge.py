@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megatron_vlm.data.batch import Document, assemble_row
 from megatron_vlm.data.processing.conversation import EncodedConversation
 from megatron_vlm.data.processing.image_tokens import bilinear_features, feature_order, num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry
-from megatron_vlm.data.rank_batch import RankView, rank_batch
+from megatron_vlm.data.rows.batch import Document, assemble_row
+from megatron_vlm.data.rows.rank_batch import RankView, rank_batch
 from megatron_vlm.model.image_merge import merge_image_features
 from tests.data.helpers import tiny_model, view_of
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_vlm.data.batch import IGNORE_INDEX
+from megatron_vlm.data.rows.batch import IGNORE_INDEX
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])

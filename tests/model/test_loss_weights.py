@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_vlm.config import ParallelConfig, Recipe
-from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
-from megatron_vlm.data.loss_weights import token_weights
+from megatron_vlm.data.rows.batch import IGNORE_INDEX, PackedBatch
+from megatron_vlm.data.rows.loss_weights import token_weights
 from tests.parallel.rows import SEQ_LENGTH, make_row, tiny_recipe
 
 ROWS = 8
@@ -68,7 +68,7 @@ def test_the_loss_of_a_step_is_that_of_its_documents(build: Any, normalization: 
 
 @pytest.mark.parametrize("normalization", ["token", "sample", "sqrt"])
 def test_an_evaluation_gives_the_loss_of_each_dataset(build: Any, normalization: str) -> None:
-    from megatron_vlm.data.rank_batch import rank_batch
+    from megatron_vlm.data.rows.rank_batch import rank_batch
     from megatron_vlm.model.rank_view import rank_view
     from megatron_vlm.training.validation import dataset_losses
 

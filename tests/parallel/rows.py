@@ -16,7 +16,7 @@ from megatron_vlm.config import (
     TrainingConfig,
     VisionConfig,
 )
-from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch, tile_range
+from megatron_vlm.data.rows.batch import IGNORE_INDEX, PackedBatch, tile_range
 
 SEQ_LENGTH, VOCAB_SIZE, IMAGE_TOKEN = 96, 256, 250
 

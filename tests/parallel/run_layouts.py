@@ -25,7 +25,7 @@ import megatron_vlm.runtime.megatron_patches  # noqa: F401
 from megatron.core import tensor_parallel
 
 from megatron_vlm.config import check_recipe
-from megatron_vlm.data.rank_batch import rank_batch
+from megatron_vlm.data.rows.rank_batch import rank_batch
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import initialize_weights
 from megatron_vlm.model.rank_view import rank_view

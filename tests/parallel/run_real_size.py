@@ -27,7 +27,7 @@ from megatron.core import tensor_parallel
 
 from benchmarks.support.instruct_samples import InstructRows
 from megatron_vlm.config import Recipe, check_recipe, load_recipe
-from megatron_vlm.data.batch import PackedBatch
+from megatron_vlm.data.rows.batch import PackedBatch
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import all_sharded_tensors, initialize_weights
 from megatron_vlm.model.sharding import model_sharded_state_dict

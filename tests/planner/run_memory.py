@@ -31,7 +31,7 @@ from megatron_vlm.config import (
     VisionConfig,
     check_recipe,
 )
-from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch, tile_range
+from megatron_vlm.data.rows.batch import IGNORE_INDEX, PackedBatch, tile_range
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import initialize_weights
 from megatron_vlm.planner.memory import rank_memory

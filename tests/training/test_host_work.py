@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_vlm.config import ParallelConfig, check_recipe
 from megatron_vlm.config.recipe import load_recipe
-from megatron_vlm.data.rank_batch import RankBatch, rank_batch
+from megatron_vlm.data.rows.rank_batch import RankBatch, rank_batch
 from tests.parallel.rows import SEQ_LENGTH, make_row, tiny_recipe
 from tests.support.host_work import RowLongHostWork
 from tests.training.tiny_run import write_recipe

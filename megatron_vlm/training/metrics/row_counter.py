@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_vlm.data.rank_batch import RankBatch
+from megatron_vlm.data.rows.rank_batch import RankBatch
 from megatron_vlm.runtime.process_groups import ParallelRanks
 from megatron_vlm.training.metrics.phases import PhaseTimer
 

@@ -20,7 +20,7 @@ import megatron_vlm.runtime.megatron_patches  # noqa: F401
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_vlm.config import ParallelConfig, Recipe, check_recipe
-from megatron_vlm.data.batch import PackedBatch, tile_range
+from megatron_vlm.data.rows.batch import PackedBatch, tile_range
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.runtime.launch import process_group

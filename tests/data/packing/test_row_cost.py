@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vlm.config import ParallelConfig, Recipe, load_recipe
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
 from megatron_vlm.data.packing.row_cost import RowCost, cost_of_model, row_cost, step_operations
+from megatron_vlm.data.rows.batch import IGNORE_INDEX, PackedBatch
 from tests.parallel.rows import tiny_recipe
 
 

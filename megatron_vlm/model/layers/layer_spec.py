@@ -9,9 +9,9 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_vlm.model.attention import PackedAttention
-from megatron_vlm.model.attention_kernels import Kernel
-from megatron_vlm.model.linear_layers import LinearLayers
+from megatron_vlm.model.layers.attention import PackedAttention
+from megatron_vlm.model.layers.attention_kernels import Kernel
+from megatron_vlm.model.layers.linear_layers import LinearLayers
 
 
 def block_spec(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_vlm.data.document_layout import DocumentGroup, DocumentLayout
+from megatron_vlm.data.rows.document_layout import DocumentGroup, DocumentLayout
 
 
 @dataclass

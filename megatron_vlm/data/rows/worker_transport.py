@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_vlm.data.rank_batch import AnyBatch
-from megatron_vlm.data.tensor_tree import map_leaves
+from megatron_vlm.data.rows.rank_batch import AnyBatch
+from megatron_vlm.data.rows.tensor_tree import map_leaves
 
 
 class SharedBatch:

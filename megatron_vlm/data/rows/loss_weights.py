@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from megatron_vlm.config.training import LossNormalization
-from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
+from megatron_vlm.data.rows.batch import IGNORE_INDEX, PackedBatch
 
 _EXPONENT: dict[LossNormalization, float] = {"token": 0.0, "sample": -1.0, "sqrt": -0.5}
 

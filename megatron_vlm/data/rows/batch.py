@@ -12,7 +12,7 @@ from megatron_vlm.data.processing.conversation import IGNORE_INDEX as IGNORE_IND
 from megatron_vlm.data.processing.conversation import EncodedConversation
 from megatron_vlm.data.processing.image_tokens import RowFeatures
 from megatron_vlm.data.processing.tiling import ImageGeometry, Size
-from megatron_vlm.data.tensor_tree import map_leaves
+from megatron_vlm.data.rows.tensor_tree import map_leaves
 
 
 @dataclass

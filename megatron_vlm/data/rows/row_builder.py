@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_vlm.data.batch import Document, PackedBatch, assemble_row, tile_range
 from megatron_vlm.data.errors import DataError, RowError
 from megatron_vlm.data.length_index import LengthIndex
 from megatron_vlm.data.packing.row_plan import PlannedRow
@@ -25,6 +24,7 @@ from megatron_vlm.data.processing.image_io import ImageUnreadable, decode_image
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, extract_tiles_into, num_image_tiles
 from megatron_vlm.data.processing.tokenizer import Tokenizer
+from megatron_vlm.data.rows.batch import Document, PackedBatch, assemble_row, tile_range
 from megatron_vlm.data.sources.annotations import count_placeholders
 from megatron_vlm.data.sources.sample_source import Sample, SourceList
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from megatron_vlm.data.document_layout import DocumentGroup
-from megatron_vlm.model.packed_sequence import PackedSequence
+from megatron_vlm.data.rows.document_layout import DocumentGroup
+from megatron_vlm.model.layers.packed_sequence import PackedSequence
 
 
 class Kernel(Protocol):

@@ -16,7 +16,7 @@ import torch
 
 from megatron_vlm.config import ConfigError, Recipe
 from megatron_vlm.config.training import AttentionBackend
-from megatron_vlm.model import attention_kernels as kernels
+from megatron_vlm.model.layers import attention_kernels as kernels
 from megatron_vlm.runtime.device import compute_capability, device_kind, on_gpu
 
 AttentionPart = Literal["vision", "language"]

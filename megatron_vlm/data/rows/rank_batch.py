@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from megatron_vlm.config.training import LossNormalization
-from megatron_vlm.data.batch import IGNORE_INDEX, PackedBatch
-from megatron_vlm.data.document_layout import DocumentLayout, document_layout
-from megatron_vlm.data.loss_weights import token_weights
-from megatron_vlm.data.tensor_tree import map_leaves
+from megatron_vlm.data.rows.batch import IGNORE_INDEX, PackedBatch
+from megatron_vlm.data.rows.document_layout import DocumentLayout, document_layout
+from megatron_vlm.data.rows.loss_weights import token_weights
+from megatron_vlm.data.rows.tensor_tree import map_leaves
 
 
 @dataclass(frozen=True)

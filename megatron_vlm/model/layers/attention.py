@@ -17,8 +17,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vlm.model.attention_kernels import Kernel
-from megatron_vlm.model.packed_sequence import PackedSequence
+from megatron_vlm.model.layers.attention_kernels import Kernel
+from megatron_vlm.model.layers.packed_sequence import PackedSequence
 from megatron_vlm.runtime.device import fused
 
 

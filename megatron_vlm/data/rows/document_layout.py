@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_vlm.data.tensor_tree import map_leaves
+from megatron_vlm.data.rows.tensor_tree import map_leaves
 
 LONG_DOCUMENT = 1024
 """Documents of at least this many tokens get a call of their own: padding them would cost more than a kernel launch."""
