@@ -29,15 +29,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folders = {selection: tmp_path_factory.mktemp("layouts") for selection in ("", "--full")}
 
     @cache
-    def of_world(world: int, selection: str = "") -> dict[str, Any]:
+    def run_world(world: int, selection: str) -> dict[str, Any]:
         if world != 1:
-            of_world(1, selection)
+            run_world(1, selection)
         folder = folders[selection]
         launch(SCRIPT, str(folder), *filter(None, [selection]), ranks=world, timeout=400)
         found: dict[str, Any] = json.loads((folder / f"world_{world}.json").read_text())
         return found
 
-    return of_world
+    # `cache` takes a default that is given and one that is not for two calls: it would run everything twice
+    return lambda world, selection="": run_world(world, selection)
 
 
 CASES = [
