@@ -2,8 +2,9 @@
 
 Planning needs nothing else, so every rank plans by itself without reading an image. The cache key covers everything the
 lengths depend on: the annotations, the tokenizer, the image geometry and the conversation template. When one of them
-changes, a new index is built. Rejected samples are measured again each time, so a repaired image is used from the next
-start on. If an image is replaced by one of another size under the same annotation, building its row reports it.
+changes, a new index is built. A sample that was rejected for an image is measured again when the size or the time of
+one of its image files is another, so a repaired image is used from the next start on. If an image is replaced by one of
+another size under the same annotation, building its row reports it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -53,6 +55,17 @@ class Rejection:
     sample_id: str
     reason: str
     message: str
+    image_files: dict[str, list[int]] | None = None
+    """[size, modification time in ns] of each image file of the sample when it was measured, [] for a missing one.
+    Empty if the annotation alone is the reason. None: not recorded, in an index of an earlier version.
+    """
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the sample may be usable by now: an image file changed, or it is not known whether one did."""
+        if self.image_files is None:
+            return True
+        return any(_file_state(name) != state for name, state in self.image_files.items())
 
 
 @dataclass
@@ -106,13 +119,18 @@ class _Measurer:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     def measure(self, index: int) -> _SampleLengths:
+        files: dict[str, list[int]] = {}
         try:
             sample = self.source.metadata(index)
-            sizes = sample.measure_images(self.verify)
+            try:
+                sizes = sample.measure_images(self.verify)
+            except SampleError:
+                files = {str(file.absolute()): _file_state(file) for file in sample.image_files}
+                raise
             # Only the number of text tokens is needed: images count 0 here, and any image_token_index will do.
             text = self._encode(sample, len(sizes))
         except SampleError as error:
-            return _SampleLengths(REJECTED, 0, [], Rejection(index, error.sample_id, error.reason, str(error)))
+            return _SampleLengths(REJECTED, 0, [], Rejection(index, error.sample_id, error.reason, str(error), files))
         geometry = self.geometry.for_sample(len(sizes))
         image_tokens = sum(num_image_tokens(size, geometry) for size in sizes)
         tiles = sum(num_image_tiles(size, geometry) for size in sizes)
@@ -137,7 +155,8 @@ def load_length_index(
     """Read the length index of a source from the cache, or build and cache it.
 
     Several processes, also of several machines, may call this at once: one measures and the others wait for its file.
-    What it has measured is kept if it is killed.
+    What it has measured is kept if it is killed. Samples that were rejected for an image file which has changed since
+    then are measured again, likewise by one process.
 
     Args:
         source: the samples to measure.
@@ -153,19 +172,19 @@ def load_length_index(
     measurer = _Measurer(source, tokenizer, geometry, verify_images)
     path = cache_folder(source.name, cache_dir) / f"{Path(source.name).stem}-{measurer.cache_key()}.arrays"
     index = _read(path)
-    if index is None:
-        return _measure_once(measurer, path, processes)
+    if index is None or _stale(index):
+        index = _measure_once(measurer, path, processes)
     index.file = path
-    if index.rejected:
-        remeasured = {rejection.index: measurer.measure(rejection.index) for rejection in index.rejected}
-        if any(new.rejection != old for new, old in zip(remeasured.values(), index.rejected, strict=True)):
-            index = _update(index, remeasured)
-            _write(path, index)
     return index
 
 
+def _stale(index: LengthIndex) -> list[int]:
+    """The rejected samples to measure again."""
+    return [rejection.index for rejection in index.rejected if rejection.is_stale]
+
+
 def _measure_once(measurer: _Measurer, path: Path, processes: int | None) -> LengthIndex:
-    """Measure all samples and write the file, or wait for the file of another process that does so."""
+    """Measure all samples, or the rejected ones again, and write the file, or wait for another process that does so."""
     lock = path.with_suffix(".lock")
     with _writing_to(path.parent):
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +196,11 @@ def _measure_once(measurer: _Measurer, path: Path, processes: int | None) -> Len
             index = _measure_all(measurer, parts, processes)
             _write(path, index)
             parts.remove()
-    index.file = path
+        elif stale := _stale(index):
+            label = f"measuring rejected samples of {measurer.source.name} again"
+            measured = parallel_map(lambda i: measurer.measure(stale[i]), len(stale), processes, label)
+            index = _update(index, dict(zip(stale, measured, strict=True)))
+            _write(path, index)
     return index
 
 
@@ -215,13 +238,17 @@ def _collect(samples: Iterator[_SampleLengths], total: int) -> LengthIndex:
 
 
 def _update(index: LengthIndex, remeasured: dict[int, _SampleLengths]) -> LengthIndex:
-    """The index with new lengths of some samples."""
-
-    def samples() -> Iterator[_SampleLengths]:
-        for i in range(len(index.tokens)):
-            yield remeasured.get(i) or _SampleLengths(int(index.tokens[i]), int(index.tiles[i]), index.image_sizes(i))
-
-    return _collect(samples(), len(index.tokens))
+    """The index with new lengths of some samples that were rejected. Those had no image sizes."""
+    tokens, tiles, counts = index.tokens.copy(), index.tiles.copy(), np.diff(index.size_starts)
+    usable = {i: lengths for i, lengths in sorted(remeasured.items()) if lengths.rejection is None}
+    for i, lengths in usable.items():
+        tokens[i], tiles[i], counts[i] = lengths.tokens, lengths.tiles, len(lengths.sizes)
+    rows = [int(index.size_starts[i]) for i, lengths in usable.items() for _ in lengths.sizes]
+    new = np.array([size for lengths in usable.values() for size in lengths.sizes], np.int32).reshape(-1, 2)
+    sizes = np.insert(index.sizes, rows, new, axis=0) if rows else index.sizes
+    after = [remeasured[old.index].rejection if old.index in remeasured else old for old in index.rejected]
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return LengthIndex(tokens, tiles, starts, sizes, [rejection for rejection in after if rejection is not None])
 
 
 def _concatenate(parts: list[LengthIndex]) -> LengthIndex:
@@ -247,6 +274,15 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> LengthIndex:
     return LengthIndex(arrays["tokens"], arrays["tiles"], arrays["size_starts"], arrays["sizes"], rejected)
 
 
+def _file_state(path: str | Path) -> list[int]:
+    """[size, modification time in ns] of a file, or [] if it cannot be accessed."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # a name with NUL or a lone surrogate is no file name
+        return []
+    return [status.st_size, status.st_mtime_ns]
+
+
 def _read(path: Path) -> LengthIndex | None:
     try:
         return _from_arrays(map_arrays(path))
@@ -260,7 +296,9 @@ def _read(path: Path) -> LengthIndex | None:
 def _write(path: Path, index: LengthIndex) -> None:
     with _writing_to(path.parent):
         with atomic_file(path.with_suffix(_REJECTED_SUFFIX)) as file:
-            file.write("".join(json.dumps(asdict(rejection)) + "\n" for rejection in index.rejected).encode())
+            for rejection in index.rejected:
+                listed = {name: value for name, value in vars(rejection).items() if name != "image_files"}
+                file.write(f"{json.dumps(listed)}\n".encode())
         write_arrays(path, **_to_arrays(index))
 
 

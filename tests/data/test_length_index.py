@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_vlm.data import length_index as lengths
+from megatron_vlm.data.array_files import map_arrays, write_arrays
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.length_index import REJECTED, LengthIndex, describe_rejections, load_length_index
 from megatron_vlm.data.processing.conversation import encode_conversation
@@ -105,6 +106,46 @@ def test_rejected_samples_are_logged_listed_and_measured_again(tmp_path: Path, t
     index = build(folder, tokenizer)
     assert index.tokens[1] > 0 and index.image_sizes(1) == [(9, 9)] and len(index.rejected) == 2
     assert same(build(folder, tokenizer), index)
+
+
+def test_rejected_samples_are_measured_again_only_if_an_image_file_changed(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, log = mixed_folder(tmp_path, 8), tmp_path / "measured"
+    folder.add("empty", "hi", " ")
+    folder.add("broken", "<image>", "yes", image=folder.image("broken.png", 3, 3))
+    folder.add("gone", "<image><image>", "yes", image=["gone.png", "0_0.png"])
+    folder.add("surrogate", "<image>", "yes", image="\ud800.png")
+    (folder.images / "broken.png").write_bytes(b"nonsense")
+    first = build(folder, tokenizer)
+    _count_measured(folder, tokenizer, log, monkeypatch)
+    assert same(build(folder, tokenizer), first) and not log.exists(), "nothing changed"
+
+    file = folder.write()
+
+    def start(_: int) -> LengthIndex:
+        return load_length_index(AnnotationSource(file, folder.images), tokenizer, GEOMETRY, processes=1)
+
+    (folder.images / "gone.png").write_bytes(image_bytes(9, 7))
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(start, range(3)))
+    assert log.stat().st_size == 1, "one process measures the one sample whose image came"
+    assert all(same(index, found[0]) for index in found)
+    assert [rejection.sample_id for rejection in found[0].rejected] == ["empty", "broken", "surrogate"]
+    assert found[0].image_sizes(10)[0] == (9, 7) and len(found[0].image_sizes(10)) == 2
+    assert same(found[0], build(folder, tokenizer, cache_dir=tmp_path / "other"))
+    assert found[0].image_sizes(7) == first.image_sizes(7)
+
+    _forget_image_files(found[0].file)  # as an index of an earlier version
+    log.unlink()
+    assert same(build(folder, tokenizer), found[0]) and log.stat().st_size == 3
+    assert same(build(folder, tokenizer), found[0]) and log.stat().st_size == 3
+
+
+def _forget_image_files(path: Path) -> None:
+    arrays = dict(map_arrays(path))
+    rejected = [{**item, "image_files": None} for item in json.loads(arrays[lengths._REJECTIONS].tobytes())]
+    write_arrays(path, **{**arrays, lengths._REJECTIONS: np.frombuffer(json.dumps(rejected).encode(), np.uint8)})
 
 
 def test_a_damaged_index_is_rebuilt(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import weakref
 from array import array
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +18,7 @@ from megatron_vlm.config.errors import nearest
 from megatron_vlm.data.array_files import map_arrays, write_arrays
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.sources.json_index import find_items, find_lines
+from megatron_vlm.runtime.file_lock import file_lock
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 SUFFIXES = (".json", *LINE_SUFFIXES)
@@ -60,7 +61,7 @@ class AnnotationFile:
         self._cache = Path(cache_dir) if cache_dir else None
         try:
             with self.path.open("rb") as file:
-                self._scan = self._read_cache(file) or self._scan_file(file)
+                self._scan = self._read_cache(file) or self._scan_once(file)
                 self._descriptor = os.dup(file.fileno())
         except OSError as error:
             what = f"annotation file {self.path} cannot be read: {error.strerror}"
@@ -81,7 +82,17 @@ class AnnotationFile:
                 self._scan.digest = _digest(file)
         return self._scan.digest
 
+    def _scan_once(self, file: BinaryIO) -> _Scan:
+        """Scan the file, or wait for another process that does so and read what it has found from the cache."""
+        with ExitStack() as stack:
+            if self._cache and _state(file)[0] >= _MIN_CACHED_BYTES:
+                lock = self._cache_file().with_suffix(".lock")
+                with suppress(OSError):  # a cache that cannot be written is reported when lengths are measured
+                    stack.enter_context(file_lock(lock, purpose=f"scanning {self.path}"))
+            return self._read_cache(file) or self._scan_file(file)
+
     def _scan_file(self, file: BinaryIO) -> _Scan:
+        file.seek(0)
         offsets = array("q")
         for start, end in find_lines(file) if self.path.suffix in LINE_SUFFIXES else find_items(file):
             offsets.extend((start, end))
@@ -94,7 +105,7 @@ class AnnotationFile:
                 "digest": np.frombuffer(scan.digest.encode(), np.uint8),
             }
             if (_state(file) == scan.state).all():
-                with suppress(OSError):  # a cache that cannot be written is reported when lengths are measured
+                with suppress(OSError):  # see _scan_once
                     write_arrays(self._cache_file(), **arrays)
         return scan
 

@@ -7,7 +7,7 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,6 +39,8 @@ class Sample:
     """Opens the i-th image file. Raises OSError."""
     image_sizes: list[tuple[int, int]] | None
     """Upright (width, height) of each image; None: they are not known without reading the images."""
+    image_files: list[Path] = field(default_factory=list)
+    """The file of each image; empty if the images are inside the files of the source."""
 
     def read_image(self, index: int) -> bytes:
         """The bytes of an image file. Raises OSError."""
@@ -181,6 +183,7 @@ class AnnotationSource(SampleSource):
             image_names=[str(path) for path in paths],
             open_image=lambda i: paths[i].open("rb"),
             image_sizes=None if paths else [],
+            image_files=paths,
         )
 
     def content_hash(self) -> str:

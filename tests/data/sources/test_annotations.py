@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,19 @@ def test_a_large_file_is_scanned_once(tmp_path: Path, name: str, monkeypatch: py
     cached.write_bytes(cached.read_bytes()[:100])
     assert len(AnnotationFile(path, tmp_path / "cache")) == 4
     assert len(AnnotationFile(path, path)) == 4  # a cache that cannot be written
+
+
+def test_processes_that_start_together_scan_a_large_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, scans = Folder(tmp_path), []
+    folder.add("0", "Hi", "long " * 250_000)
+    path = folder.write()
+    original = annotation_file.find_items
+    monkeypatch.setattr(annotation_file, "find_items", lambda file: scans.append(1) or original(file))
+    with ThreadPoolExecutor(4) as threads:  # each opens the lock by itself, as processes do
+        files = list(threads.map(lambda _: AnnotationFile(path, tmp_path / "cache"), range(4)))
+    assert len(scans) == 1 and {file.content_hash() for file in files} == {files[0].content_hash()}
+    assert all(file.entry(0) == folder.entries[0] for file in files)
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "no lock is left"
 
 
 def test_a_malformed_line_is_one_invalid_sample(tmp_path: Path) -> None:
