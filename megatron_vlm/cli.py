@@ -56,6 +56,10 @@ GROUPS = {
         ),
     },
     "training": {
+        "init": Command(
+            "megatron_vlm.new_recipe.init",
+            "data and a model -> a recipe with comments, checked",
+        ),
         "plan": Command(
             "megatron_vlm.train",
             "what train would do: parallel layout, rows, samples per step, epochs",

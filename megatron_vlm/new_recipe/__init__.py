@@ -1,0 +1,1 @@
+"""The command `init`: a recipe that fits the user's data and model."""
