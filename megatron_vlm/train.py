@@ -122,6 +122,7 @@ def _train(recipe: Recipe) -> bool:
     from megatron_vlm.runtime.launch import initialize_model_parallel, process_group
     from megatron_vlm.runtime.logging import configure_logging
     from megatron_vlm.runtime.process_groups import parallel_ranks
+    from megatron_vlm.training.recompute_choice import resolve_recompute
     from megatron_vlm.training.trainer import train
 
     minutes = recipe.training.distributed_timeout_minutes
@@ -129,6 +130,7 @@ def _train(recipe: Recipe) -> bool:
         require_same_start(recipe)
         initialize_model_parallel(recipe.parallel, seed=recipe.training.seed, timeout_minutes=minutes)
         configure_logging(str(parallel_ranks()))
+        resolve_recompute(recipe)
         return train(recipe)
 
 

@@ -124,10 +124,11 @@ class TrainingConfig:
         default=2.0,
         metadata={"help": "List the samples of an iteration with more than so many times the recent loss; 0: never."},
     )
-    recompute_granularity: Literal["full", "selective"] | None = field(
+    recompute_granularity: Literal["full", "selective", "auto"] | None = field(
         default=None,
         metadata={
-            "help": "What backward recomputes: whole layers (full), or the recompute_modules of each (selective)."
+            "help": "What backward recomputes: whole layers (full), the recompute_modules of each (selective), or what "
+            "is estimated to be the cheapest that fits into the GPU's memory (auto)."
         },
     )
     recompute_modules: list[RecomputeModule] | None = field(

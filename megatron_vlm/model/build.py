@@ -59,7 +59,7 @@ def _language_recompute(training: TrainingConfig) -> dict[str, Any]:
     if training.recompute_granularity == "selective":
         modules = list(training.recompute_modules or DEFAULT_RECOMPUTE_MODULES)
         return {"recompute_granularity": "selective", "recompute_modules": modules}
-    if training.recompute_granularity is None:
+    if training.recompute_granularity != "full":  # `auto` is replaced before a run builds its model
         return {}
     layers = training.recompute_num_layers
     return _FULL_RECOMPUTE | ({"recompute_method": "block", "recompute_num_layers": layers} if layers else {})

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_vlm.config import PARTS, Recipe
 from megatron_vlm.planner.balance import layers_per_stage
 from megatron_vlm.planner.devices import DEVICES, GB, GPUS_PER_MACHINE
 from megatron_vlm.planner.estimate import Estimate, days
 from megatron_vlm.planner.memory import RankMemory, rank_memory
 from megatron_vlm.planner.parameters import model_parameters
+from megatron_vlm.planner.recompute import cheapest_recompute, describe_recompute, recompute_ladder
 from megatron_vlm.planner.row_work import RowShape
 from megatron_vlm.planner.search import best_layouts
 
 _BILLION = 10**9
 _MACHINES = ("MI300X", "H100")
+_MEMORY_SIZES = (40, 64, 80, 141, 192)
+"""GB of the GPUs for which a dry run says what would be recomputed."""
 
 
 def describe_plan(recipe: Recipe, world_size: int, shape: RowShape | None = None) -> list[str]:
@@ -33,6 +38,8 @@ def describe_plan(recipe: Recipe, world_size: int, shape: RowShape | None = None
         f"stages     {'-'.join(map(str, layers_per_stage(recipe)))} language layers",
         f"memory     {fullest.total / GB:.1f} GB on the fullest rank of {world_size}: {describe_memory(fullest)}",
     ]
+    if training.recompute_granularity == "auto":
+        lines += [f"recompute  {line}" for line in _recompute_choices(recipe, world_size, shape)]
     rows = f"{training.global_batch_size} rows x {recipe.data.seq_length}"
     if training.epochs is None or source == "the planned rows":
         steps = training.train_iters
@@ -46,6 +53,17 @@ def describe_plan(recipe: Recipe, world_size: int, shape: RowShape | None = None
 
 def describe_memory(memory: RankMemory) -> str:
     return ", ".join(f"{name} {size / GB:.1f}" for name, size in vars(memory).items())
+
+
+def _recompute_choices(recipe: Recipe, world_size: int, shape: RowShape) -> list[str]:
+    """What `recompute_granularity: auto` would choose on GPUs of several sizes. Rows may be fuller than on average."""
+    lines, full = [], replace(shape, tiles=RowShape.of_recipe(recipe).tiles)
+    nothing = recompute_ladder(recipe, world_size, full)[0].work
+    for size in _MEMORY_SIZES:
+        rung, fits = cheapest_recompute(recipe, world_size, size * GB, full)
+        cost = f"{100 * (rung.work / nothing - 1):.0f} % more work, {rung.memory / GB:.0f} GB"
+        lines.append(f"on {size} GB: {describe_recompute(rung.recipe)} ({cost}{'' if fits else '; does not fit'})")
+    return lines
 
 
 def _times(recipe: Recipe, shape: RowShape, steps: int | None) -> list[str]:

@@ -68,7 +68,7 @@ def _recomputed_layer(recipe: Recipe, cost: RowCost, shape: RowShape) -> float:
         limit = training.recompute_num_layers or language.num_hidden_layers
         stages = recipe.parallel.pipeline_model_parallel_size * recipe.parallel.virtual_pipeline_model_parallel_size
         return (attention + linear) * min(1.0, limit * stages / language.num_hidden_layers)
-    if training.recompute_granularity is None:
+    if training.recompute_granularity != "selective":
         return 0.0
     modules = training.recompute_modules or DEFAULT_RECOMPUTE_MODULES
     heads = language.head_width * (language.num_attention_heads + language.num_key_value_heads)

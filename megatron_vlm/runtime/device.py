@@ -39,6 +39,15 @@ def collective_backend() -> str:
     return "nccl" if on_gpu() else "gloo"
 
 
+def device_memory() -> int | None:
+    """Bytes that this process may allocate on its GPU; None on a CPU."""
+    if not on_gpu():
+        return None
+    total = torch.cuda.get_device_properties(current_device()).total_memory
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()  # not in torch 2.6
+    return int(total * share)
+
+
 def compute_capability() -> tuple[int, int]:
     """Of this process's GPU, such as (9, 0)."""
     return torch.cuda.get_device_capability()

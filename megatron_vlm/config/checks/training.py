@@ -107,3 +107,10 @@ def check_recompute(recipe: Recipe) -> Iterator[Problem]:
                 f"belongs to recompute_granularity = {granularity}, which is {training.recompute_granularity or 'off'}",
                 f"Set recompute_granularity = {granularity}, or leave {name} out",
             )
+    if training.recompute_granularity == "auto" and training.recompute_vision is not None:
+        yield Problem(
+            "training.recompute_vision",
+            training.recompute_vision,
+            "is chosen by recompute_granularity = auto",
+            "Leave recompute_vision out, or choose recompute_granularity yourself",
+        )
