@@ -1,4 +1,4 @@
-"""Write MDS shards from LLaVA-style annotations and image files, to a folder or to S3.
+"""Write MDS shards from annotations with image files, Parquet files or WebDataset tars, to a folder or to S3.
 
 megatron-vlm prepare-shards --annotations train.json --image-folder images --output shards/train
 
@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     quarantined, 2 error, 130 Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--annotations", nargs="+", metavar="PATH", help=".json, .jsonl or .ndjson files, or folders")
+    parser.add_argument(
+        "--annotations", nargs="+", metavar="PATH", help=".json, .jsonl, .parquet or .tar files, or folders"
+    )
     parser.add_argument("--image-folder", metavar="DIR", help="root of the image paths in annotations")
     parser.add_argument("--output", required=True, metavar="DIR|s3://…", help="shard set to write")
     parser.add_argument("--processes", type=_positive, metavar="N", help="worker processes; default: one per core")

@@ -209,5 +209,5 @@ def open_plan_cache(recipe: Recipe, dataset: MixtureDataset, inputs: dict[str, A
         samples = dataset.mixture.sample_epoch(dataset.usable, seed, epoch)
         return plan_epoch(samples, dataset.tokens, dataset.tiles, budget, seed, epoch)
 
-    folder = cache_folder(dataset.mixture.sources.sources[0].name, data.cache_dir)
+    folder = cache_folder(dataset.mixture.sources.sources[0].location, data.cache_dir)
     return PlanCache(folder, key, compute)

@@ -170,7 +170,7 @@ def load_length_index(
         DataError: the cache folder cannot be written, or a measuring process died.
     """
     measurer = _Measurer(source, tokenizer, geometry, verify_images)
-    path = cache_folder(source.name, cache_dir) / f"{Path(source.name).stem}-{measurer.cache_key()}.arrays"
+    path = cache_folder(source.location, cache_dir) / f"{Path(source.location).stem}-{measurer.cache_key()}.arrays"
     index = _read(path)
     if index is None or _stale(index):
         index = _measure_once(measurer, path, processes)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from megatron_vlm.config.checks.problems import Problem
 from megatron_vlm.config.errors import nearest
+from megatron_vlm.config.file_lists import expand_path
 from megatron_vlm.config.recipe import Recipe
 from megatron_vlm.config.values import to_bytes
 
-_DATA_FILES = (".json", ".jsonl", ".ndjson", ".yaml", ".yml")
+_ANNOTATIONS = (".json", ".json_new", ".jsonl", ".ndjson")
+_DATA_FILES = (*_ANNOTATIONS, ".parquet", ".arrow", ".tar", ".yaml", ".yml")
 
 
 def path_problems(recipe: Recipe) -> list[Problem]:
@@ -21,31 +23,50 @@ def path_problems(recipe: Recipe) -> list[Problem]:
 
 def _check_data(recipe: Recipe) -> Iterator[Problem]:
     if not recipe.data.data_path:
-        yield Problem("data.data_path", [], "no data", "Give annotation files, shard folders or a mixture file")
+        yield Problem(
+            "data.data_path", [], "no data", "Give annotation files, other sources (docs/data.md) or a mixture file"
+        )
     named = {"data_path": recipe.data.data_path, "valid_data_path": recipe.data.valid_data_path or []}
     for setting, name in [(setting, name) for setting, names in named.items() for name in names]:
-        path = Path(name)
-        if _remote(name) or path.is_dir():
+        try:
+            paths = [] if _remote(name) else [Path(expanded) for expanded in expand_path(name)]
+        except ValueError as error:
+            yield Problem(f"data.{setting}", name, str(error), "Correct the path")
             continue
-        if not path.exists():
-            yield _missing(f"data.{setting}", path, "file or folder")
-        elif path.suffix not in _DATA_FILES:
-            yield Problem(
-                f"data.{setting}",
-                name,
-                f"unknown file type ({path.suffix or 'no suffix'})",
-                f"Use a file ending in {', '.join(_DATA_FILES)}, or a shard folder",
-            )
+        yield from _check_files(f"data.{setting}", paths)
     yield from _check_cache(recipe)
     folder = recipe.data.image_folder
     if folder is not None and not _remote(folder) and not Path(folder).is_dir():
         yield _missing("data.image_folder", Path(folder), "folder")
 
 
+def _check_files(setting: str, paths: list[Path]) -> Iterator[Problem]:
+    """At most one problem is reported: a list in braces has many files."""
+    for path in paths:
+        if path.is_dir():
+            continue
+        if not path.exists():
+            yield _missing(setting, path, "file or folder")
+            return
+        if path.suffix not in _DATA_FILES and Path(path.name.removesuffix(".gz")).suffix not in _ANNOTATIONS:
+            yield Problem(
+                setting,
+                path,
+                f"unknown file type ({path.suffix or 'no suffix'})",
+                f"Use a file ending in {', '.join(_DATA_FILES)} (annotations also with .gz), or a folder",
+            )
+            return
+
+
 def _check_cache(recipe: Recipe) -> Iterator[Problem]:
     data = recipe.data
     remote = next(
-        (name for name in [*data.data_path, *(data.valid_data_path or []), data.data_root or ""] if _remote(name)), None
+        (
+            name
+            for name in [*data.data_path, *(data.valid_data_path or []), data.data_root or ""]
+            if name.startswith("s3://")
+        ),
+        None,
     )
     if remote and data.cache_dir is None:
         wrong = f"not set, but shards of {remote} are cached there"

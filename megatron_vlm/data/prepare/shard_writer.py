@@ -1,4 +1,4 @@
-"""Writes annotations and image files as shards. Every sample is validated, every image decoded, and errors are listed.
+"""Writes annotations and images as shards. Every sample is validated, every image decoded, and errors are listed.
 
 The samples are divided into parts of equal size. One process writes the shards of a part and then a record of its
 samples. Parts with a record are not written again, so an interrupted run can be resumed. The parts can be distributed
@@ -18,7 +18,8 @@ from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.prepare.annotation_finder import find_annotations
 from megatron_vlm.data.prepare.shard_destination import QUARANTINE, LocalDestination, S3Destination, open_destination
 from megatron_vlm.data.shards.mds_format import INDEX, ShardSample, ShardWriter, merge_indexes
-from megatron_vlm.data.sources.sample_source import AnnotationSource, SourceList
+from megatron_vlm.data.sources.open_source import open_entries
+from megatron_vlm.data.sources.sample_source import EntrySource, SourceList
 from megatron_vlm.data.worker_pool import parallel_map, report_progress
 
 MAX_SAMPLES_PER_PART = 4096
@@ -59,7 +60,7 @@ def prepare_shards(
     written and they are listed in `<output>.quarantine.jsonl`.
 
     Args:
-        annotations: `.json`, `.jsonl` and `.ndjson` files, and folders of them.
+        annotations: files that `open_entries` takes, lists of them in braces, and folders of them.
         image_folder: root of their image paths.
         output: folder or s3:// prefix. The set becomes visible when it is complete.
         processes: number of processes that decode images; default: one per core.
@@ -74,7 +75,7 @@ def prepare_shards(
         DataError: an annotation file cannot be read, or `output` is not empty or holds parts of another run.
     """
     destination = open_destination(output)
-    sources = SourceList([AnnotationSource(path, image_folder) for path in find_annotations(annotations)])
+    sources = SourceList([open_entries(path, image_folder, None) for path in find_annotations(annotations)])
     if samples_per_part is None:  # derived from the set alone, so that all jobs agree
         samples_per_part = min(max(-(-len(sources) // _MIN_PARTS), _MIN_SAMPLES_PER_PART), MAX_SAMPLES_PER_PART)
     parts = -(-len(sources) // samples_per_part)
@@ -197,7 +198,7 @@ class _PartWriter:
                 for done, sample_number in enumerate(self.samples_of(number), 1):
                     source_index, entry = self.sources.locate(sample_number)
                     source = self.sources.sources[source_index]
-                    assert isinstance(source, AnnotationSource)
+                    assert isinstance(source, EntrySource)
                     try:
                         sample = _load(source, entry)
                     except SampleError as error:
@@ -219,7 +220,7 @@ class _PartWriter:
         self.destination.write(f"{_RECORDS}/{_record_name(number)}", json.dumps(record).encode())
 
 
-def _load(source: AnnotationSource, index: int) -> ShardSample:
+def _load(source: EntrySource, index: int) -> ShardSample:
     sample = source.sample(index)
     loaded = [sample.load_image(i) for i in range(len(sample.image_names))]
     return ShardSample(source.entry(index), [data for data, _ in loaded], [size for _, size in loaded])

@@ -106,7 +106,7 @@ def _parquet(path: Path) -> Iterator[Row | RowError]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError(f"reading {path} needs pyarrow: pip install pyarrow") from error
+        raise DataError(f"reading {path} needs pyarrow: pip install 'megatron-vlm[parquet]'") from error
     try:
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):  # rows with images are large
             yield from batch.to_pylist()

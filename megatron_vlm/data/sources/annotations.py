@@ -16,7 +16,7 @@ from megatron_vlm.data.processing.conversation import IMAGE_PLACEHOLDER, Turn
 from megatron_vlm.data.sources.message_formats import EntryError, read_turns, shown
 
 CONVERSATION_KEYS = ("conversations", "messages")
-_IMAGE_KEYS = ("image", "images")
+IMAGE_KEYS = ("image", "images")
 _IMAGE_WORD = re.compile(r"image|img|picture|photo|pixel|frame", re.IGNORECASE)
 _IMAGE_COLUMN = re.compile(r"(image|img|picture|photo)s?_?(path|file|name|filename|url)?s?", re.IGNORECASE)
 _IMAGE_FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
@@ -91,7 +91,7 @@ def count_placeholders(turns: list[Turn]) -> int:
 
 
 def _image_paths(entry: dict[str, Any]) -> list[str]:
-    given = {key: entry[key] for key in _IMAGE_KEYS if entry.get(key) not in (None, "", [])}
+    given = {key: entry[key] for key in IMAGE_KEYS if entry.get(key) not in (None, "", [])}
     if len(given) == 2 and given["image"] != given["images"]:
         raise EntryError("bad image path", "both image and images are given, and they differ", "Keep one of them.")
     for images in given.values():
@@ -119,7 +119,7 @@ def _conversation(entry: dict[str, Any]) -> tuple[str, Any]:
 def image_like_key(entry: dict[str, Any]) -> str | None:
     """A key that is not read, and whose name and value seem to be those of an image."""
     for key, value in entry.items():
-        if key in (*_IMAGE_KEYS, *CONVERSATION_KEYS):
+        if key in (*IMAGE_KEYS, *CONVERSATION_KEYS):
             continue
         first = value[0] if isinstance(value, list) and value else value
         if isinstance(first, dict):

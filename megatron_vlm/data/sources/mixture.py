@@ -13,7 +13,8 @@ from megatron_vlm.config.values import to_bytes
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.shards.cache import ShardCache
 from megatron_vlm.data.sources.mixture_file import SamplingRule, read_mixture
-from megatron_vlm.data.sources.sample_source import SampleSource, SourceList, open_source
+from megatron_vlm.data.sources.open_source import open_source
+from megatron_vlm.data.sources.sample_source import SampleSource, SourceList
 from megatron_vlm.data.sources.shard_shuffle import shuffle_keys
 
 _OPEN_THREADS = 8
@@ -66,7 +67,7 @@ def open_mixture(
     """Open all sources that `data_path` lists.
 
     Args:
-        data_path: annotation files, shard folders, s3:// prefixes and mixture files (.yaml, .yml).
+        data_path: whatever `open_source` takes, and mixture files (.yaml, .yml).
         image_folder: root of the image paths in annotations.
         data_root: root of the relative paths in mixture files; default: the working directory.
         cache_dir: shards from S3 are cached in its subfolder `shards`.

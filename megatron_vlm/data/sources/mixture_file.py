@@ -3,7 +3,7 @@
 A mixture is a YAML file:
 
     datasets:
-      - json_path: captions.json          # or shard_path: a folder of shards, or s3://…
+      - json_path: captions.json          # or shard_path: a folder of shards, or s3://…; or path: of any source
       - json_path: charts.json
         sampling_strategy: random:10%     # all | first:N | end:N | random:N | choose:N | repeat:K; N may be P%
       - shard_path: shards/tables
@@ -32,7 +32,9 @@ from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.shards.s3 import is_remote, join
 
 _KINDS = ("all", "first", "end", "random", "choose", "repeat")
-_KEYS = {"json_path", "shard_path", "sampling_strategy", "choose", "repeat"}
+_PATHS = ("json_path", "shard_path", "path")
+"""All mean the same: what is there decides how it is read. The first two are those of published mixtures."""
+_KEYS = {*_PATHS, "sampling_strategy", "choose", "repeat"}
 
 
 @dataclass(frozen=True)
@@ -133,14 +135,14 @@ def read_mixture(path: Path, data_root: str | None = None) -> list[tuple[str, Sa
 
 def _read_entry(entry: Any) -> tuple[str, SamplingRule]:
     if not isinstance(entry, dict):
-        raise ValueError(f"{entry!r} is not a mapping; expected json_path or shard_path with a sampling rule")
+        raise ValueError(f"{entry!r} is not a mapping; expected json_path, shard_path or path with a sampling rule")
     if unknown := sorted(set(map(str, entry)) - _KEYS):
         raise ValueError(f"unknown keys {unknown}; known keys are {sorted(_KEYS)}")
-    paths = [entry[key] for key in ("json_path", "shard_path") if entry.get(key)]
+    paths = [entry[key] for key in _PATHS if entry.get(key)]
     if len(paths) == 1 and not isinstance(paths[0], str):
         raise ValueError(f"{paths[0]!r} is not a path; expected a text")
     if len(paths) != 1:
-        raise ValueError("give exactly one of json_path and shard_path")
+        raise ValueError("give exactly one of json_path, shard_path and path")
     rules = [str(entry["sampling_strategy"])] if "sampling_strategy" in entry else []
     rules += [f"{key}:{entry[key]}" for key in ("choose", "repeat") if key in entry]
     if len(rules) > 1:
@@ -149,6 +151,6 @@ def _read_entry(entry: Any) -> tuple[str, SamplingRule]:
 
 
 def _resolve(root: str | None, path: str) -> str:
-    if root is None or is_remote(path) or Path(path).is_absolute():
+    if root is None or "://" in path or Path(path).is_absolute():
         return path
     return join(root, path) if is_remote(root) else str(Path(root, path))

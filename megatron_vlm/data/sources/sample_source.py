@@ -1,4 +1,4 @@
-"""Sample sources: annotation files with image files, and shard folders, behind one interface."""
+"""Sample sources behind one interface: annotation files with image files, and shard folders. `open_source` has all."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_vlm.data.array_files import cache_folder
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.processing.conversation import Turn
 from megatron_vlm.data.processing.image_io import ImageTooLarge, ImageUnreadable, measure_image, verify_image
 from megatron_vlm.data.shards.cache import ShardCache
-from megatron_vlm.data.shards.mds_format import INDEX, ShardSample
+from megatron_vlm.data.shards.mds_format import ShardSample
 from megatron_vlm.data.shards.reader import ShardFolder
-from megatron_vlm.data.shards.s3 import is_remote
-from megatron_vlm.data.sources.annotation_file import SUFFIXES, AnnotationFile
+from megatron_vlm.data.sources.annotation_file import AnnotationFile
 from megatron_vlm.data.sources.annotations import is_url, parse_annotation
 
 
@@ -40,7 +38,7 @@ class Sample:
     image_sizes: list[tuple[int, int]] | None
     """Upright (width, height) of each image; None: they are not known without reading the images."""
     image_files: list[Path] = field(default_factory=list)
-    """The file of each image; empty if the images are inside the files of the source."""
+    """Files that images are read from, other than those of the source."""
 
     def read_image(self, index: int) -> bytes:
         """The bytes of an image file. Raises OSError."""
@@ -112,6 +110,11 @@ class SampleSource(ABC):
     shard_starts: np.ndarray | None = None
     """[shards + 1] int64: shard k holds samples [shard_starts[k], shard_starts[k + 1]); None: there are no shards."""
 
+    @property
+    def location(self) -> str:
+        """A file or folder on this machine. What is computed from the source is kept beside it."""
+        return self.name
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -140,7 +143,19 @@ class SampleSource(ABC):
         return self.content_hash()[:_DIGITS]
 
 
-class AnnotationSource(SampleSource):
+class EntrySource(SampleSource):
+    """A source whose samples are annotation entries, so that shards can be written from it."""
+
+    @abstractmethod
+    def entry(self, index: int) -> Any:
+        """The annotation of sample `index` as parsed JSON, not validated.
+
+        Raises:
+            SampleError: it cannot be read.
+        """
+
+
+class AnnotationSource(EntrySource):
     """An annotation file and the root folder of its image paths."""
 
     def __init__(self, path: str | Path, image_folder: str | Path | None, cache_dir: str | Path | None = None) -> None:
@@ -163,8 +178,7 @@ class AnnotationSource(SampleSource):
     def __len__(self) -> int:
         return len(self._file)
 
-    def entry(self, index: int) -> dict[str, Any]:
-        """The raw annotation."""
+    def entry(self, index: int) -> Any:
         return self._file.entry(index)
 
     def sample(self, index: int) -> Sample:
@@ -266,35 +280,3 @@ class SourceList:
     def sample(self, number: int) -> Sample:
         source, index = self.locate(number)
         return self.sources[source].sample(index)
-
-
-def open_source(
-    path: str | Path,
-    image_folder: str | Path | None,
-    cache: ShardCache | None = None,
-    cache_dir: str | Path | None = None,
-) -> SampleSource:
-    """Open the source at `path`: annotations (`.json`, `.jsonl`, `.ndjson`) or shards (a folder or s3:// prefix).
-
-    Args:
-        path: of the source.
-        image_folder: root of the image paths in annotations.
-        cache: for shards from S3.
-        cache_dir: where the offsets of entries are kept; default: `.lengths` beside the annotations.
-
-    Raises:
-        DataError: `path` does not exist or is neither.
-    """
-    if is_remote(path):
-        return ShardSource(str(path), cache)
-    if "://" in str(path):
-        raise DataError(f"{path} cannot be read: of URLs only s3:// is. Download it and give its path.")
-    location = Path(path)
-    if location.suffix in SUFFIXES and location.name != INDEX and not location.is_dir():
-        return AnnotationSource(location, image_folder, cache_folder(location, cache_dir))
-    if location.is_dir():
-        return ShardSource(location)
-    if location.exists():
-        kinds = f"annotations ({', '.join(SUFFIXES)}) nor a shard folder"
-        raise DataError(f"{location} is neither {kinds}. Convert it: convert-dataset.")
-    raise DataError(f"{location} does not exist. Check the path.")

@@ -124,7 +124,7 @@ def test_a_folder_with_other_json_files(tmp_path: Path, capsys: pytest.CaptureFi
     (folder.root / "b.jsonl").write_text('{"id": \n')  # damaged: said, not left out
     assert [file.name for file in find_annotations([folder.root])] == ["a.json", "b.jsonl"]
     assert run_here("--annotations", folder.images, "--output", tmp_path / "t") == 2
-    assert "no .json or .jsonl or .ndjson file with conversations" in capsys.readouterr().err
+    assert "no file with conversations (.json, " in capsys.readouterr().err
 
 
 def test_the_output_may_be_the_working_directory(

@@ -8,7 +8,8 @@ import pytest
 
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.prepare.shard_writer import prepare_shards
-from megatron_vlm.data.sources.sample_source import AnnotationSource, ShardSource, SourceList, open_source
+from megatron_vlm.data.sources.open_source import open_source
+from megatron_vlm.data.sources.sample_source import AnnotationSource, ShardSource, SourceList
 from tests.data.helpers import Folder, mixed_folder
 
 
