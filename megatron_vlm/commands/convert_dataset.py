@@ -18,6 +18,7 @@ from pathlib import Path
 from megatron_vlm.commands.job_flag import add_job_flag
 from megatron_vlm.commands.max_rejected import add_max_rejected_flag
 from megatron_vlm.data.errors import DataError
+from megatron_vlm.data.prepare import video_converter  # noqa: F401  (registers it)
 from megatron_vlm.data.prepare.conversion import ConversionSummary, check_paths, convert, quarantine_of
 from megatron_vlm.data.prepare.converters import CONVERTERS
 from megatron_vlm.data.prepare.image_store import ImageStore

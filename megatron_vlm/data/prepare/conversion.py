@@ -76,6 +76,8 @@ class _Conversion:
     def _reject(self, row: Entry, error: Exception) -> None:
         if isinstance(error, OSError):  # a full disk is no error of the row
             raise error
+        if isinstance(error, DataError) and not isinstance(error, SampleError):  # nor is a package that is missing
+            raise error
         if isinstance(error, SampleError):
             reason, message = error.reason, f"{error.reason}: {error.what}. {error.remedy}"
         elif isinstance(error, RowError):

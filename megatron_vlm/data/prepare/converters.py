@@ -155,8 +155,13 @@ class Conversations(Converter):
         except EntryError as error:
             raise RowError(error.reason, error.what) from None
         paths = [images.take(image) for image in inline] or images_of(row, self.options.image_column, images)
-        identity = {} if is_missing(row.get("id")) else {"id": str(row["id"])}
-        return {**identity, **_entry(turns, paths)}
+        return entry_of(row, turns, paths)
+
+
+def entry_of(row: Entry, turns: list[Turn], images: list[str]) -> Entry:
+    """An entry with the id of the row, if it has one; placeholders as in `conversation`."""
+    identity = {} if is_missing(row.get("id")) else {"id": str(row["id"])}
+    return {**identity, **_entry(turns, images)}
 
 
 @register

@@ -57,7 +57,7 @@ def _parse(entry: Any, sample_id: str) -> Annotation:
     if not isinstance(entry, dict):
         raise EntryError("not an entry", f"expected an object, got {type(entry).__name__}", "Fix or remove it.")
     if entry.get("video"):
-        remedy = "Remove the entry, or give the frames as a list of images."
+        remedy = "Remove the entry, or make images of its frames: convert-dataset video."
         raise EntryError("video", "videos are not supported", remedy)
     paths = _image_paths(entry)
     key, conversation = _conversation(entry)
