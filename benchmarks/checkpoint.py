@@ -100,6 +100,12 @@ class Bench:
         dist.all_reduce(blocked, op=dist.ReduceOp.MAX)
         return float(blocked)
 
+    def is_writing(self) -> bool:
+        """Whether a save is being written on any rank. A collective call."""
+        writing = torch.tensor(int(self.checkpointer.is_writing_here()))
+        dist.all_reduce(writing, op=dist.ReduceOp.MAX)
+        return bool(writing)
+
 
 def measure(recipe: Recipe, rounds: int) -> dict[str, Any]:
     """All figures, on rank 0."""
@@ -115,7 +121,7 @@ def measure(recipe: Recipe, rounds: int) -> dict[str, Any]:
         sync.append(bench.save(wait=True))
         alone += [bench.step() for _ in range(3)]
         overlapped.append(bench.save(wait=False))
-        while bench.checkpointer.is_writing():
+        while bench.is_writing():
             beside.append(bench.step())
         bench.checkpointer.wait()
     share = sum(buffer.nbytes for buffer in bench.checkpointer.buffers)

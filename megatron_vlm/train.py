@@ -84,15 +84,9 @@ def _convert_pretrained(recipe: Recipe, take_tokenizer: bool) -> None:
     Training itself knows Megatron checkpoints only.
     """
     training = recipe.training
-    source = training.pretrained_checkpoint
-    if source is None or not Path(source, "config.json").is_file():
+    source, target = training.pretrained_checkpoint, _conversion_target(recipe)
+    if source is None or target is None:
         return
-    if training.save is None or is_remote(training.save):
-        raise DataError(
-            f"pretrained_checkpoint {source} is a Hugging Face folder, and there is no folder of --save to convert it "
-            f"into. Give one on a disk, or convert it yourself: megatron-vlm import --model {source} --save DIR"
-        )
-    target = Path(training.save, "pretrained")
     training.pretrained_checkpoint = str(target)
     if take_tokenizer:
         recipe.data.tokenizer_model = str(target / "tokenizer")
@@ -104,6 +98,19 @@ def _convert_pretrained(recipe: Recipe, take_tokenizer: bool) -> None:
             raise DataError(f"{target} did not appear: rank 0 converts into it. Do all ranks see that folder?")
         else:
             time.sleep(0.5)
+
+
+def _conversion_target(recipe: Recipe) -> Path | None:
+    """The folder that `pretrained_checkpoint` is converted into; None where it is no Hugging Face folder."""
+    source, save = recipe.training.pretrained_checkpoint, recipe.training.save
+    if source is None or not Path(source, "config.json").is_file():
+        return None
+    if save is None or is_remote(save):
+        raise DataError(
+            f"pretrained_checkpoint {source} is a Hugging Face folder, and there is no folder of --save to convert it "
+            f"into. Give one on a disk, or convert it yourself: megatron-vlm import --model {source} --save DIR"
+        )
+    return Path(save, "pretrained")
 
 
 def _convert(source: str, target: Path) -> None:
@@ -135,11 +142,14 @@ def _train(recipe: Recipe) -> bool:
 
 
 def _dry_run(recipe: Recipe) -> None:
+    from checkpoint_convert.initial_weights import describe_start
     from megatron_vlm.runtime.logging import configure_logging
     from megatron_vlm.training.dry_run import describe_run
 
     configure_logging("dry run")
-    print(describe_run(recipe, _world_size()))
+    _conversion_target(recipe)
+    start = describe_start(recipe)
+    print(f"{describe_run(recipe, _world_size())}\nstart      {start}")
 
 
 def _fail(error: Exception) -> None:
@@ -160,6 +170,7 @@ def _describe(error: Exception) -> str:
     """One message; for an error that is not the user's to correct, a traceback is printed before it."""
     if isinstance(error, ImportError) and error.name is None:
         return str(error)  # says which package to install
+    from checkpoint_convert.errors import ConversionError
     from megatron_vlm.runtime.agreement import RanksDisagreeError
     from megatron_vlm.runtime.out_of_memory import describe_out_of_memory, is_out_of_memory
     from megatron_vlm.training.checkpoint import CheckpointError
@@ -167,7 +178,8 @@ def _describe(error: Exception) -> str:
 
     if is_out_of_memory(error):
         return describe_out_of_memory(error)
-    if not isinstance(error, ConfigError | DataError | CheckpointError | NonFiniteError | RanksDisagreeError):
+    known = ConfigError | DataError | CheckpointError | ConversionError | NonFiniteError | RanksDisagreeError
+    if not isinstance(error, known):
         traceback.print_exception(error)
     return f"{type(error).__name__}: {error}"
 

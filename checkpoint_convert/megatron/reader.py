@@ -16,6 +16,7 @@ from checkpoint_convert.mapping.lazy_tensors import StoredTensors
 from checkpoint_convert.mapping.param_map import param_map
 from checkpoint_convert.megatron.writer import LAYERS
 from megatron_vlm.config import ModelConfig
+from megatron_vlm.runtime.s3.path import StoragePath, file_size
 from megatron_vlm.training.checkpoint import CheckpointError, read_metadata
 
 _MODULES = {entry.megatron.partition(".")[0] for entry in param_map(ModelConfig())}
@@ -23,12 +24,15 @@ _MODULES = {entry.megatron.partition(".")[0] for entry in param_map(ModelConfig(
 
 
 class CheckpointTensors(StoredTensors):
-    """The model's tensors in a distributed checkpoint, under the parameter map's Megatron names."""
+    """The model's tensors in a distributed checkpoint, under the parameter map's Megatron names.
+
+    Names, shapes and dtypes are those of a checkpoint on a disk or in an object store; tensors are read from a disk.
+    """
 
     _entries: dict[str, tuple[str, int | None]]
     """Name -> the key in the checkpoint, and the layer's index where layers are stacked under one key."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: StoragePath) -> None:
         """`folder` is an iter_* folder. Raises ConversionError if it holds no complete checkpoint."""
         self.folder = folder
         try:
@@ -45,7 +49,7 @@ class CheckpointTensors(StoredTensors):
             ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
         for name, end in sorted(ends.items()):
             file = self.folder / name
-            size = file.stat().st_size if file.is_file() else None
+            size = file_size(file)
             if size is None or size < end:
                 found = "does not exist" if size is None else f"has {size:,} bytes and {end:,} are needed"
                 raise ConversionError(f"{file} {found}: copy the checkpoint again")
@@ -93,7 +97,7 @@ class CheckpointTensors(StoredTensors):
     def _chunk(self, name: str, index: MetadataIndex) -> torch.Tensor:
         """The shard of a tensor that one rank wrote. torch's own reader copies it once more and takes twice as long."""
         stored = self._metadata.storage_data[index]
-        file = self.folder / stored.relative_path
+        file = Path(str(self.folder / stored.relative_path))
         try:
             with file.open("rb") as opened:
                 part = cast(BinaryIO, _Slice(opened, stored.offset, stored.length))

@@ -1,4 +1,8 @@
-"""Why and when a run stops before its last iteration: a signal, its age, or a number of iterations."""
+"""Why and when a run stops before its last iteration: a signal, its age, or a number of iterations.
+
+The ranks agree on it in the one collective call that each iteration makes on the host; what else they must agree on
+between steps, which is whether a checkpoint is still being written, goes along with it.
+"""
 
 from __future__ import annotations
 
@@ -53,15 +57,27 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def reason(self, iteration: int) -> str | None:
-        """Why to stop after `iteration`, the same on every rank; None: continue. A collective call."""
+    def ask(self, iteration: int, *, is_writing: bool = False) -> tuple[str | None, bool]:
+        """Ask all ranks after an iteration. A collective call.
+
+        Args:
+            iteration: that was completed.
+            is_writing: whether this rank is writing its share of a checkpoint.
+
+        Returns:
+            Why to stop, None: continue; and whether any rank is writing. The same on every rank.
+        """
         mine = self._signal
         if not mine and self._minutes is not None and time.monotonic() - self._started >= 60 * self._minutes:
             mine = _AGE
-        found = torch.tensor(mine)
+        found = torch.tensor([mine, int(is_writing)])
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
+        noted, writing = found.tolist()
+        return self._reason(iteration, noted), bool(writing)
+
+    def _reason(self, iteration: int, noted: int) -> str | None:
         if self._interval is not None and iteration % self._interval == 0:
             return f"exit_interval is {self._interval}"
-        if int(found) == _AGE:
+        if noted == _AGE:
             return f"exit_duration_in_mins is {self._minutes}"
-        return f"{signal.Signals(int(found)).name} was received" if int(found) else None
+        return f"{signal.Signals(noted).name} was received" if noted else None

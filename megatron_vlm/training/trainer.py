@@ -216,13 +216,15 @@ class Trainer:
             if self.validator is not None and self.validator.is_due(progress.iteration):
                 self.metrics.add(self._evaluate(self.validator))
             self.metrics.write()
-            stopped = self.stop_request.reason(progress.iteration)
+            stopped, is_writing = self.stop_request.ask(
+                progress.iteration, is_writing=self.checkpointer.is_writing_here()
+            )
             last = stopped is not None or progress.iteration == training.train_iters
             if training.save and (last or progress.iteration % training.save_interval == 0):
                 self.metrics.sync()  # what a checkpoint covers is never lost
                 with self.watchdog.paused(), self.metrics.timer.phase("checkpoint"):
                     self.save(wait=last or not training.async_save)
-            elif self.checkpointer.is_written_everywhere():
+            elif self.checkpointer.is_unreported and not is_writing:
                 self._report_last_save()
             garbage.after(progress.iteration)
             if stopped is not None:

@@ -20,7 +20,7 @@ from megatron_vlm.training.finite_update import SKIPPED_FILE, NonFiniteError, Sk
 from megatron_vlm.training.optimizer import synchronize_parameters
 from megatron_vlm.training.step import forward_backward, global_loss
 from tests.parallel.layouts import Layout
-from tests.training.checkpoint.run_checkpoints import Run
+from tests.training.checkpoint.small_run import Run
 
 CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
     "dp2": (Layout(), {}),

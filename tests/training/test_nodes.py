@@ -1,4 +1,4 @@
-"""Two nodes with an agent and two ranks each: one dies and comes back, or not; one has other code or data."""
+"""Two nodes with an agent and two ranks each: one dies and comes back, or not; one has other code, data or time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_vlm.runtime.exit_codes import FAILED, SAVED
+from megatron_vlm.runtime.exit_codes import FAILED, FINISHED, SAVED
 from tests.support.forked_ranks import ForkedRanks
 from tests.support.launch import ROOT
 from tests.support.nodes import Node, two_nodes
@@ -145,3 +145,37 @@ def test_a_node_with_other_code_or_data_is_named(tmp_path: Path, change: Callabl
     recipe.write_text(yaml.safe_dump(settings))
     output = _start_both(tmp_path, recipe, change)
     assert f"ranks of this job do not start from the same: {named}" in output and " on rank 1 (" in output
+
+
+ENTRY = '''
+"""A rank of a node with this name, whose clock is so many seconds ahead."""
+import socket
+import sys
+import time
+
+from megatron_vlm import train
+
+true_time = time.time
+
+if __name__ == "__main__":
+    time.time = lambda: true_time() + {ahead}
+    socket.gethostname = lambda: "{name}"
+    sys.exit(train.main())
+'''
+
+
+def test_a_node_whose_clock_is_wrong_is_named(tmp_path: Path) -> None:
+    """In a warning, because nothing of training depends on it."""
+    recipe, log = write_recipe(tmp_path), tmp_path / "log"
+    command = (
+        "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "0", "-m", "rank_of_this_node",
+        "--config", str(recipe), "--save", str(tmp_path / "run"), "--train-iters", "1",
+    )  # fmt: skip
+    with two_nodes() as (first, second, head):
+        agents = []
+        for node, name, ahead in ((first, "first", 0), (second, "second", -3600)):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "rank_of_this_node.py").write_text(ENTRY.format(ahead=ahead, name=name))
+            agents.append(node.start(*command, log=log, head=head, meeting=MEETING, cwd=tmp_path / name))
+        assert {agent.wait(timeout=PATIENCE) for agent in agents} == {FINISHED}, log.read_text()[-5000:]
+    assert "WARNING: the clock of second is 3600 s behind" in log.read_text()

@@ -128,18 +128,23 @@ def remove_folder(url: str) -> None:
         list(threads.map(lambda name: remove(join(url, name)), list_names(url)))
 
 
-def exists(url: str) -> bool:
-    """Whether the object exists.
+def size(url: str) -> int | None:
+    """Bytes of an object; None if there is none.
 
     Raises:
         S3Error: the store cannot be queried.
     """
     bucket, key = split(url)
     try:
-        retry("query", url, lambda: client().head_object(Bucket=bucket, Key=key))
+        head = retry("query", url, lambda: client().head_object(Bucket=bucket, Key=key))
     except ObjectMissing:
-        return False
-    return True
+        return None
+    return int(head["ContentLength"])
+
+
+def exists(url: str) -> bool:
+    """Whether the object exists. Raises as `size` does."""
+    return size(url) is not None
 
 
 def list_names(url: str) -> list[str]:

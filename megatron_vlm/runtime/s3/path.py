@@ -59,6 +59,13 @@ StoragePath = Path | S3Path
 """Where checkpoints lie."""
 
 
+def file_size(path: StoragePath) -> int | None:
+    """Bytes of a file or object; None if there is none."""
+    if isinstance(path, S3Path):
+        return objects.size(path.url)
+    return path.stat().st_size if path.is_file() else None
+
+
 def storage_path(path: str | StoragePath) -> StoragePath:
     """The path that a setting names: in an object store if it is an s3:// URL."""
     if isinstance(path, S3Path):

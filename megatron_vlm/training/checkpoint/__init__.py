@@ -12,9 +12,17 @@ from megatron_vlm.training.checkpoint.folder import (
     read_recipe,
     require_checkpoint,
 )
-from megatron_vlm.training.checkpoint.load import load_checkpoint, load_common, read_progress, recipe_differences
+from megatron_vlm.training.checkpoint.load import (
+    check_fits,
+    load_checkpoint,
+    load_common,
+    read_progress,
+    recipe_differences,
+    require_same_model,
+    require_same_tokenizer,
+)
 from megatron_vlm.training.checkpoint.progress import Progress
-from megatron_vlm.training.checkpoint.resume import checkpoint_to_resume, naming
+from megatron_vlm.training.checkpoint.resume import checkpoint_to_resume, choose_checkpoint, naming
 from megatron_vlm.training.checkpoint.save import Checkpointer, save_checkpoint
 from megatron_vlm.training.checkpoint.trusted_metadata import read_metadata
 
@@ -24,7 +32,9 @@ __all__ = [
     "CheckpointError",
     "Checkpointer",
     "Progress",
+    "check_fits",
     "checkpoint_to_resume",
+    "choose_checkpoint",
     "iteration_of",
     "latest_checkpoint",
     "load_checkpoint",
@@ -35,5 +45,7 @@ __all__ = [
     "read_recipe",
     "recipe_differences",
     "require_checkpoint",
+    "require_same_model",
+    "require_same_tokenizer",
     "save_checkpoint",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_vlm.config import Recipe, recipe_from_dict, recipe_to_dict
+from megatron_vlm.config import ModelConfig, Recipe, recipe_from_dict, recipe_to_dict
 from megatron_vlm.model.sharding import model_sharded_state_dict, unwrap
 from megatron_vlm.runtime.s3 import S3Error
 from megatron_vlm.runtime.s3.path import StoragePath
@@ -40,13 +41,9 @@ def load_checkpoint(
     Raises:
         CheckpointError: the checkpoint is of another model or tokenizer, lacks what is asked for, or cannot be read.
     """
-    check_same_model(checkpoint, recipe, tokenizer_fingerprint)
-    common = load_common(checkpoint)
+    common = check_fits(checkpoint, recipe, tokenizer_fingerprint, resume=optimizer is not None)
     state = model_state(chunks)
     if optimizer is not None:
-        if (common.get("content_metadata") or {}).get("weights_only"):
-            raise CheckpointError(f"{checkpoint} holds only weights: start from it with --pretrained-checkpoint")
-        _check_same_parts(checkpoint, recipe)
         settings = recipe_settings(optimizer.param_groups)
         whole = optimizer_state(optimizer, chunks, loading=True)
         state = LocalState(state.shards + whole.shards, state.objects + whole.objects)
@@ -151,29 +148,53 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def check_same_model(checkpoint: StoragePath, recipe: Recipe, fingerprint: str) -> None:
-    """Raise CheckpointError where a checkpoint is of another model or another tokenizer."""
+def check_fits(checkpoint: StoragePath, recipe: Recipe, fingerprint: str, *, resume: bool) -> dict[str, Any]:
+    """Whether a run can start from a checkpoint, by its small files; tensors are not looked at.
+
+    Args:
+        checkpoint: an iter_* folder.
+        recipe: of the run.
+        fingerprint: of its tokenizer.
+        resume: with optimizer state; otherwise from the weights.
+
+    Returns:
+        What `load_common` does.
+
+    Raises:
+        CheckpointError: it is of another model or tokenizer, or cannot be resumed.
+    """
     stored = read_description(checkpoint)
-    # by way of a recipe, so that a setting that an older checkpoint does not have has its default
-    theirs = recipe_to_dict(recipe_from_dict(stored["recipe"]))["model"]
-    ours = recipe_to_dict(recipe)["model"]
+    require_same_model(recipe.model, recipe_from_dict(stored["recipe"]).model, str(checkpoint))
+    require_same_tokenizer(recipe, fingerprint, stored.get("tokenizer_fingerprint", ""), str(checkpoint))
+    common = load_common(checkpoint)
+    if resume:
+        if (common.get("content_metadata") or {}).get("weights_only"):
+            raise CheckpointError(f"{checkpoint} holds only weights: start from it with --pretrained-checkpoint")
+        _check_same_parts(checkpoint, recipe)
+    return common
+
+
+def require_same_model(ours: ModelConfig, theirs: ModelConfig, source: str) -> None:
+    """Raise CheckpointError where the weights of `source`, of the model `theirs`, are none of the model `ours`."""
+    here, there = asdict(ours), asdict(theirs)
     wrong = [
-        f"model.{part}.{name} is {ours[part][name]} here and {theirs[part][name]} there"
+        f"model.{part}.{name} is {here[part][name]} here and {there[part][name]} there"
         for part in ("vision", "language")
-        for name in ours[part]
-        if ours[part][name] != theirs[part][name] and name != "max_position_embeddings"
+        for name in here[part]
+        if here[part][name] != there[part][name] and name != "max_position_embeddings"
     ]
-    if ours["image_token_index"] != theirs["image_token_index"]:
-        wrong.append(
-            f"model.image_token_index is {ours['image_token_index']} here, {theirs['image_token_index']} there"
-        )
+    if ours.image_token_index != theirs.image_token_index:
+        wrong.append(f"model.image_token_index is {ours.image_token_index} here, {theirs.image_token_index} there")
     if wrong:
-        raise CheckpointError(f"{checkpoint} holds a different model: " + "; ".join(wrong))
-    known = stored.get("tokenizer_fingerprint")
-    if known and fingerprint and known != fingerprint:
+        raise CheckpointError(f"{source} holds a different model: " + "; ".join(wrong))
+
+
+def require_same_tokenizer(recipe: Recipe, ours: str, theirs: str, source: str) -> None:
+    """Raise CheckpointError where two fingerprints of tokenizers, if both are known, differ."""
+    if ours and theirs and ours != theirs:
         raise CheckpointError(
-            f"{checkpoint} was trained with another tokenizer (fingerprint {known[:12]}) than "
-            f"{recipe.data.tokenizer_model} ({fingerprint[:12]}), which gives tokens other ids. Set "
+            f"{source} was trained with another tokenizer (fingerprint {theirs[:12]}) than "
+            f"{recipe.data.tokenizer_model} ({ours[:12]}), which gives tokens other ids. Set "
             "--tokenizer-model to the one it was trained with."
         )
 

@@ -44,7 +44,10 @@ def checkpoint_to_resume(save: str | None, load: str | None) -> StoragePath | No
     decided: list[StoragePath | CheckpointError | None] = [None]
     if dist.get_rank() == 0:
         try:
-            decided = [_choose(save, load)]
+            if save is not None:
+                with naming("training.save"):
+                    destination_of(save).recover()
+            decided = [choose_checkpoint(save, load)]
         except CheckpointError as error:
             decided = [error]
     dist.broadcast_object_list(decided, src=0)
@@ -56,10 +59,10 @@ def checkpoint_to_resume(save: str | None, load: str | None) -> StoragePath | No
     return found
 
 
-def _choose(save: str | None, load: str | None) -> StoragePath | None:
+def choose_checkpoint(save: str | None, load: str | None) -> StoragePath | None:
+    """As `checkpoint_to_resume`, on this process alone and without a change to `save`."""
     if save is not None:
         with naming("training.save"):
-            destination_of(save).recover()
             found = latest_checkpoint(save)
         if found is not None:
             return found

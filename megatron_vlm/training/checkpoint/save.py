@@ -70,7 +70,6 @@ class Checkpointer:
         self.recipe = recipe
         self._destination, self._write_logs = destination_of(recipe.training.save or ""), write_logs
         self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
-        self._poll = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._pending: _Pending | None = None
@@ -136,17 +135,14 @@ class Checkpointer:
         """Host memory that this rank's share is copied to, kept for the next save."""
         return list(self._buffers.values())
 
-    def is_writing(self) -> bool:
-        """Whether a save is being written on any rank. A collective call."""
-        return self._pending is not None and not self.is_written_everywhere()
+    @property
+    def is_unreported(self) -> bool:
+        """Whether there is a save that nobody has waited for yet; the same on every rank."""
+        return self._pending is not None
 
-    def is_written_everywhere(self) -> bool:
-        """Whether a save has ended, on every rank, and nobody has waited for it yet. A collective call."""
-        if self._pending is None:  # the same on every rank
-            return False
-        ended = torch.tensor(int(self._pending.done.done()))
-        dist.all_reduce(ended, op=dist.ReduceOp.MIN, group=self._poll)
-        return bool(ended)
+    def is_writing_here(self) -> bool:
+        """Whether a save is being written on this rank."""
+        return self._pending is not None and not self._pending.done.done()
 
     def close(self) -> None:
         """Wait for what is being written, then end the thread and the group. Raises as `wait` does."""
@@ -155,7 +151,6 @@ class Checkpointer:
         finally:
             self._thread.shutdown()
             dist.destroy_process_group(self._group)
-            dist.destroy_process_group(self._poll)
 
     def _write(self, state: LocalState, common: dict[str, Any], progress: Progress) -> StoragePath:
         self._is_published = False

@@ -20,79 +20,24 @@ import torch.distributed as dist
 import megatron_vlm.runtime.megatron_patches  # noqa: F401
 
 # isort: split
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import dist_checkpointing
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_vlm.config import Recipe
-from megatron_vlm.model.build import build_model
-from megatron_vlm.model.initialize import initialize_weights
 from megatron_vlm.model.sharding import model_sharded_state_dict, sharding_metadata
 from megatron_vlm.runtime.launch import process_group
-from megatron_vlm.runtime.process_groups import destroy_groups, initialize_groups, parallel_ranks, tile_shard_rank
+from megatron_vlm.runtime.process_groups import destroy_groups
 from megatron_vlm.training.checkpoint import (
     Checkpointer,
     CheckpointError,
     Progress,
     checkpoint_to_resume,
     latest_checkpoint,
-    load_checkpoint,
-    read_metadata,
-    save_checkpoint,
 )
 from megatron_vlm.training.checkpoint import resume as resume_module
 from megatron_vlm.training.checkpoint.shards import optimizer_state
 from megatron_vlm.training.checkpoint.writer import ShardWriter
-from megatron_vlm.training.finite_update import update
-from megatron_vlm.training.optimizer import build_optimizer, build_schedule, wrap_for_data_parallel
-from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks
 from tests.parallel.layouts import Layout
-from tests.parallel.rows import rows_of, tiny_recipe
-
-
-class Run:
-    """A model in a layout, trained on the rows of the layout tests."""
-
-    def __init__(self, layout: Layout, folder: Path, **parallel: Any) -> None:
-        recipe = tiny_recipe(layout.parallel(), layout.family, optimizer="adam", trainable=list(layout.trainable))
-        self.recipe: Recipe = recipe
-        recipe.training.save = str(folder)
-        for name, value in parallel.items():
-            setattr(recipe.parallel, name, value)
-        initialize_groups(recipe.parallel)
-        tensor_parallel.model_parallel_cuda_manual_seed(1)
-        chunks = build_model(recipe)
-        initialize_weights(chunks, recipe)
-        self.chunks = wrap_for_data_parallel(chunks, recipe)
-        self.optimizer = build_optimizer(self.chunks, recipe)
-        self.schedule = build_schedule(self.optimizer, recipe)
-        ranks = parallel_ranks()
-        tiles = tile_shard_rank(recipe.parallel) if ranks.is_first_stage else None
-        rows = rows_of(ranks.data, ranks.data_size, tiles)
-        self._per_step = recipe.training.global_batch_size // ranks.data_size
-        self._rows = rows
-        self.rows = rows_for_chunks(rows, len(self.chunks))
-
-    def skip(self, steps: int) -> None:
-        for _ in range(steps * self._per_step):
-            next(self._rows)
-
-    def train(self, steps: int) -> list[float]:
-        losses = []
-        for _ in range(steps):
-            loss, _ = global_loss(forward_backward(self.chunks, self.rows, self.recipe))
-            update(self.optimizer)
-            self.schedule.step(increment=1)
-            losses.append(loss)
-        return losses
-
-    def save(self, iteration: int) -> Path:
-        progress = Progress(iteration=iteration)
-        return Path(str(save_checkpoint(self.chunks, self.recipe, progress, self.optimizer, self.schedule)))
-
-    def load(self) -> Progress:
-        checkpoint = latest_checkpoint(self.recipe.training.save or "")
-        assert checkpoint is not None
-        return load_checkpoint(checkpoint, self.chunks, self.recipe, optimizer=self.optimizer, schedule=self.schedule)
+from tests.training.checkpoint.small_run import Run, furthest, overlaps, weights_of
 
 
 def resume_in_another_layout(folder: Path) -> dict[str, Any]:
@@ -135,23 +80,9 @@ def nothing_is_gathered(folder: Path) -> dict[str, Any]:
     DistributedOptimizer.get_parameter_state_dp_zero = original
     dist.barrier()
     sizes = [path.stat().st_size for path in sorted(checkpoint.glob("*.distcp"))]
-    overlapping = _overlaps(checkpoint)
+    overlapping = overlaps(checkpoint)
     destroy_groups()
     return {"sizes": sizes, "overlapping": overlapping}
-
-
-def _overlaps(checkpoint: Path) -> list[str]:
-    """Tensors whose chunks do not cover every value exactly once."""
-    wrong = []
-    for key, stored in read_metadata(checkpoint).state_dict_metadata.items():
-        if hasattr(stored, "chunks"):
-            counts = torch.zeros(stored.size, dtype=torch.int)
-            for chunk in stored.chunks:
-                box = zip(chunk.offsets, chunk.sizes, strict=True)
-                counts[tuple(slice(start, start + size) for start, size in box)] += 1
-            if not bool((counts == 1).all()):
-                wrong.append(key)
-    return wrong
 
 
 def megatron_core_reads_it(folder: Path) -> dict[str, Any]:
@@ -162,7 +93,7 @@ def megatron_core_reads_it(folder: Path) -> dict[str, Any]:
     state: dict[str, Any] = {f"chunk{i}": model_sharded_state_dict(chunk) for i, chunk in enumerate(run.chunks)}
     metadata = sharding_metadata()
     state["optimizer"] = run.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
-    before = _weights(run)
+    before = weights_of(run)
     own = optimizer_state(run.optimizer, run.chunks, loading=False)
     kept = [shard.tensor.clone() for shard in own.shards]
     loaded = dist_checkpointing.load(state, str(checkpoint))
@@ -181,25 +112,17 @@ def stale_weights(folder: Path) -> dict[str, Any]:
     run = Run(Layout(), folder, **parallel)
     buckets = sum(len(buffer.buckets) for chunk in run.chunks for buffer in chunk.buffers)
     run.train(2)
-    before = _weights(run)
+    before = weights_of(run)
     run.save(2)
     for chunk in run.chunks:
         chunk.start_param_sync(force_sync=True)
-    live = _weights(run)
+    live = weights_of(run)
     destroy_groups()
     run = Run(Layout(), folder)
     run.load()
-    saved = _weights(run)
+    saved = weights_of(run)
     destroy_groups()
-    return {"buckets": buckets, "furthest": _furthest(live, saved), "stale_before": _furthest(before, live)}
-
-
-def _weights(run: Run) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for chunk in run.chunks for parameter in chunk.parameters()]
-
-
-def _furthest(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    return {"buckets": buckets, "furthest": furthest(live, saved), "stale_before": furthest(before, live)}
 
 
 def _save_failing(checkpointer: Checkpointer, run: Run, iteration: int) -> list[str]:
@@ -269,9 +192,16 @@ def one_rank_cannot_write(folder: Path) -> dict[str, Any]:
     checkpointer.save(run.chunks, Progress(iteration=5), run.optimizer, run.schedule)
     checkpointer.close()
     then = latest_checkpoint(folder)
+    (expected,) = run.train(1)
+    destroy_groups()
+    run = Run(Layout(tp=2), folder)
+    run.load()
+    run.skip(1)
+    found = run.train(1)[0] / expected - 1
     destroy_groups()
     return {
         "messages": messages,
+        "in_another_layout": found,
         "latest": latest,
         "then": then and then.name,
         "loss": loss,
@@ -311,14 +241,14 @@ def training_changes_nothing_that_is_being_written(folder: Path) -> dict[str, An
     """A save that is not waited for holds the weights of its moment."""
     run = Run(Layout(tp=2), folder)
     run.train(1)
-    before = _weights(run)
+    before = weights_of(run)
     checkpointer = Checkpointer(run.recipe)
     checkpointer.save(run.chunks, Progress(iteration=1), run.optimizer, run.schedule)
     run.train(2)
     checkpointer.close()
-    moved = _weights(run)
+    moved = weights_of(run)
     run.load()
-    after = _weights(run)
+    after = weights_of(run)
     destroy_groups()
     return {
         "same": all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),

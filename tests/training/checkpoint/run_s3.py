@@ -17,7 +17,7 @@ from megatron_vlm.runtime.s3 import client, multipart, objects, ranges
 from megatron_vlm.training.checkpoint import Checkpointer, CheckpointError, Progress, latest_checkpoint
 from tests.parallel.layouts import Layout
 from tests.support.s3_server import BUCKET
-from tests.training.checkpoint.run_checkpoints import Run, _weights
+from tests.training.checkpoint.small_run import Run, weights_of
 
 URL = f"s3://{BUCKET}/run"
 
@@ -72,11 +72,11 @@ def network_down_in_mid_save() -> dict[str, Any]:
     loss = run.train(1)
     dist.barrier()
     checkpointer.save(run.chunks, Progress(iteration=3), run.optimizer, run.schedule)
-    before = _weights(run)
+    before = weights_of(run)
     checkpointer.close()
     run.train(1)
     run.load()
-    same = all(bool((a == b).all()) for a, b in zip(before, _weights(run), strict=True))
+    same = all(bool((a == b).all()) for a, b in zip(before, weights_of(run), strict=True))
     destroy_groups()
     found = {"messages": messages, "latest": str(latest), "loss": loss, "same": same, "requested": requested}
     return found | {"left": objects.list_folder(URL)}
