@@ -132,13 +132,18 @@ def _train(recipe: Recipe) -> bool:
     from megatron_vlm.training.recompute_choice import resolve_recompute
     from megatron_vlm.training.trainer import train
 
+    callbacks = []
+    if recipe.training.eval_generate_samples:
+        from megatron_vlm.inference.training_samples import TrainingSamples
+
+        callbacks.append(TrainingSamples(recipe))
     minutes = recipe.training.distributed_timeout_minutes
     with process_group(minutes):
         require_same_start(recipe)
         initialize_model_parallel(recipe.parallel, seed=recipe.training.seed, timeout_minutes=minutes)
         configure_logging(str(parallel_ranks()))
         resolve_recompute(recipe)
-        return train(recipe)
+        return train(recipe, callbacks)
 
 
 def _dry_run(recipe: Recipe) -> None:

@@ -166,6 +166,13 @@ class TrainingConfig:
         default=None,
         metadata={"help": "Rows of an evaluation, in steps of global_batch_size; default: all validation data."},
     )
+    eval_generate_samples: int = field(
+        default=0,
+        metadata={"help": "Validation samples whose first question is answered at each evaluation; 0: none."},
+    )
+    eval_max_new_tokens: int = field(
+        default=64, metadata={"help": "Tokens of each of these answers at most; greedy decoding."}
+    )
     best_metric: str | None = field(
         default=None, metadata={"help": "Metric of evaluations whose lowest value is kept in SAVE/best: eval_loss, ..."}
     )

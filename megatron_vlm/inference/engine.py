@@ -26,7 +26,14 @@ from megatron_vlm.inference.counters import EngineCounters
 from megatron_vlm.inference.detokenizer import Detokenizer
 from megatron_vlm.inference.prompts import EncodedPrompt, encode
 from megatron_vlm.inference.prompts import read_prompts as read_prompts
-from megatron_vlm.inference.ranks import engine_rank, is_lost_rank, max_sequence_length, prepare_rank, serve_rank
+from megatron_vlm.inference.ranks import (
+    PlanChannel,
+    engine_rank,
+    is_lost_rank,
+    max_sequence_length,
+    prepare_rank,
+    serve_rank,
+)
 from megatron_vlm.inference.request import (
     AnyPrompt,
     EngineError,
@@ -50,21 +57,36 @@ from megatron_vlm.training.checkpoint import load_checkpoint, read_recipe, requi
 class Engine:
     """Generates answers on one rank of each copy of the model; the others run `serve_rank`. Close it, or use `with`."""
 
-    def __init__(self, model: VisionLanguageModel, tokenizer: Tokenizer, config: InferenceConfig | None = None) -> None:
-        """Start the engine's thread. `model` is this rank's stage; process groups must exist (runtime.launch).
+    def __init__(
+        self,
+        model: VisionLanguageModel | Sequence[VisionLanguageModel],
+        tokenizer: Tokenizer,
+        config: InferenceConfig | None = None,
+        channel: PlanChannel | None = None,
+    ) -> None:
+        """Start the engine's thread. Process groups must exist (runtime.launch).
 
-        Raises ConfigError for wrong settings, also those of the process groups.
+        Args:
+            model: this rank's stage, or its model chunks.
+            tokenizer: the model's.
+            config: sizes of the engine.
+            channel: of an earlier engine on these ranks; default: a new one.
+
+        Raises:
+            ConfigError: wrong settings.
         """
         self.config = config or InferenceConfig()
         check_inference(self.config)
-        self.model, self.tokenizer, self.recipe = model, tokenizer, model.recipe
-        self._channel, self._runner, num_blocks = prepare_rank(model, self.config)
-        tensor_ranks = self.recipe.parallel.tensor_model_parallel_size
-        self._scheduler = Scheduler(self.config, BlockAllocator(num_blocks), tensor_ranks)
+        chunks = [model] if isinstance(model, VisionLanguageModel) else list(model)
+        self.model, self.tokenizer, self.recipe = chunks[0], tokenizer, chunks[0].recipe
+        self._channel, self._runner, num_blocks = prepare_rank(chunks, self.config, channel)
+        parallel = self.recipe.parallel
+        slices = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+        self._scheduler = Scheduler(self.config, BlockAllocator(num_blocks), slices)
         self._geometry = ImageGeometry.of(
             self.recipe.model, self.recipe.data.image_aspect_ratio, self.recipe.data.multi_image_aspect_ratio
         )
-        self.max_sequence_length = max_sequence_length(model, self.config)
+        self.max_sequence_length = max_sequence_length(self.model, self.config)
         """Prompt and generated tokens of a request at most."""
         self._condition = threading.Condition()
         self._incoming: deque[Request] = deque()
@@ -341,10 +363,10 @@ def engine_on_ranks(
         chunks = build_model(recipe)
         load_weights(chunks)
         if torch.distributed.get_rank() == engine_rank():
-            with Engine(chunks[0], tokenizer, config) as engine:
+            with Engine(chunks, tokenizer, config) as engine:
                 yield engine
         else:
-            serve_rank(chunks[0], config)
+            serve_rank(chunks, config)
             yield None
 
 

@@ -1,6 +1,9 @@
-"""Runs the plan of a step on this rank: one pipeline stage of the model with its part of the key/value cache.
+"""Runs the plan of a step on this rank: its pipeline stages of the model with their part of the key/value cache.
 
     first stage: embedding, image features -> layers -> hidden states to the next stage -> ... -> logits
+
+Under context parallelism the row of a step is sliced as in training: attention exchanges slices of the row for slices
+of the heads, so that each context rank caches whole sequences of its heads.
 
 Every image is encoded by itself, every request is attended by itself, and matrix products have a number of rows for
 which BLAS computes each row alike (ROW_MULTIPLE). So what else is in a step changes logits by rounding at most.
@@ -8,6 +11,7 @@ which BLAS computes each row alike (ROW_MULTIPLE). So what else is in a step cha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -30,10 +34,13 @@ from megatron_vlm.runtime.process_groups import tile_shard_rank
 
 
 class ModelRunner:
-    """This rank's stage and its caches of keys, values and image features."""
+    """This rank's model chunks (one, or one per virtual stage) and their caches of keys, values and image features."""
 
-    def __init__(self, model: VisionLanguageModel, config: InferenceConfig, num_blocks: int, engine_rank: int) -> None:
-        self.model, self.recipe = model.eval(), model.recipe
+    def __init__(
+        self, chunks: Sequence[VisionLanguageModel], config: InferenceConfig, num_blocks: int, engine_rank: int
+    ) -> None:
+        self._chunks = [chunk.eval() for chunk in chunks]
+        self.model, self.recipe = chunks[0], chunks[0].recipe
         self._engine_rank = engine_rank
         self.device = current_device()
         self._cache = PagedKVCache(num_blocks, config.inference_dynamic_batching_block_size)
@@ -43,24 +50,30 @@ class ModelRunner:
         self._features: dict[bytes, torch.Tensor] = {}
         """Hash of an image's tiles -> its features [image tokens, H], newlines included. The scheduler says when to
         drop them (StepPlan.forget)."""
-        self._dtype = next(model.parameters()).dtype
+        self._dtype = next(self.model.parameters()).dtype
+        self._context_rank = parallel_state.get_context_parallel_rank()
+        self._context_ranks = parallel_state.get_context_parallel_world_size()
 
     @torch.no_grad()
     def run(self, plan: StepPlan) -> torch.Tensor | None:
         """Compute a step. On the engine's rank, returns the fp32 logits [n, V] at plan.logit_positions."""
         self._cache.start_step(plan, self.device)
-        if self.model.pre_process:
-            hidden = self._embed(plan)
-        else:
-            hidden = self._receive(len(plan.tokens))
-            self.model.set_input_tensor(hidden)
-        hidden = self.model.language_model.decode(hidden, self._packed_sequence(plan))
-        if not self.model.post_process:
-            dist.send(hidden, parallel_state.get_pipeline_model_parallel_next_rank())
+        packed = self._packed_sequence(plan)
+        for chunk in self._chunks:
+            if chunk.pre_process:
+                hidden = self._embed(plan)
+            else:
+                hidden = self._receive(len(plan.tokens))
+                chunk.set_input_tensor(hidden)
+            hidden = chunk.language_model.decode(hidden, packed)
+            if not chunk.post_process:
+                dist.send(hidden, parallel_state.get_pipeline_model_parallel_next_rank())
+        if not self._chunks[-1].post_process:
             return self._receive_logits(plan) if dist.get_rank() == self._engine_rank else None
         logits = self._logits(hidden, plan)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            if parallel_state.get_tensor_model_parallel_rank() == 0 and len(logits):
+            is_first = parallel_state.get_tensor_model_parallel_rank() == self._context_rank == 0
+            if is_first and len(logits):
                 dist.send(logits.contiguous(), self._engine_rank)
             return None
         return logits
@@ -78,12 +91,21 @@ class ModelRunner:
             return hidden.new_empty(0, self.recipe.model.language.vocab_size, dtype=torch.float32)
         padding = -count % ROW_MULTIPLE if len(plan.tokens) > 1 else 0
         where = torch.tensor(plan.logit_positions + [0] * padding, device=self.device)
-        return self.model.language_model.logits(hidden, where)[:count]
+        head = self._chunks[-1].language_model
+        if self._context_ranks == 1:
+            return head.logits(hidden, where)[:count]
+        length = len(plan.tokens) // self._context_ranks
+        where -= self._context_rank * length
+        logits = head.logits(hidden, where.clamp(0, length - 1))[:count]
+        elsewhere = ((where < 0) | (where >= length))[:count]
+        logits[elsewhere] = 0  # every position is in the slice of one context rank
+        dist.all_reduce(logits, group=parallel_state.get_context_parallel_group())
+        return logits
 
     def _receive(self, length: int) -> torch.Tensor:
-        """Hidden states [s / tp, 1, H] of the previous stage."""
+        """Hidden states [s / (cp * tp), 1, H] of the previous stage."""
         config = self.model.config
-        slices = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        slices = self._context_ranks * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
         hidden = torch.empty(length // slices, 1, config.hidden_size, dtype=self._dtype, device=self.device)
         dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
         return hidden
@@ -96,15 +118,17 @@ class ModelRunner:
         return logits
 
     def _embed(self, plan: StepPlan) -> torch.Tensor:
-        """Embeddings of this tensor rank's slice of the row with image features, [s / tp, 1, H]."""
+        """Embeddings of this rank's slice of the row with image features, [s / (cp * tp), 1, H]."""
         for digest in plan.forget:
             del self._features[digest]
         for image in plan.encode:
             self._features[image.digest] = self._encode(image)
-        hidden = self.model.language_model.embed(torch.from_numpy(plan.tokens).to(self.device))
-        first = 0
+        length = len(plan.tokens) // self._context_ranks
+        first = self._context_rank * length
+        tokens = torch.from_numpy(plan.tokens[first : first + length]).to(self.device)
+        hidden = self.model.language_model.embed(tokens)
         if self.model.config.sequence_parallel:
-            first = parallel_state.get_tensor_model_parallel_rank() * len(hidden)
+            first += parallel_state.get_tensor_model_parallel_rank() * len(hidden)
         for merge in plan.merge:
             start, stop = merge.row_start - first, merge.row_start - first + merge.length
             begin, end = max(start, 0), min(stop, len(hidden))
@@ -114,7 +138,7 @@ class ModelRunner:
         return hidden
 
     def _encode(self, image: ImageToEncode) -> torch.Tensor:
-        """Features of all tokens of an image, newlines included, on every tensor rank: [image tokens, H]."""
+        """Features of all tokens of an image, newlines included, on every rank of the stage: [image tokens, H]."""
         image_tokens = RowFeatures(self._geometry)
         image_tokens.add(image.size, 0, image.num_images)
         fields = image_tokens.fields()

@@ -1,10 +1,11 @@
-"""Tensor- and pipeline-parallel generation: one rank schedules and samples, every rank runs each step's plan.
+"""Generation on the ranks of a parallel layout: one rank schedules and samples, every rank runs each step's plan.
 
 Every data-parallel rank is a copy of the model with an engine of its own. The engines know nothing of each other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -24,8 +25,10 @@ wait."""
 
 
 def _ranks_of_copy() -> list[int]:
-    """The ranks that hold this rank's copy of the model."""
-    return dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+    """The tensor, context and pipeline ranks that hold this rank's copy of the model."""
+    stage = dist.get_process_group_ranks(parallel_state.get_tensor_and_context_parallel_group())
+    stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+    return sorted(rank + stage_rank - dist.get_rank() for rank in stage for stage_rank in stages)
 
 
 def engine_rank() -> int:
@@ -41,7 +44,8 @@ def is_lost_rank(error: BaseException) -> bool:
 class PlanChannel:
     """Broadcasts plans from the engine's rank to the others of its copy, over gloo. All ranks create it together."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: timedelta = _IDLE_TIMEOUT) -> None:
+        """`timeout`: how long ranks wait for the next plan."""
         self._group, self._source = None, engine_rank()
         ours = _ranks_of_copy()
         if len(ours) == 1:
@@ -49,7 +53,7 @@ class PlanChannel:
         copies: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(copies, tuple(ours))
         for ranks in sorted(set(copies)):  # every rank of the world takes part in creating every group
-            group = dist.new_group(ranks, timeout=_IDLE_TIMEOUT, backend="gloo")
+            group = dist.new_group(ranks, timeout=timeout, backend="gloo")
             if dist.get_rank() in ranks:
                 self._group = group
 
@@ -76,43 +80,54 @@ def max_sequence_length(model: VisionLanguageModel, config: InferenceConfig) -> 
     return config.inference_max_seq_length or model.recipe.model.language.max_position_embeddings
 
 
-def prepare_rank(model: VisionLanguageModel, config: InferenceConfig) -> tuple[PlanChannel, ModelRunner, int]:
+def prepare_rank(
+    chunks: Sequence[VisionLanguageModel], config: InferenceConfig, channel: PlanChannel | None = None
+) -> tuple[PlanChannel, ModelRunner, int]:
     """What every rank needs for generation, and the number of blocks of the cache; every rank calls this.
 
+    Args:
+        chunks: the model chunks of this rank.
+        config: sizes of the engine.
+        channel: an earlier one; default: a new one.
+
     Raises:
-        ConfigError: context or virtual pipeline parallelism, or the cache is too small for a block.
+        ConfigError: the cache is too small for a block.
     """
-    if parallel_state.get_context_parallel_world_size() > 1 or model.vp_stage is not None:
-        raise ConfigError(
-            "context_parallel_size or virtual_pipeline_model_parallel_size is above 1: generation uses tensor and "
-            "pipeline parallelism only. Set both to 1; checkpoints of any layout can be loaded."
-        )
-    channel = PlanChannel()
-    num_blocks = channel.minimum(_num_blocks(model, config))
+    channel = channel or PlanChannel()
+    num_blocks = channel.minimum(_num_blocks(chunks, config))
     if num_blocks < 2:
         raise ConfigError(
             "inference_dynamic_batching_buffer_size_gb = "
             f"{config.inference_dynamic_batching_buffer_size_gb}: too small for two blocks of "
             f"{config.inference_dynamic_batching_block_size} tokens. Make it larger, or the blocks smaller."
         )
-    return channel, ModelRunner(model, config, num_blocks, engine_rank()), num_blocks
+    return channel, ModelRunner(chunks, config, num_blocks, engine_rank()), num_blocks
 
 
-def _num_blocks(model: VisionLanguageModel, config: InferenceConfig) -> int:
+def block_bytes(chunks: Sequence[VisionLanguageModel], block_size: int) -> int:
+    """Memory of a block of the cache on this rank."""
+    language = chunks[0].recipe.model.language
+    head_ranks = (
+        parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
+    )
+    heads = max(1, language.num_key_value_heads // head_ranks)
+    layers = max(1, sum(len(chunk.language_model.decoder.layers) for chunk in chunks))
+    itemsize = next(chunks[0].parameters()).element_size()
+    return 2 * layers * heads * language.head_width * block_size * itemsize
+
+
+def _num_blocks(chunks: Sequence[VisionLanguageModel], config: InferenceConfig) -> int:
     """Blocks that fit into this rank's buffer; at most twice those of a full batch of the longest sequences."""
-    language, block_size = model.recipe.model.language, config.inference_dynamic_batching_block_size
-    tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
-    heads = max(1, language.num_key_value_heads // tensor_ranks)
-    layers = max(1, len(model.language_model.decoder.layers))
-    itemsize = next(model.parameters()).element_size()
-    block_bytes = 2 * layers * heads * language.head_width * block_size * itemsize
-    fitting = int(config.inference_dynamic_batching_buffer_size_gb * 2**30) // block_bytes
-    per_request = -(-max_sequence_length(model, config) // block_size)
+    block_size = config.inference_dynamic_batching_block_size
+    fitting = int(config.inference_dynamic_batching_buffer_size_gb * 2**30) // block_bytes(chunks, block_size)
+    per_request = -(-max_sequence_length(chunks[0], config) // block_size)
     return min(fitting, 2 * config.inference_max_requests * per_request + 1)
 
 
-def serve_rank(model: VisionLanguageModel, config: InferenceConfig) -> None:
+def serve_rank(
+    chunks: Sequence[VisionLanguageModel], config: InferenceConfig, channel: PlanChannel | None = None
+) -> None:
     """Run the engine's plans on another rank of its copy of the model, until the engine is closed."""
-    channel, runner, _ = prepare_rank(model, config)
+    channel, runner, _ = prepare_rank(chunks, config, channel)
     while (plan := channel.broadcast()) is not None:
         runner.run(plan)

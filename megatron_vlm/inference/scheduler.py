@@ -128,10 +128,13 @@ class ImageIndex:
 class Scheduler:
     """Waiting and running requests, first come first served. Used by one thread."""
 
-    def __init__(self, config: InferenceConfig, allocator: BlockAllocator, tensor_ranks: int = 1) -> None:
-        """The length of a row is a multiple of `tensor_ranks`; and of ROW_MULTIPLE, unless it is a single token."""
-        self.config, self.allocator, self.tensor_ranks = config, allocator, tensor_ranks
-        self.row_multiple = ROW_MULTIPLE * tensor_ranks
+    def __init__(self, config: InferenceConfig, allocator: BlockAllocator, slices: int = 1) -> None:
+        """`slices` is the number of tensor and context ranks, each of which has a slice of a row.
+
+        The length of a row is a multiple of it, and of ROW_MULTIPLE for each slice, unless the row is a single token.
+        """
+        self.config, self.allocator, self.slices = config, allocator, slices
+        self.row_multiple = ROW_MULTIPLE * slices
         self.block_size = config.inference_dynamic_batching_block_size
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -205,7 +208,7 @@ class Scheduler:
 
     def _plan(self, lengths: dict[Request, int]) -> Step:
         total = sum(lengths.values())
-        padded = -(-total // self.row_multiple) * self.row_multiple if total > 1 else self.tensor_ranks
+        padded = -(-total // self.row_multiple) * self.row_multiple if total > 1 else self.slices
         tokens, positions = np.zeros(padded, np.int64), np.zeros(padded, np.int64)
         plan = StepPlan(tokens, positions, spans=[], logit_positions=[])
         parts, start = [], 0

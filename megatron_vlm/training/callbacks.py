@@ -13,6 +13,9 @@ class Callback:
     Every rank calls the methods, at the same points of the run. What they raise ends the run.
     """
 
+    def on_train_start(self, trainer: Any) -> None:
+        """Before the first iteration, with the `training.trainer.Trainer` of this rank."""
+
     def on_step(self, iteration: int, metrics: dict[str, Any]) -> None:
         """After the update of `iteration` (from 1).
 

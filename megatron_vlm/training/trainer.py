@@ -101,6 +101,7 @@ class Trainer:
         self.profiler = ProfilerWindow(recipe)
         self.stop_request = StopRequest(recipe)
         self.watchdog = Watchdog(recipe.training.distributed_timeout_minutes)
+        self.validation = validation
         self.validator = Validator(recipe, validation, self.ranks) if validation is not None else None
         self.best = BestCheckpoint(recipe) if recipe.training.best_metric is not None else None
 
@@ -184,6 +185,8 @@ class Trainer:
         Returns:
             Why it stopped before the last iteration, after saving; None if it is finished.
         """
+        for callback in self.callbacks:
+            callback.on_train_start(self)
         garbage = ScheduledCollection(self.recipe.training.manual_gc_interval)
         with self.stop_request.catch_signals():
             stopped = self._train(garbage)

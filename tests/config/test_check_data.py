@@ -18,3 +18,12 @@ def test_the_best_checkpoint_needs_validation_data_and_a_folder(problems_of: Cal
     assert not problems_of(changes)
     (problem,) = problems_of({**changes, "data.valid_data_path": ["other.json"]})
     assert "data.valid_share = 0.1" in problem and "Remove one" in problem
+
+
+def test_generated_samples_need_validation_data_a_folder_and_no_fp8(problems_of: Callable[..., list[str]]) -> None:
+    problems = problems_of({"training.eval_generate_samples": 4})
+    assert len(problems) == 2 and all("training.eval_generate_samples = 4" in problem for problem in problems)
+    changes = {"training.eval_generate_samples": 4, "training.save": "runs/one", "data.valid_share": 0.1}
+    assert not problems_of(changes)
+    problems = problems_of({**changes, "training.fp8_format": "hybrid"})
+    assert any("rows of one token" in problem for problem in problems)

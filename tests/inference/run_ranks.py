@@ -1,6 +1,6 @@
 """Generate on the ranks of some parallel layouts; each rank with an engine writes OUT + its rank. For test_ranks.py.
 
-run_ranks.py CHECKPOINT SPECS.json OUT NEW_TOKENS TPxPP...
+run_ranks.py CHECKPOINT SPECS.json OUT NEW_TOKENS TPxPPxVPPxCP...
 """
 
 from __future__ import annotations
@@ -83,18 +83,23 @@ def main() -> None:
     results = {}
     with process_group():
         for layout in layouts:
-            tensor, pipeline = map(int, layout.split("x"))
             recipe = read_recipe(checkpoint)
-            recipe.parallel = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+            tensor, pipeline, virtual, context = map(int, layout.split("x"))
+            recipe.parallel = ParallelConfig(
+                tensor_model_parallel_size=tensor,
+                pipeline_model_parallel_size=pipeline,
+                virtual_pipeline_model_parallel_size=virtual,
+                context_parallel_size=context,
+            )
             initialize_groups(recipe.parallel)
             tensor_parallel.model_parallel_cuda_manual_seed(1)
-            (model,) = build_model(recipe)
-            load_checkpoint(require_checkpoint(checkpoint), [model], recipe)
+            chunks = build_model(recipe)
+            load_checkpoint(require_checkpoint(checkpoint), chunks, recipe)
             if dist.get_rank() == engine_rank():
-                engine = Engine(model, load_tokenizer(Path(checkpoint) / "tokenizer"), CONFIG)
+                engine = Engine(chunks, load_tokenizer(Path(checkpoint) / "tokenizer"), CONFIG)
                 results[layout] = generate_at_random_times(engine, specs, int(new_tokens))
             else:
-                serve_rank(model, CONFIG)
+                serve_rank(chunks, CONFIG)
             destroy_groups()
         if results:
             Path(f"{out}{dist.get_rank()}").write_text(json.dumps(results))

@@ -48,8 +48,8 @@ def test_two_ranks_give_the_answers_of_one(folder: Path) -> None:
     with load_engine(folder / "megatron", CONFIG) as engine:
         assert engine is not None
         one = generate_at_random_times(engine, specs, 10)
-    results = _generate(folder, specs, 10, 2, "2x1", "1x2", "1x1")
-    assert len(results) == 4, "1x1 on two ranks has two engines"
+    results = _generate(folder, specs, 10, 2, "2x1x1x1", "1x2x1x1", "1x2x2x1", "1x1x1x2", "1x1x1x1")
+    assert len(results) == 6, "a model of one rank has two engines on two"
     for layout, result in results.items():
         for alone, answer in zip(one["answers"], result["answers"], strict=True):
             assert answer["tokens"] == alone["tokens"], layout
@@ -122,7 +122,7 @@ def test_long_answers_of_random_batches_are_those_of_transformers(folder: Path) 
     lengths = sorted(answer["prompt_tokens"] for answer in expected)
     assert lengths[0] < 30
     assert 1900 < lengths[-1] < 2100
-    results = _generate(folder, specs, 128, 1, "1x1") | _generate(folder, specs, 128, 2, "2x1", "1x2")
+    results = _generate(folder, specs, 128, 1, "1x1x1x1") | _generate(folder, specs, 128, 2, "2x1x1x1", "1x2x1x1")
     for layout, result in results.items():
         assert max(answer["running"] for answer in result["answers"]) >= 12, "few requests ran together"
         differences = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_vlm.config import Recipe
 from megatron_vlm.runtime.logging import log_rank0
+from megatron_vlm.training.metrics.answers import Answer
 from megatron_vlm.training.metrics.writers import METRICS_FILE as METRICS_FILE
 from megatron_vlm.training.metrics.writers import MetricWriter, TensorBoard, open_writers
 from megatron_vlm.training.run_files import run_folder
@@ -33,11 +35,16 @@ class MetricsLog:
             folder.mkdir(parents=True, exist_ok=True)
             self._writers = open_writers(recipe, folder, first_iteration)
 
-    def write(self, lines: list[Line]) -> None:
-        """Write the metrics of consecutive iterations, and log those of the last one."""
+    def write(self, lines: list[Line], answers: Mapping[int, Sequence[Answer]]) -> None:
+        """Write the metrics of consecutive iterations, and log those of the last one.
+
+        `answers` are those generated after some of the iterations.
+        """
         for iteration, values in lines:
             for writer in self._writers:
                 writer.write(iteration, values)
+                if iteration in answers:
+                    writer.write_answers(iteration, answers[iteration])
         log_rank0(self._describe(lines))
 
     def _describe(self, lines: list[Line]) -> str:

@@ -16,8 +16,8 @@ import torch
 
 from megatron_vlm.runtime.device import on_gpu
 
-Phase = Literal["data", "forward_backward", "optimizer", "checkpoint", "evaluation"]
-PHASES: tuple[Phase, ...] = ("data", "forward_backward", "optimizer", "checkpoint", "evaluation")
+Phase = Literal["data", "forward_backward", "optimizer", "checkpoint", "evaluation", "generation"]
+PHASES: tuple[Phase, ...] = ("data", "forward_backward", "optimizer", "checkpoint", "evaluation", "generation")
 _WAITING, _NOT_WAITING = "between steps", "phase between steps"
 
 Marks = list[tuple[str, Any, Any]]

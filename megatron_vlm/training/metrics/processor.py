@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from megatron_vlm.data.packing.row_cost import step_operations
 from megatron_vlm.runtime.device import current_device, device_name, on_gpu
 from megatron_vlm.runtime.peak_rate import datasheet_peak, measured_gemm_rate
 from megatron_vlm.runtime.process_groups import ParallelRanks
+from megatron_vlm.training.metrics.answers import Answer
 from megatron_vlm.training.metrics.grad_norms import part_squares
 from megatron_vlm.training.metrics.log import MetricsLog
 from megatron_vlm.training.metrics.phases import PHASES, Marks, PhaseTimer, seconds
@@ -50,6 +51,7 @@ class MetricsProcessor:
         self._log = MetricsLog(recipe, first_iteration)
         self._counter: RowCounter | None = None
         self._steps: list[_Step] = []
+        self._answers: dict[int, Sequence[Answer]] = {}
         self._squares: torch.Tensor | None = None
         self._started = time.perf_counter()
         self._is_writing = dist.get_rank() == 0
@@ -97,6 +99,10 @@ class MetricsProcessor:
         """More metrics of the last step, the same on every rank."""
         self._steps[-1].values |= values
 
+    def add_answers(self, answers: Sequence[Answer]) -> None:
+        """What the model generated after the last step; those of rank 0 are written with the metrics of the step."""
+        self._answers[self._steps[-1].iteration] = answers
+
     def write(self) -> None:
         """End the last step: what is timed from now on belongs to the next. Reduce and write, if it is due."""
         self._steps[-1].marks = self.timer.take()
@@ -106,6 +112,7 @@ class MetricsProcessor:
     def flush(self) -> None:
         """Reduce and write what was collected. A collective call."""
         steps, self._steps = self._steps, []
+        answers, self._answers = self._answers, {}
         if not steps:
             return
         zero = torch.zeros(len(PARTS), dtype=torch.double, device=current_device())
@@ -134,7 +141,7 @@ class MetricsProcessor:
         lines = []
         for step, totals, maxima in zip(steps, sums.tolist(), longest.tolist(), strict=True):
             lines.append((step.iteration, self._values(step, totals, maxima, list(memory))))
-        self._log.write(lines)
+        self._log.write(lines, answers)
 
     def _values(self, step: _Step, totals: list[float], maxima: list[float], memory: list[str]) -> dict[str, Any]:
         tokens, squared, tiles, rows, *squares = totals

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config import ConfigError, Recipe, recipe_to_dict
 from megatron_vlm.runtime.atomic_files import atomic_file
+from megatron_vlm.training.metrics.answers import Answer
 
 _WANDB_ID, _MLFLOW_ID = "wandb_run_id.txt", "mlflow_run_id.txt"
 _MAX_VALUE = 500
@@ -27,9 +28,9 @@ class WandB:
         Raises:
             ConfigError: wandb is not installed.
         """
-        wandb = _import("wandb", "training.wandb_project")
+        self._wandb: Any = _import("wandb", "training.wandb_project")
         training = recipe.training
-        self._run: Any = wandb.init(
+        self._run: Any = self._wandb.init(
             project=training.wandb_project,
             name=training.wandb_exp_name or folder.resolve().name,
             dir=str(folder),
@@ -41,6 +42,10 @@ class WandB:
 
     def write(self, iteration: int, values: dict[str, Any]) -> None:
         self._run.log(values, step=iteration)
+
+    def write_answers(self, iteration: int, answers: Sequence[Answer]) -> None:
+        panels = [self._wandb.Image(answer.panel(), caption=answer.sample_id) for answer in answers]
+        self._run.log({"generated_samples": panels}, step=iteration)
 
     def close(self) -> None:
         self._run.finish()
@@ -70,6 +75,12 @@ class MLflow:
     def write(self, iteration: int, values: dict[str, Any]) -> None:
         allowed = {re.sub(r"[^\w\-. /]", "_", name): float(value) for name, value in values.items()}
         self._mlflow.log_metrics(allowed, step=iteration)
+
+    def write_answers(self, iteration: int, answers: Sequence[Answer]) -> None:
+        folder = f"generated_samples/{iteration:07d}"
+        for number, answer in enumerate(answers):
+            self._mlflow.log_image(answer.panel(), f"{folder}/{number}.png")
+        self._mlflow.log_dict({"answers": [answer.as_line() for answer in answers]}, f"{folder}/answers.json")
 
     def close(self) -> None:
         self._mlflow.end_run()

@@ -1,5 +1,5 @@
-"""Weights & Biases and MLflow: values arrive, a run that is started again continues its record, nothing is imported
-unasked.
+"""Weights & Biases and MLflow: values and generated answers arrive, a run that is started again continues its record,
+nothing is imported unasked.
 
 Neither package is a requirement of the tests: stand-ins take the calls with the packages' own signatures, and where the
 packages are installed they are used too, on folders of this machine.
@@ -14,9 +14,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from megatron_vlm.config import ConfigError, Recipe
+from megatron_vlm.training.metrics import Answer
 from megatron_vlm.training.metrics.writers import open_writers
+
+ANSWER = Answer("s1", "<image>\nWhat is it?", "A dog.", "A cat.", [Image.new("RGB", (640, 480))])
 
 
 class MLflowStandIn(ModuleType):
@@ -49,6 +53,12 @@ class MLflowStandIn(ModuleType):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.runs[self.active]["metrics"].append((step, metrics))
 
+    def log_image(self, image: Image.Image, artifact_file: str | None = None) -> None:
+        self.runs[self.active].setdefault("images", []).append((artifact_file, image.size))
+
+    def log_dict(self, dictionary: dict[str, Any], artifact_file: str) -> None:
+        self.runs[self.active].setdefault("texts", []).append((artifact_file, dictionary))
+
     def end_run(self, status: str = "FINISHED") -> None:
         self.active = ""
 
@@ -60,6 +70,7 @@ class WandbStandIn(ModuleType):
         super().__init__("wandb")
         self.calls: list[dict[str, Any]] = []
         self.logged: list[tuple[int | None, dict[str, Any]]] = []
+        self.Image = lambda data, caption=None: (data.size, caption)
 
     def init(
         self, *, project: str | None = None, name: str | None = None, dir: str | None = None,
@@ -85,6 +96,8 @@ def _write(recipe: Recipe, folder: Path, iteration: int) -> None:
     writers = open_writers(recipe, folder, iteration - 1)
     for writer in writers:
         writer.write(iteration, {"lm_loss": 1.5 / iteration, "eval_loss/a:b": 2.0, "tokens": 7})
+        if iteration == 2:
+            writer.write_answers(iteration, [ANSWER])
     for writer in writers:
         writer.close()
 
@@ -100,6 +113,10 @@ def test_mlflow_gets_settings_and_metrics(tmp_path: Path, monkeypatch: pytest.Mo
     assert run["name"] == "save" and run["params"]["training.lr"] == "1e-05"
     values = {"eval_loss/a_b": 2.0, "tokens": 7.0}
     assert run["metrics"] == [(1, {"lm_loss": 1.5, **values}), (2, {"lm_loss": 0.75, **values})]
+    ((file, size),) = run["images"]
+    assert (file, size) == ("generated_samples/0000002/0.png", ANSWER.panel().size)
+    ((file, texts),) = run["texts"]
+    assert file == "generated_samples/0000002/answers.json" and texts["answers"][0]["generated"] == "A cat."
 
 
 def test_mlflow_on_its_own_file_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +131,9 @@ def test_mlflow_on_its_own_file_store(tmp_path: Path, monkeypatch: pytest.Monkey
     history = client.get_metric_history(run.info.run_id, "lm_loss")
     assert [(point.step, point.value) for point in history] == [(1, 1.5), (2, 0.75)]
     assert run.data.params["training.lr"] == "1e-05"
+    (folder,) = client.list_artifacts(run.info.run_id, "generated_samples")
+    files = [Path(file.path).name for file in client.list_artifacts(run.info.run_id, folder.path)]
+    assert sorted(files) == ["0.png", "answers.json"]
 
 
 def test_wandb_continues_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +147,8 @@ def test_wandb_continues_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("vlm", "first", "fresh"),
     ]
     assert wandb.calls[0]["config"]["training"]["lr"] == 1e-5
-    assert [step for step, _ in wandb.logged] == [1, 2] and wandb.logged[1][1]["lm_loss"] == 0.75
+    assert [step for step, _ in wandb.logged] == [1, 2, 2] and wandb.logged[1][1]["lm_loss"] == 0.75
+    assert wandb.logged[2][1]["generated_samples"] == [(ANSWER.panel().size, "s1")]
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +158,8 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    _write(_recipe(wandb_project="vlm"), tmp_path / "save", 1)
+    _write(_recipe(wandb_project="vlm"), tmp_path / "save", 2)
+    assert list((tmp_path / "save" / "wandb").glob("offline-run-*/files/media/images/*.png"))
     assert list((tmp_path / "save" / "wandb").glob("offline-run-*/*.wandb"))
 
 
