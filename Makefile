@@ -39,7 +39,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 demo: $(READY)  ## easy-VQA: data, three training stages, export, answers to the test questions; into runs/demo
-	$(PY) examples/instellavl/demo/run.py
+	$(PY) examples/instellavl/demo/run.py $(DEMO)
 
 lint: $(READY)  ## style, types, which package may import which, and the words of tools/words.toml
 	$(PY) -m ruff check

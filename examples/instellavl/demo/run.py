@@ -2,99 +2,137 @@
 
     easy-VQA -> annotations -> tokenizer -> shards -> three stages with different layouts -> Hugging Face -> answers
 
-All output is written to runs/demo. Run it from the root of the repository.
+Paths are relative to the root of the repository. The same command resumes a demo that was interrupted. Flags are given
+as make demo DEMO="--seed 1 --output runs/demo-1".
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import shutil
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import yaml
+from progress import minutes
+from steps import Runner, Step
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 OUTPUT = Path("runs/demo")
+SEED = 42
 PROCESSES = "2"
-STEP_TIMEOUT = 1200
-"""Seconds after which a step counts as hanging."""
 STAGES = {
-    "warmup": "projector warm-up, tensor parallel size 2 with sequence parallelism",
-    "pretrain": "captions, data parallel size 2 with the distributed optimizer",
-    "instruct": "questions, pipeline parallel size 2",
+    "warmup": ("projector warm-up, tensor parallel size 2 with sequence parallelism", "captions", 25),
+    "pretrain": ("captions, data parallel size 2 with the distributed optimizer", "captions", 330),
+    "instruct": ("questions, pipeline parallel size 2", "questions", 560),
 }
+"""What each stage does, on which shards, and its seconds on two quiet cores."""
+Command = list[str | Path | int]
+"""Arguments of Python."""
 
 
-class Demo:
-    """Runs the steps in order and prints a numbered heading with the elapsed time for each."""
+def steps(output: Path, seed: int) -> Iterator[Step]:
+    """All steps, in order."""
+    data, tokenizer, shards, checkpoints = (output / name for name in ("data", "tokenizer", "shards", "checkpoints"))
+    images, test = data / "images", data / "test.json"
+    annotations = {name: data / f"{name}.json" for name in ("captions", "questions")}
 
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.step = 0
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    yield _step(
+        "data", "easy-VQA: images, captions and questions", [data], 6,
+        [HERE / "easy_vqa.py", "--output", data],
+    )  # fmt: skip
+    yield _step(
+        "tokenizer", "tokenizer", [tokenizer], 2,
+        [HERE / "tokenizer.py", "--annotations", *annotations.values(), "--output", tokenizer],
+    )  # fmt: skip
+    prepare = ROOT / "tools" / "prepare_shards.py"
+    to_shards: list[Command] = [
+        [prepare, "--annotations", file, "--image-folder", images, "--output", shards / name]
+        for name, file in annotations.items()
+    ]
+    yield _step("shards", "shards", [shards], 25, *to_shards)
+    previous: Command = []
+    for stage, (what, source, seconds) in STAGES.items():
+        recipe, save = HERE / f"{stage}.yaml", checkpoints / stage
+        paths: Command = ["--data-path", shards / source, "--tokenizer-model", tokenizer, "--save", save, *previous]
+        step = _step(
+            stage, f"stage {stage}: {what}", [save], seconds,
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES,
+             "-m", "megatron_vlm.train", "--config", recipe, "--seed", seed, *paths],
+        )  # fmt: skip
+        step.checkpoints = save
+        step.iterations = yaml.safe_load(recipe.read_text(encoding="utf-8"))["training"]["train_iters"]
+        yield step
+        previous = ["--pretrained-checkpoint", save]
+    hf, published = output / "hf", output / "instellavl"
+    exports: list[Command] = [
+        ["-m", "checkpoint_convert.megatron_to_hf", "--load", save, "--save", folder, "--format", hf_format]
+        for folder, hf_format in ((hf, "llava_next"), (published, "instellavl"))
+    ]
+    yield _step("export", "export to Hugging Face", [hf, published], 25, *exports)
+    answers, report = output / "answers.json", output / "report.txt"
+    asked: Command = ["--model", hf, "--annotations", test, "--image-folder", images]
+    step = _step(
+        "answers", "the 9,673 test questions, with stock transformers and the exported folder", [answers, report], 110,
+        [HERE / "evaluate.py", *asked, "--output", answers, "--report", report],
+    )  # fmt: skip
+    step.threads = 2
+    yield step
+    yield _step(
+        "pictures", "loss curves, and a sheet of answers", [output / "loss.png", output / "answers.png"], 12,
+        [HERE / "plots.py", "losses", "--checkpoints", checkpoints, "--output", output / "loss.png"],
+        [HERE / "plots.py", "answers", "--answers", answers, "--image-folder", images,
+         "--output", output / "answers.png"],
+    )  # fmt: skip
 
-    def heading(self, text: str) -> None:
-        self.step += 1
-        minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
-        print(f"\n== {self.step}. {text}   [{minutes}:{seconds:02d}]", flush=True)
 
-    def run(self, *command: str | Path, threads: int = 1) -> None:
-        """Run a Python command and show its output; exit if it fails or times out."""
-        environment = {**self.environment, "OMP_NUM_THREADS": str(threads)}
-        arguments = [sys.executable, *map(str, command)]
-        try:
-            result = subprocess.run(arguments, cwd=ROOT, env=environment, timeout=STEP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            sys.exit(f"demo: step {self.step} took more than {STEP_TIMEOUT // 60} minutes: {' '.join(arguments)}")
-        if result.returncode:
-            sys.exit(f"demo: step {self.step} failed, see above: {' '.join(arguments)}")
-
-    def torchrun(self, *command: str | Path) -> None:
-        self.run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES, *command)
+def _step(
+    name: str,
+    title: str,
+    outputs: list[Path],
+    weight: float,
+    *commands: Command,
+) -> Step:
+    """A step whose inputs are the demo's files in its commands."""
+    files = {argument for command in commands for argument in command if isinstance(argument, Path)}
+    inputs = sorted(path for path in files if path.parent == HERE)
+    return Step(name, title, [[str(argument) for argument in command] for command in commands], inputs, outputs, weight)
 
 
 def main() -> None:
-    demo = Demo()
-    shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)
-    data, tokenizer = OUTPUT / "data", OUTPUT / "tokenizer"
-    hf, published = OUTPUT / "hf", OUTPUT / "instellavl"
-    captions, questions, test = (data / f"{name}.json" for name in ("captions", "questions", "test"))
-
-    demo.heading("easy-VQA: images, captions and questions")
-    demo.run(HERE / "easy_vqa.py", "--output", data)
-    demo.heading("tokenizer")
-    demo.run(HERE / "tokenizer.py", "--annotations", captions, questions, "--output", tokenizer)
-    demo.heading("shards")
-    for entries in (captions, questions):
-        written = OUTPUT / "shards" / entries.stem
-        paths = ("--annotations", entries, "--image-folder", data / "images", "--output", written)
-        demo.run(ROOT / "tools" / "prepare_shards.py", *paths)
-    for stage, what in STAGES.items():
-        demo.heading(f"stage {stage}: {what}")
-        demo.torchrun("-m", "megatron_vlm.train", "--config", HERE / f"{stage}.yaml")
-    demo.heading("export to Hugging Face")
-    last = OUTPUT / "checkpoints" / "instruct"
-    for folder, hf_format in ((hf, "llava_next"), (published, "instellavl")):
-        demo.run("-m", "checkpoint_convert.megatron_to_hf", "--load", last, "--save", folder, "--format", hf_format)
-    demo.heading("loss curve")
-    demo.run(HERE / "plots.py", "losses", "--checkpoints", OUTPUT / "checkpoints", "--output", OUTPUT / "loss.png")
-    demo.heading("evaluation on the 9,673 test questions, with stock transformers and the exported folder")
-    answers, report = OUTPUT / "answers.json", OUTPUT / "report.txt"
-    asked = ("--annotations", test, "--image-folder", data / "images")
-    demo.run(HERE / "evaluate.py", "--model", hf, *asked, "--output", answers, "--report", report, threads=2)
-    sheet = ("--answers", answers, "--image-folder", data / "images", "--output", OUTPUT / "answers.png")
-    demo.run(HERE / "plots.py", "answers", *sheet)
-    demo.heading("done; all output is in runs/demo")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of the initial weights and the order; default: {SEED}")
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR", help=f"default: {OUTPUT}")
+    parser.add_argument("--restart", action="store_true", help="remove the output of earlier runs first")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    output: Path = options.output
+    if options.restart:
+        shutil.rmtree(output, ignore_errors=True)
+    ran = Runner(ROOT, output, list(steps(output, options.seed))).run()
+    records = json.loads((output / "steps.json").read_text(encoding="utf-8")).values()
+    wall, processor = (sum(record[name] for record in records) for name in ("seconds", "processor_seconds"))
     print(
-        f"  loss curve      {OUTPUT / 'loss.png'}\n"
-        f"  answers         {OUTPUT / 'answers.png'} (a sheet), {answers} (all)\n"
-        f"  TensorBoard     tensorboard --logdir {OUTPUT / 'checkpoints'}\n"
-        f"  checkpoints     {OUTPUT / 'checkpoints'}\n"
-        f"  Hugging Face    {hf} (llava_next), {published} (for the published snippets: docs/inference.md)\n"
+        f"\nAll steps took {minutes(wall)}, and {processor:.0f} s of processor time. All output is in {output}:\n"
+        f"  loss curves     {output / 'loss.png'}\n"
+        f"  answers         {output / 'answers.png'} (some), {output / 'answers.json'} (all)\n"
+        f"  TensorBoard     tensorboard --logdir {output / 'checkpoints'}\n"
+        f"  checkpoints     {output / 'checkpoints'}\n"
+        f"  Hugging Face    {output / 'hf'} (llava_next), {output / 'instellavl'} (for the published snippets: "
+        "docs/inference.md)\n"
     )
-    print((ROOT / report).read_text().rstrip())
+    print((output / "report.txt").read_text(encoding="utf-8").rstrip())
+    if not ran:
+        print(f"\nNothing was left to do. To start from the beginning: make demo DEMO='{_restart_flags(options)}'")
+
+
+def _restart_flags(options: argparse.Namespace) -> str:
+    seed = f" --seed {options.seed}" if options.seed != SEED else ""
+    folder = f" --output {options.output}" if options.output != OUTPUT else ""
+    return f"--restart{seed}{folder}"
 
 
 if __name__ == "__main__":
