@@ -9,14 +9,14 @@ import pytest
 
 from benchmarks.attention import Shape
 from tests.benchmarks.small_recipe import write_small_recipe
-from tests.support.launch import launch
+from tests.support.forked_ranks import launch_forked
 
 
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     grids = [[28, 56], [56, 28], [56, 56]]
     recipe = write_small_recipe(tmp_path / "recipe.yaml", seq_length=2048, max_tiles=20, grids=grids)
     small = ["--config", str(recipe), "--repeats", "1", "--output", str(tmp_path)]
-    done = launch("-m", "benchmarks.attention", *small, ranks=1, timeout=120)
+    done = launch_forked("-m", "benchmarks.attention", *small, ranks=1, timeout=120)
     backends = json.loads((tmp_path / "attention-cpu.json").read_text())["backends"]
     assert [measured["backend"] for measured in backends] == ["sdpa"] * 3
     assert all(measured["difference"] == 0 and measured["flops_per_second"] > 0 for measured in backends)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.small_recipe import write_small_recipe
-from tests.support.launch import launch
+from tests.support.forked_ranks import launch_forked
 
 
 @pytest.mark.timeout(600)
@@ -17,7 +17,7 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     grids = [[28, 56], [56, 28], [56, 56]]
     recipe = write_small_recipe(tmp_path / "recipe.yaml", seq_length=2048, max_tiles=20, grids=grids)
     small = ["--config", str(recipe), "--samples", "12", "--steps", "2", "--workers", "0", "1"]
-    done = launch("-m", "benchmarks.feeding", *small, "--output", str(tmp_path), ranks=1, timeout=170)
+    done = launch_forked("-m", "benchmarks.feeding", *small, "--output", str(tmp_path), ranks=1, timeout=170)
     result = json.loads((tmp_path / "feeding-cpu.json").read_text())
     assert [measured["name"] for measured in result["passes"]] == [
         "rows in memory", "loader, 0 workers", "loader, 1 workers",

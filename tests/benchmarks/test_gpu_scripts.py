@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from tests.gpu import run_linear_layers, run_step
-from tests.support.launch import ROOT, launch
+from tests.support.forked_ranks import launch_forked
+from tests.support.launch import ROOT
 
 
 def _gpu_benchmarks() -> list[str]:
@@ -43,13 +44,13 @@ def test_gpu_check_continues_after_a_failure(tmp_path: Path) -> None:
 
 
 def test_steps_of_the_test_model(tmp_path: Path) -> None:
-    launch(Path(run_step.__file__), tmp_path / "steps.pt", "bf16", ranks=1, timeout=120)
+    launch_forked(Path(run_step.__file__), tmp_path / "steps.pt", "bf16", ranks=1, timeout=120)
     result = torch.load(tmp_path / "steps.pt")
     assert result["device"] == "cpu" and len(result["steps"]) == 3
 
 
 def test_losses_of_linear_layers(tmp_path: Path) -> None:
-    launch(Path(run_linear_layers.__file__), tmp_path / "losses.json", "3", "local", ranks=1, timeout=120)
+    launch_forked(Path(run_linear_layers.__file__), tmp_path / "losses.json", "3", "local", ranks=1, timeout=120)
     losses = json.loads((tmp_path / "losses.json").read_text())["local"]
     assert len(losses) == 3 and all(0 < loss < 10 for loss in losses)
 

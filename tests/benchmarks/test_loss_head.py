@@ -14,12 +14,12 @@ import torch
 from benchmarks import loss_head
 from tests.contracts import signatures
 from tests.contracts.signatures import with_signature
-from tests.support.launch import launch
+from tests.support.forked_ranks import launch_forked
 
 
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     small = ["--tokens", "512", "--vocab-size", "3000", "--hidden-size", "16", "--rounds", "1"]
-    done = launch("-m", "benchmarks.loss_head", *small, "--output", tmp_path, ranks=1, timeout=120)
+    done = launch_forked("-m", "benchmarks.loss_head", *small, "--output", tmp_path, ranks=1, timeout=120)
     (size,) = json.loads((tmp_path / "loss_head-cpu.json").read_text())["sizes"]
     plain, ours = size["ways"][loss_head.PLAIN], size["ways"][loss_head.OURS]
     assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-6)

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.support.samples import SampleGenerator, build_workload
 from benchmarks.train_step import recipe_of
 from megatron_vlm.data.rows.batch import IGNORE_INDEX
-from tests.support.launch import launch
+from tests.support.forked_ranks import launch_forked
 
 
 def test_all_loops_get_the_same_samples() -> None:
@@ -41,7 +41,7 @@ def test_the_long_sample_fills_a_row() -> None:
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     """Before timing, the benchmark compares both losses on the same samples."""
     small = ["--rounds", "1", "--steps", "1", "--rows", "1", "--seq-length", "1024", "--output", str(tmp_path)]
-    done = launch("-m", "benchmarks.train_step", *small, ranks=1, timeout=170)
+    done = launch_forked("-m", "benchmarks.train_step", *small, ranks=1, timeout=170)
     result = json.loads((tmp_path / "train_step.json").read_text())
     assert result["loss_difference"] < 1e-5
     assert set(result["speedup_of_packing"]) == set(result["seconds"])

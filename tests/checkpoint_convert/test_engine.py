@@ -18,7 +18,8 @@ from tests.inference.run_folder import NEW_TOKENS
 from tests.inference.run_ranks import CONFIG
 from tests.inference.tiny_model import SIZES, random_specs
 from tests.instellavl.exports import write_exports
-from tests.support.launch import ROOT, launch
+from tests.support.forked_ranks import launch_forked
+from tests.support.launch import ROOT
 from tests.support.random_models import clip_vision_model, write_llava_next
 
 RUN_FOLDER = ROOT / "tests" / "inference" / "run_folder.py"
@@ -72,7 +73,7 @@ def test_folders_and_the_checkpoint_answer_alike(exports: Path, tmp_path: Path) 
 def test_a_folder_in_four_processes(tmp_path: Path) -> None:
     """The layers are distributed over two stages, and every tensor is sliced for two ranks."""
     write_llava_next(tmp_path / "folder", language=SIZES)
-    launch(RUN_FOLDER, tmp_path / "folder", tmp_path / "out.json", ranks=4, timeout=120)
+    launch_forked(RUN_FOLDER, tmp_path / "folder", tmp_path / "out.json", ranks=4, timeout=120)
     assert json.loads((tmp_path / "out.json").read_text()) == _answers(tmp_path / "folder")
 
 

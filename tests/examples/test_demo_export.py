@@ -19,6 +19,7 @@ from megatron_vlm.config import load_recipe, recipe_to_dict
 from tests.examples.conftest import EXAMPLES
 from tests.instellavl.exports import make_answers_end
 from tests.instellavl.test_snippets import ask, compare
+from tests.support.forked_ranks import launch_forked
 from tests.support.launch import ROOT, launch
 
 STEPS = 40
@@ -61,7 +62,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, wheel: Path, trained_toke
     }
     recipe["parallel"]["pipeline_model_parallel_size"] = 1
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    launch("-m", "megatron_vlm.train", "--config", folder / "recipe.yaml", ranks=1, timeout=240)
+    launch_forked("-m", "megatron_vlm.train", "--config", folder / "recipe.yaml", ranks=1, timeout=240)
     for hf_format in ("llava_next", "instellavl"):
         convert(folder / "checkpoint", folder / hf_format, format=hf_format)
     make_answers_end(folder)  # without an image they do not end by themselves, because training had images only

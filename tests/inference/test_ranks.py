@@ -15,7 +15,7 @@ import pytest
 from megatron_vlm.inference.engine import load_engine
 from tests.inference.run_ranks import CONFIG, generate_at_random_times
 from tests.inference.tiny_model import PromptSpec, random_specs, write_tiny_model
-from tests.support.launch import launch
+from tests.support.forked_ranks import launch_forked
 
 RUN_RANKS = Path(__file__).with_name("run_ranks.py")
 
@@ -34,7 +34,7 @@ def _generate(folder: Path, specs: list[PromptSpec], new_tokens: int, ranks: int
         file.unlink()
     specs_file.write_text(json.dumps([asdict(spec) for spec in specs]))
     command = [RUN_RANKS, folder / "megatron", specs_file, out, str(new_tokens), *layouts]
-    launch(*command, ranks=ranks, timeout=60 + 10 * len(specs))
+    launch_forked(*command, ranks=ranks, timeout=60 + 10 * len(specs))
     results: dict[str, Any] = {}
     for file in sorted(folder.glob("out*")):
         for layout, result in json.loads(file.read_text()).items():

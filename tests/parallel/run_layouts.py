@@ -76,10 +76,10 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
         dist.all_reduce(squares)
         shards = local_gradients(wrapped)
         shards = [(*s[:3], s[3] / 2) if s[0] == break_gradient_of else s for s in shards]
-        all_shards: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(all_shards, shards)
+        all_shards: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(shards, all_shards)
         _, norm = update(optimizer)
-        gradients = assemble([s for rank in all_shards for s in rank]) if dist.get_rank() == 0 else {}
+        gradients = assemble([s for rank in all_shards for s in rank]) if all_shards else {}
         steps.append({"loss": loss, "loss_tokens": loss_tokens, "grad_norm": norm, "gradients": gradients})
         steps[-1]["part_norms"] = squares.sqrt().tolist()
     steps[-1]["buckets"] = min(sum(len(group.buckets) for group in chunk.bucket_groups) for chunk in wrapped)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.parallel.layouts import FULL_LAYOUTS, LAYOUTS, Layout
-from tests.support.launch import launch
+from tests.support.forked_ranks import launch_forked
 
 GRADIENTS = 1e-5
 """|ours - reference| / |reference|, per tensor, fp32."""
@@ -33,7 +33,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if world != 1:
             run_world(1, selection)
         folder = folders[selection]
-        launch(SCRIPT, str(folder), *filter(None, [selection]), ranks=world, timeout=400)
+        launch_forked(SCRIPT, str(folder), *filter(None, [selection]), ranks=world, timeout=400)
         found: dict[str, Any] = json.loads((folder / f"world_{world}.json").read_text())
         return found
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.planner.run_memory import CASES, FULL_CASES, HELD_OUT, Case
-from tests.support.launch import launch
+from tests.support.forked_ranks import launch_forked
 
 ACTIVATIONS = 0.10
 """|planned / counted - 1|"""
@@ -26,7 +26,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def of_set(name: str) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp(name)
         cases = [case.name for case in SETS[name]]
-        launch("-m", "tests.planner.run_memory", str(folder), *cases, ranks=4, timeout=400)
+        launch_forked("-m", "tests.planner.run_memory", str(folder), *cases, ranks=4, timeout=400)
         found: dict[str, Any] = json.loads((folder / "memory.json").read_text())
         return found
 

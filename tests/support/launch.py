@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parents[2]
-_BUSY_MACHINE = 3.0
+BUSY_MACHINE = 3.0
 """Ranks may take so many times their timeout, which is for a machine with nothing else to do."""
-_OTHERS_END_SECONDS = 0.3
+OTHERS_END_SECONDS = 0.3
 """After one rank failed, before the others are killed."""
+_PORTS = range(20_000, 29_000)
+"""Below those that Linux gives to sockets which ask for any: every process group opens some of these."""
 
 
 def launch(*command: str | Path, ranks: int, timeout: float, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -29,9 +35,9 @@ def launch(*command: str | Path, ranks: int, timeout: float, check: bool = True)
     """
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as output:
-        processes = [_start(command, rank, ranks, port, output) for port in [_free_port()] for rank in range(ranks)]
+        processes = [_start(command, rank, ranks, port, output) for port in [free_port()] for rank in range(ranks)]
         try:
-            code = _wait(processes, started + _BUSY_MACHINE * timeout)
+            code = _wait(processes, started + BUSY_MACHINE * timeout)
         except TimeoutError:
             output.seek(0)
             raise subprocess.TimeoutExpired(list(map(str, command)), timeout, output.read()) from None
@@ -41,9 +47,22 @@ def launch(*command: str | Path, ranks: int, timeout: float, check: bool = True)
                 process.wait()
         output.seek(0)
         result = subprocess.CompletedProcess(list(map(str, command)), code, output.read())
-    if check and code:
-        raise AssertionError(f"{' '.join(map(str, command))} on {ranks} ranks failed:\n{result.stdout[-6000:]}")
+    if check:
+        check_ranks(result, ranks)
     return result
+
+
+def check_ranks(result: subprocess.CompletedProcess[str], ranks: int) -> None:
+    """Raise an AssertionError with the end of their output if a rank failed."""
+    if result.returncode:
+        raise AssertionError(f"{' '.join(result.args)} on {ranks} ranks failed:\n{result.stdout[-6000:]}")
+
+
+def rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The environment variables by which one of several processes knows its rank, as torchrun sets them."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    values = dict(zip(names, map(str, (rank, rank, ranks, ranks, port)), strict=True))
+    return values | {"MASTER_ADDR": "127.0.0.1"}
 
 
 def _start(
@@ -54,9 +73,7 @@ def _start(
         **os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
     if ranks > 1:
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-        environment |= dict(zip(names, map(str, (rank, rank, ranks, ranks, port)), strict=True))
-        environment["MASTER_ADDR"] = "127.0.0.1"
+        environment |= rank_variables(rank, ranks, port)
     arguments = [sys.executable, *map(str, command)]
     return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)  # type: ignore[call-overload,no-any-return]
 
@@ -66,7 +83,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> int:
     while any(process.poll() is None for process in processes):
         failed = next((process.returncode for process in processes if process.returncode), 0)
         if failed and not code:
-            code, deadline = failed, min(deadline, time.monotonic() + _OTHERS_END_SECONDS)
+            code, deadline = failed, min(deadline, time.monotonic() + OTHERS_END_SECONDS)
         if time.monotonic() > deadline:
             if code:
                 return code
@@ -75,7 +92,20 @@ def _wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> int:
     return code or next((process.returncode for process in processes if process.returncode), 0)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def kill_tree(pid: int) -> None:
+    """Kill a process that a test started, and all that it started, if any of them is left."""
+    with suppress(psutil.NoSuchProcess):
+        for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+            process.kill()
+
+
+def free_port() -> int:
+    """A port on which ranks can meet, still free when they have started, seconds later."""
+    while True:
+        port = random.SystemRandom().choice(_PORTS)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

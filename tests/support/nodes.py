@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.launch import ROOT
+from tests.support.launch import ROOT, free_port
 
 PORT = 29511
 
@@ -95,18 +94,12 @@ def _namespaces() -> list[Node]:
     return nodes if made else []
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @contextmanager
 def two_nodes() -> Iterator[tuple[Node, Node, str]]:
     """Two nodes, and where they meet; what they started is killed afterwards."""
     first, second = _namespaces() or [Node("127.0.0.2"), Node("127.0.0.3")]
     try:
-        yield first, second, f"{first.address}:{PORT if first.namespace else _free_port()}"
+        yield first, second, f"{first.address}:{PORT if first.namespace else free_port()}"
     finally:
         for node in (first, second):
             node.kill()

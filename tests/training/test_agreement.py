@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.data.helpers import tiny_tokenizer_folder
-from tests.support.launch import launch
+from tests.support.forked_ranks import launch_forked
 from tests.training.run_agreement import CASES, ODD_RANK, SHORT
 from tests.training.tiny_run import write_recipe
 
@@ -28,7 +28,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any
     write_recipe(folder)
     for file in tiny_tokenizer_folder(folder / "other_tokenizer").iterdir():
         file.write_text(file.read_text().replace("<|padding|>", "<|filler|>"))
-    done = launch("-m", "tests.training.run_agreement", folder, ranks=4, timeout=240)
+    done = launch_forked("-m", "tests.training.run_agreement", folder, ranks=4, timeout=240)
     return json.loads((folder / "results.json").read_text()), done.stdout
 
 

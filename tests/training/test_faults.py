@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.launch import ROOT
+from tests.support.launch import ROOT, kill_tree
 from tests.training.tiny_run import LAYOUTS, metrics, run, write_recipe
 
 A_MINUTE = 60
@@ -46,8 +46,7 @@ def test_a_killed_rank_ends_the_others(tmp_path: Path, layout: str) -> None:
         _, alive = psutil.wait_procs(ranks, timeout=5)
         assert not alive
     finally:
-        for process in [*psutil.Process().children(recursive=True)]:
-            process.kill()
+        kill_tree(job.pid)
 
 
 def test_an_image_damaged_after_indexing_names_the_sample(tmp_path: Path) -> None:

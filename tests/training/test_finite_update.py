@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.launch import launch
+from tests.support.forked_ranks import launch_forked
 from tests.training.run_nonfinite import CASES
 from tests.training.tiny_run import metrics, run, write_recipe
 
@@ -16,7 +16,7 @@ from tests.training.tiny_run import metrics, run, write_recipe
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("nonfinite")
-    launch("-m", "tests.training.run_nonfinite", folder, ranks=2, timeout=180)
+    launch_forked("-m", "tests.training.run_nonfinite", folder, ranks=2, timeout=180)
     return json.loads((folder / "results.json").read_text())
 
 

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from megatron_vlm.runtime.exit_codes import FAILED, SAVED, WRONG_SETTINGS
-from tests.support.launch import ROOT, launch
+from tests.support.forked_ranks import launch_forked
+from tests.support.launch import ROOT, kill_tree
 from tests.training.tiny_run import metrics, run, write_recipe
 
 A_MINUTE = 60
@@ -47,8 +48,7 @@ def test_a_signal_saves_and_the_same_command_resumes(tmp_path: Path, number: int
             process.send_signal(number)
         assert job.wait(timeout=A_MINUTE) in (128 + number, SAVED), log.read_text()[-3000:]
     finally:
-        for process in psutil.Process().children(recursive=True):
-            process.kill()
+        kill_tree(job.pid)
     text = log.read_text()
     assert f"{signal.Signals(number).name} was received" in text and f"resumes from {save}" in text
     last = metrics(save)[-1]["iteration"]
@@ -72,7 +72,7 @@ def test_exit_codes(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_hangs_ends_all_with_their_stacks() -> None:
-    done = launch("-m", "tests.training.run_hang", ranks=2, timeout=100, check=False)
+    done = launch_forked("-m", "tests.training.run_hang", ranks=2, timeout=100, check=False)
     assert done.returncode == FAILED
     assert "a_disk_that_does_not_answer" in done.stdout, "the rank that hangs"
     assert "in all_reduce" in done.stdout, "the rank that waits for it"

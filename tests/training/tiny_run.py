@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tests.data.helpers import mixed_folder, tiny_tokenizer_folder
-from tests.support.launch import launch
+from tests.support.forked_ranks import launch_forked
 
 MODEL = {
     "vision": {
@@ -54,7 +54,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """`python -m megatron_vlm.train` on `ranks` processes."""
     saving = ("--save", str(save)) if save else ()
-    return launch(
+    return launch_forked(
         "-m", "megatron_vlm.train", "--config", recipe, *saving, *flags, ranks=ranks, timeout=240, check=check
     )
 

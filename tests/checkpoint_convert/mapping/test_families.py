@@ -20,7 +20,7 @@ from checkpoint_convert.huggingface.safetensors import FolderTensors
 from tests.checkpoint_convert.mapping import run_families
 from tests.checkpoint_convert.mapping.run_families import name_of
 from tests.checkpoint_convert.whole_model import TALL, WIDE, model_config, prompt
-from tests.support.launch import launch
+from tests.support.forked_ranks import launch_forked
 from tests.support.random_models import FAMILIES, QWEN2_SIZES, SIGLIP_SIZES, randomize, write_llava_next
 
 TOLERANCE = 1e-4
@@ -66,7 +66,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
         assert hf_to_megatron.main(["--model", str(folder / "source"), "--save", str(folder / "megatron")]) == 0
         _write_reference(reference, folder / "reference.pt")
     (root / "cases.json").write_text(json.dumps(LAYOUTS))
-    launch(Path(run_families.__file__), root, ranks=4, timeout=240)
+    launch_forked(Path(run_families.__file__), root, ranks=4, timeout=240)
     return root, json.loads((root / "found.json").read_text())
 
 

@@ -14,7 +14,7 @@ from checkpoint_convert.huggingface.safetensors import FolderTensors
 from megatron_vlm.config import recipe_from_dict
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from tests.checkpoint_convert.megatron import resave
-from tests.support.launch import launch
+from tests.support.forked_ranks import launch_forked
 from tests.training.tiny_run import MODEL, run, write_recipe
 
 LAYOUTS = ["1,1", "2,1", "4,1", "1,2", "1,2,Et*3|tL", "1,4", "1,4,E|t|t*2|tL", "2,2", "2,2,E|t*4L"]
@@ -50,7 +50,7 @@ def _assert_same_weights(exported: Path, source: Path) -> None:
 
 def test_imported_checkpoint_loads_in_every_layout_and_is_exported(source: Path, tmp_path: Path) -> None:
     script = Path(resave.__file__)
-    done = launch(script, source.parent / "imported", tmp_path / "saved", *LAYOUTS, ranks=4, timeout=240)
+    done = launch_forked(script, source.parent / "imported", tmp_path / "saved", *LAYOUTS, ranks=4, timeout=240)
     assert done.stdout.count("are equal") == 4 * len(LAYOUTS)
     files = (tmp_path / "saved" / "iter_0000000").glob("__*.distcp")  # __RANK_NUMBER.distcp
     assert {file.name.split("_")[2] for file in files} == {"0", "1", "2", "3"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.launch import launch
+from tests.support.forked_ranks import launch_forked
 from tests.support.s3_server import Fault, store
 
 RANK1 = "__1_0.distcp"
@@ -21,7 +21,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with store() as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", 1)
         proxy.faults.append(Fault("error", f"run/iter_0000002/{RANK1}.*partNumber=2$", method="PUT"))
-        launch("-m", "tests.training.checkpoint.run_s3", path, ranks=2, timeout=240)
+        launch_forked("-m", "tests.training.checkpoint.run_s3", path, ranks=2, timeout=240)
         found: list[dict[str, Any]] = json.loads(path.read_text())
     return found
 

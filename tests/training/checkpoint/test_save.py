@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from tests.support.launch import launch
+from tests.support.forked_ranks import launch_forked
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    launch("-m", "tests.training.checkpoint.run_checkpoints", str(folder), ranks=4, timeout=280)
+    launch_forked("-m", "tests.training.checkpoint.run_checkpoints", str(folder), ranks=4, timeout=280)
     found: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return found
 
