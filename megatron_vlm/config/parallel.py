@@ -35,6 +35,12 @@ class ParallelConfig:
     use_distributed_optimizer: bool = field(
         default=True, metadata={"help": "Shard the optimizer state over data-parallel ranks."}
     )
+    num_distributed_optimizer_instances: int = field(
+        default=1,
+        metadata={
+            "help": "Groups of data-parallel ranks, each of which holds the whole optimizer state between its ranks."
+        },
+    )
     overlap_grad_reduce: bool = field(
         default=False, metadata={"help": "Overlap the reduction of gradients with the backward pass."}
     )

@@ -48,7 +48,9 @@ def rank_memory(
     parameters = rank_parameters(recipe, pipeline_rank)
     trained = parameters.trained(recipe)
     copies = parallel.data_parallel_size(world_size)
-    shards = copies * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
+    shards = 1
+    if parallel.use_distributed_optimizer:
+        shards = copies * parallel.context_parallel_size // parallel.num_distributed_optimizer_instances
     state = (2 if training.optimizer == "adam" else int(training.sgd_momentum > 0)) + int(training.bf16)
     kept = activations(recipe, shape, fused=fused)
     rows = training.global_batch_size // copies

@@ -49,6 +49,7 @@ def initialize_groups(parallel: ParallelConfig, timeout_minutes: int = 10) -> No
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
+        num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
         distributed_timeout_minutes=timeout_minutes,
     )
 

@@ -29,6 +29,7 @@ def wrap_for_data_parallel(chunks: list[VisionLanguageModel], recipe: Recipe) ->
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         bucket_size=parallel.ddp_bucket_size,
+        num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
     )
     wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
     fuse_weight_gradients(chunks, torch.bfloat16 if recipe.training.bf16 else torch.float32)

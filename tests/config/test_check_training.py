@@ -34,6 +34,18 @@ CASES = [
         "Set use_distributed_optimizer = true",
     ),
     (
+        {"parallel.num_distributed_optimizer_instances": 2, "parallel.use_distributed_optimizer": False},
+        2,
+        "parallel.num_distributed_optimizer_instances = 2",
+        "Set use_distributed_optimizer = true",
+    ),
+    (
+        {"parallel.num_distributed_optimizer_instances": 3, "parallel.context_parallel_size": 2},
+        4,
+        "parallel.num_distributed_optimizer_instances = 3",
+        "Use 1 or 2",
+    ),
+    (
         {"parallel.overlap_param_gather": True},
         1,
         "parallel.overlap_param_gather = True",

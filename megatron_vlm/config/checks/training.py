@@ -53,6 +53,14 @@ def _check_world(recipe: Recipe, world_size: int) -> Iterator[Problem]:
             f"Use {multiples_around(rows, copies)} rows, or {divisors(rows, copies)} data-parallel ranks",
         )
         return
+    instances, ranks = parallel.num_distributed_optimizer_instances, copies * parallel.context_parallel_size
+    if not divides(instances, ranks):
+        yield Problem(
+            "parallel.num_distributed_optimizer_instances",
+            instances,
+            f"does not divide the {ranks} data x context ranks that share the optimizer state",
+            f"Use {divisors(ranks, instances)}",
+        )
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     if chunks > 1 and not divides(stages, rows // copies):
         yield Problem(
@@ -74,6 +82,13 @@ def check_optimization(recipe: Recipe) -> Iterator[Problem]:
             training.optimizer,
             "megatron-core's distributed optimizer supports only adam",
             "Use optimizer = adam, or use_distributed_optimizer = false",
+        )
+    if parallel.num_distributed_optimizer_instances > 1 and not parallel.use_distributed_optimizer:
+        yield Problem(
+            "parallel.num_distributed_optimizer_instances",
+            parallel.num_distributed_optimizer_instances,
+            "requires parallel.use_distributed_optimizer, which is false",
+            "Set use_distributed_optimizer = true, or num_distributed_optimizer_instances = 1",
         )
     if parallel.overlap_param_gather:
         for name in ("use_distributed_optimizer", "overlap_grad_reduce"):

@@ -33,6 +33,7 @@ AT_LEAST_ONE = (
     "training.save_total_limit",
     "training.save_retain_interval",
     "parallel.ddp_bucket_size",
+    "parallel.num_distributed_optimizer_instances",
     "training.log_interval",
     "training.profile_step_start",
     "training.profile_step_end",

@@ -45,7 +45,7 @@ def written_here(state: LocalState, data_rank: int, data_size: int) -> LocalStat
     ours = [shard for shard in state.shards if shard.replica[:2] == (0, 0)]
     same_everywhere = [shard for shard in ours if not shard.sharded_over_data]
     loads = [0] * data_size
-    kept = [shard for shard in ours if shard.sharded_over_data]
+    kept = [shard for shard in ours if shard.sharded_over_data and shard.replica[2] == 0]
     for shard in sorted(same_everywhere, key=lambda shard: (-shard.tensor.nbytes, shard.key, shard.offsets)):
         rank = loads.index(min(loads))
         loads[rank] += shard.tensor.nbytes

@@ -45,7 +45,9 @@ class Shard:
     replica: tuple[int, int, int]
     """(pipeline and expert, tensor, data) number of this copy: copies with the first two 0 share the writing."""
     sharded_over_data: bool
-    """Whether every data-parallel rank holds another box (optimizer state), or all hold this one (weights)."""
+    """Whether data-parallel ranks hold different boxes (optimizer state), or all hold this one (weights). Of several
+    copies of the former, the one with data number 0 is written.
+    """
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -213,6 +215,11 @@ def _merge(own: Any, stored: Any) -> Any:
 
 
 def _distributed_shards(optimizer: DistributedOptimizer, chunks: list[Any], prefix: str) -> Iterator[Shard]:
+    # Instances of the distributed optimizer hold the same state, and take turns in writing it.
+    turn, instances = (
+        optimizer.distributed_optimizer_instance_id,
+        optimizer.ddp_config.num_distributed_optimizer_instances,
+    )
     described = {}
     for chunk in chunks:
         for value in nested_values(model_sharded_state_dict(chunk)):
@@ -222,12 +229,13 @@ def _distributed_shards(optimizer: DistributedOptimizer, chunks: list[Any], pref
         for buckets in ranges.values():
             for bucket in buckets:
                 for parameter, owned in bucket["param_map"].items():
+                    turn += 1
                     whole = _on_meta(described[parameter])
                     start, end = owned["param"].start, owned["param"].end
                     for name, values in optimizer._get_main_param_and_optimizer_states(parameter).items():
                         if isinstance(values, torch.Tensor) and values.ndim:
                             key = f"{prefix}{OPTIMIZER_PREFIX}.{name}"
-                            yield from _boxes(whole, values.detach().view(-1), start, end, key)
+                            yield from _boxes(whole, values.detach().view(-1), start, end, key, turn % instances)
 
 
 def _on_meta(described: ShardedTensorFactory | ShardedTensor) -> list[ShardedTensor]:
@@ -235,8 +243,10 @@ def _on_meta(described: ShardedTensorFactory | ShardedTensor) -> list[ShardedTen
     return list(_built(replace(described, data=torch.empty_like(described.data, device="meta"))))
 
 
-def _boxes(pieces: list[ShardedTensor], values: torch.Tensor, start: int, end: int, key: str) -> Iterator[Shard]:
-    """The flat range [start, end) of a parameter, whose values are `values`, as boxes of the parameter's pieces."""
+def _boxes(
+    pieces: list[ShardedTensor], values: torch.Tensor, start: int, end: int, key: str, copy: int
+) -> Iterator[Shard]:
+    """The flat range [start, end) of a parameter, whose values are `values`, as boxes; `copy` numbers equal ranges."""
     for piece in pieces:
         begin = piece.data.storage_offset()
         first, last = max(start, begin), min(end, begin + piece.data.numel())
@@ -251,7 +261,7 @@ def _boxes(pieces: list[ShardedTensor], values: torch.Tensor, start: int, end: i
                 values[at : at + prod(sizes)].view(sizes),
                 (*origin[:leading], *(a + b for a, b in zip(origin[leading:], corner, strict=True))),
                 tuple(piece.global_shape),
-                _replica(piece),
+                (*_replica(piece)[:2], copy),
                 True,
             )
 

@@ -35,6 +35,12 @@ def part_squares(chunks: list[DistributedDataParallel]) -> torch.Tensor:
     return totals
 
 
+def _is_another_instance(bucket_group: Any) -> bool:
+    """Whether an instance of the distributed optimizer with a lower number holds the same gradients."""
+    instances = getattr(bucket_group, "inter_distributed_optimizer_instance_group", None)
+    return instances is not None and bool(instances.rank())
+
+
 def _owned_gradients(chunk: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
     """(parameter, flat slice of its reduced gradient) of the elements that this rank counts."""
     sharded = chunk.ddp_config.use_distributed_optimizer
@@ -46,6 +52,8 @@ def _owned_gradients(chunk: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Ten
                 ranks = group.intra_distributed_optimizer_instance_group
                 size = bucket.grad_data.numel() // ranks.size()
                 begin, end = ranks.rank() * size, (ranks.rank() + 1) * size
+                if _is_another_instance(group):
+                    end = begin
             for parameter in bucket.params:
                 if not (param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)):
                     continue

@@ -37,6 +37,7 @@ from megatron_vlm.training.checkpoint import resume as resume_module
 from megatron_vlm.training.checkpoint.shards import optimizer_state
 from megatron_vlm.training.checkpoint.writer import ShardWriter
 from tests.parallel.layouts import Layout
+from tests.training.checkpoint.instances import two_instances_of_the_optimizer
 from tests.training.checkpoint.small_run import Run, furthest, overlaps, weights_of
 
 
@@ -261,6 +262,7 @@ CASES: list[Callable[[Path], dict[str, Any]]] = [
     nothing_is_gathered,
     megatron_core_reads_it,
     stale_weights,
+    two_instances_of_the_optimizer,
     one_rank_cannot_write,
     a_rank_sees_an_older_listing,
     training_changes_nothing_that_is_being_written,

@@ -67,3 +67,12 @@ def test_a_rank_that_sees_an_older_listing(results: dict[str, Any]) -> None:
 
 def test_save_holds_its_moment(results: dict[str, Any]) -> None:
     assert results["training_changes_nothing_that_is_being_written"] == {"same": True, "moved": True}
+
+
+def test_two_instances_of_the_optimizer(results: dict[str, Any]) -> None:
+    """Each of two data ranks holds half of the optimizer state, and each value of it is written once."""
+    found = results["two_instances_of_the_optimizer"]
+    assert max(map(abs, [*found["losses"], *found["again"].values()])) < 1e-6, found
+    assert found["state"] == pytest.approx(2, rel=0.1)
+    assert found["norms"] == pytest.approx([1, 1, 1], rel=1e-6)
+    assert found["overlapping"] == [] and max(found["sizes"]) < 1.5 * min(found["sizes"]), found["sizes"]
