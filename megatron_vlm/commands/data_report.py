@@ -32,6 +32,7 @@ from megatron_vlm.data.report import plots as report_plots
 from megatron_vlm.data.report.html import section
 from megatron_vlm.data.report.inspection import DataView, find_suspects, grid_of
 from megatron_vlm.data.report.plots import compact
+from megatron_vlm.data.report.row_picture import RowPicture, draw_packed_rows
 
 _DATA_RANKS = (8, 64, 256)
 
@@ -145,7 +146,27 @@ class Report:
             "Packing of the first epoch", text,
             report_page.png_image(report_plots.draw_rows(efficiency, tiles, cost, data.max_tiles_per_row), "rows"),
             report_page.png_image(report_plots.draw_cost_over_epoch(cost), "cost of rows over the epoch"),
+            self._row_picture(plan, cost),
         )  # fmt: skip
+
+    def _row_picture(self, plan: EpochPlan, cost: np.ndarray) -> str:
+        try:
+            png = draw_packed_rows(self._rows(plan, cost), self.recipe.data.seq_length)
+        except SampleError as error:  # its image changed since it was measured
+            return f"<p>{report_page.text(error)}</p>"
+        return report_page.png_image(png, "the tokens of some rows")
+
+    def _rows(self, plan: EpochPlan, cost: np.ndarray) -> list[RowPicture]:
+        """The cheapest row, one of median cost and the most expensive one; fewer, if there are fewer."""
+        order = np.argsort(cost, kind="stable")
+        chosen = dict.fromkeys(order[[0, len(order) // 2, -1]].tolist())
+        return [
+            RowPicture(
+                row, float(cost[row] / cost.mean()),
+                [self.data.view(number) for number in plan.members[slice(*plan.row_starts[row : row + 2])].tolist()],
+            )
+            for row in chosen
+        ]  # fmt: skip
 
     def _examples(self) -> list[str]:
         """Examples from all datasets in turn."""

@@ -9,14 +9,16 @@ import numpy as np
 
 SAMPLES_PER_STEP = 128
 """LLaVA's batch of instruction tuning."""
-_SAMPLES_PER_ROW = 32
+_FROM_SCRATCH_PER_STEP = 64
+"""More steps, of fewer samples: attention to the image appears after a number of steps, not of samples."""
+_SAMPLES_PER_ROW = 16
 _LEAST_STEPS = 200
 """Of a run, where the data are few: steps then have fewer samples."""
 _LEAST_PER_STEP = 4
 _MIN_ROW, _MAX_ROW = 256, 32768
 _MIN_TILES = 64
-_FROM_SCRATCH_SAMPLES = 250_000
-"""Samples that a small model from random weights sees, repetitions included: docs/decisions.md, "init"."""
+_FROM_SCRATCH_SAMPLES = 150_000
+"""Samples that a small model from random weights sees, repetitions included."""
 _PASSES = ((100_000, 1), (20_000, 2), (0, 3))
 """(usable samples at least, passes over them) of a model that is trained further."""
 
@@ -71,7 +73,9 @@ def choose(lengths: Lengths, context: int | None, *, from_scratch: bool, passes:
         found = next(number for least, number in _PASSES if lengths.samples >= least)
         passes = max(1, round(_FROM_SCRATCH_SAMPLES / lengths.samples)) if from_scratch else found
     seen = lengths.samples * passes
-    per_step = min(SAMPLES_PER_STEP, max(_LEAST_PER_STEP, seen / _LEAST_STEPS))
+    per_step = min(
+        _FROM_SCRATCH_PER_STEP if from_scratch else SAMPLES_PER_STEP, max(_LEAST_PER_STEP, seen / _LEAST_STEPS)
+    )
     rows = 2 ** max(0, round(math.log2(per_step / per_row)))
     limit = seq_length if context is None else min(seq_length, context)
     return Choices(

@@ -31,7 +31,7 @@ from megatron_vlm.new_recipe.sizes import SIZES, model_of, write_tokenizer
 from megatron_vlm.new_recipe.text import Data, Stage, recipe_text
 from megatron_vlm.runtime.atomic_files import is_absent_or_empty
 
-_TABLES = (".csv", ".tsv", ".parquet", ".gz")
+_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _VALID_SHARES = ((2000, 0.02), (100, 0.1))
 """(usable samples at least, share that is held out)"""
 _PROJECTOR_LR, _LANGUAGE_LR, _VISION_LR = 1e-3, 2e-5, 2e-6

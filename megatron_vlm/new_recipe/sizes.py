@@ -33,7 +33,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(
-        width=96, heads=4, vision_layers=5, language_layers=3, image_size=32, patch_size=8, max_vocab_size=512, lr=1e-3
+        width=64, heads=4, vision_layers=4, language_layers=2, image_size=32, patch_size=8, max_vocab_size=512, lr=2e-3
     ),
     "small": Size(
         width=256,

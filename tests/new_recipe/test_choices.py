@@ -24,8 +24,8 @@ from megatron_vlm.new_recipe.choices import Lengths, choose
         # The model's context is shorter than the samples.
         (5_000, 6000, 4, 4096, {"seq_length": 32768, "oversized": True, "epochs": 3}),
         # Few data: small steps, so that there are some.
-        (40, 700, 3, 4096, {"seq_length": 32768, "global_batch_size": 1, "epochs": 3, "oversized": False}),
-        (12_000, 36, 1, 4096, {"seq_length": 2048, "max_tiles_per_row": 64, "global_batch_size": 2, "epochs": 3}),
+        (40, 700, 3, 4096, {"seq_length": 16384, "global_batch_size": 1, "epochs": 3, "oversized": False}),
+        (12_000, 36, 1, 4096, {"seq_length": 1024, "max_tiles_per_row": 64, "global_batch_size": 4, "epochs": 3}),
     ],
 )
 def test_of_a_model_that_is_trained_further(

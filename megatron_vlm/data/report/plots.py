@@ -37,7 +37,7 @@ def compact(number: float) -> str:
     return f"{number / size:,.4g}{unit}"
 
 
-def _styled(draw: Callable[Inputs, Any]) -> Callable[Inputs, bytes]:
+def styled_figure(draw: Callable[Inputs, Any]) -> Callable[Inputs, bytes]:
     """Decorator: render the figure that a function returns as PNG, in the common style."""
 
     @wraps(draw)
@@ -69,7 +69,7 @@ def _format_counts(axis: Any, which: str = "y") -> None:
     axis.grid(axis=which, color=_FAINT, linewidth=0.7)
 
 
-@_styled
+@styled_figure
 def draw_datasets(names: Sequence[str], sums: np.ndarray) -> Any:
     """Bars of samples, tokens and tiles of each dataset.
 
@@ -100,7 +100,7 @@ def _shorten(name: str) -> str:
     return name if len(name) <= 34 else f"{name[:16]}…{name[-17:]}"
 
 
-@_styled
+@styled_figure
 def draw_lengths(tokens: np.ndarray, tiles: np.ndarray, seq_length: int) -> Any:
     """Histograms of tokens [n] and tiles [n] per sample."""
     figure, (left, right) = _figure(2, 3.6)
@@ -135,7 +135,7 @@ def _plain_ticks(axis: Any) -> None:
         label.set_rotation(45)
 
 
-@_styled
+@styled_figure
 def draw_images(sizes: np.ndarray) -> Any:
     """Histograms of image sizes, [images, 2] (width, height), and of aspect ratios."""
     from matplotlib.colors import LogNorm
@@ -165,7 +165,7 @@ def draw_images(sizes: np.ndarray) -> Any:
     return figure
 
 
-@_styled
+@styled_figure
 def draw_grids(counts: dict[tuple[int, int], int]) -> Any:
     """Bars of image counts by grid (columns, rows) of tiles; (0, 0): the base view only."""
     figure, (axis,) = _figure(1, 3.0)
@@ -182,7 +182,7 @@ def draw_grids(counts: dict[tuple[int, int], int]) -> Any:
     return figure
 
 
-@_styled
+@styled_figure
 def draw_rows(efficiency: np.ndarray, tiles: np.ndarray, cost: np.ndarray, max_tiles: int) -> Any:
     """Histograms over the rows of an epoch: packing efficiency (0 to 1), tiles, cost (any unit), [rows] each."""
     figure, axes = _figure(3, 3.2)
@@ -200,7 +200,7 @@ def draw_rows(efficiency: np.ndarray, tiles: np.ndarray, cost: np.ndarray, max_t
     return figure
 
 
-@_styled
+@styled_figure
 def draw_cost_over_epoch(cost: np.ndarray) -> Any:
     """The cost of rows over the epoch, [rows]."""
     figure, (axis,) = _figure(1, 2.8)

@@ -89,7 +89,7 @@ def test_a_report(root: Path, tmp_path: Path) -> None:
     assert tool.main([*arguments, "--examples", "70"]) == 0
     page = (tmp_path / "r" / "index.html").read_text()
     plots = re.findall(r'<img alt="([^"]+)" src="data:image/png;base64,([^"]+)"', page)
-    assert len(plots) == 6
+    assert len(plots) == 7 and plots[-1][0] == "the tokens of some rows"
     for alt, data in plots:
         assert np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L")).std() > 5, alt  # not blank
     assert page.count("data:image/jpeg") > 40  # thumbnails of the examples

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_vlm.data.report.inspection import Span
 from megatron_vlm.data.report.plots import (
+    BLUE,
+    GREEN,
     compact,
     draw_cost_over_epoch,
     draw_datasets,
@@ -17,6 +22,7 @@ from megatron_vlm.data.report.plots import (
     draw_lengths,
     draw_rows,
 )
+from megatron_vlm.data.report.row_picture import RowPicture, draw_packed_rows
 
 
 @pytest.mark.parametrize(
@@ -54,6 +60,22 @@ def test_one_and_many_values(count: int) -> None:
         draw_cost_over_epoch(1.0 + rng.random(count)),
     ):
         size_of(png)
+
+
+def test_packed_rows_show_each_kind_of_token() -> None:
+    spans = [Span("image", 0, 60, ""), Span("prompt", 60, 80, ""), Span("answer", 80, 100, "")]
+    labels = np.array([-100] * 80 + [1] * 20)
+    sample: Any = SimpleNamespace(
+        spans=spans, images=["one"], encoded=SimpleNamespace(ids=np.arange(100), labels=labels)
+    )
+    row = RowPicture(7, 1.25, [sample, sample])
+    assert row.title == "Row 7: 2 documents, 2 images, 200 tokens, 40 supervised; cost 1.25 × the mean"
+    pixels = np.asarray(Image.open(io.BytesIO(draw_packed_rows([row], 400))).convert("RGB"))
+    counts = {
+        name: int((pixels == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=-1).sum())
+        for name, color in {"image": BLUE, "answer": GREEN}.items()
+    }
+    assert 2.5 < counts["image"] / counts["answer"] < 3.3  # as many as their tokens
 
 
 def test_equal_values() -> None:
