@@ -36,6 +36,15 @@ def test_existing_paths_pass(recipe, tmp_path):
     check_paths(recipe)
 
 
+def test_lists_of_files_and_the_hub(recipe, tmp_path):
+    for name in ("a_0.json.gz", "a_1.json.gz", "b.json_new", "c-00.parquet", "d.tar"):
+        (tmp_path / name).touch()
+    names = ("a_{0..1}.json.gz", "{b,b}.json_new", "c-*.parquet", "d.tar")
+    recipe.data.data_path = [*(str(tmp_path / name) for name in names), "hf://datasets/org/name"]
+    recipe.data.cache_dir = recipe.data.cache_limit = None
+    check_paths(recipe)
+
+
 @pytest.mark.parametrize(
     ("section", "name", "value", "message"),
     [
@@ -45,6 +54,9 @@ def test_existing_paths_pass(recipe, tmp_path):
         ("data", "data_path", ["{}/trian.json"], "Did you mean {}/train.json?"),
         ("data", "data_path", ["{}/missing/train.json"], "{}/missing does not exist"),
         ("data", "data_path", ["{}/notes.txt"], "unknown file type (.txt)"),
+        ("data", "data_path", ["{}/{{train,trian}}.json"], "Did you mean {}/train.json?"),
+        ("data", "data_path", ["{}/a_{{3..1}}.json"], "is empty. Correct the path"),
+        ("data", "data_path", ["{}/a_*.json"], "no file matches {}/a_*.json. Correct the path"),
         ("data", "image_folder", "{}/images", "no such folder"),
         ("data", "image_folder", "{}/notes.txt", "not a folder"),
         ("data", "tokenizer_model", "", "no tokenizer"),

@@ -20,7 +20,7 @@ from megatron_vlm.data.sources.containers.columnar_file import PARQUET
 from megatron_vlm.data.sources.containers.saved_dataset import saved_files
 from megatron_vlm.data.sources.gzip_copy import GZIP
 from megatron_vlm.data.sources.json_index import find_items, find_lines
-from megatron_vlm.data.sources.open_source import TAR, files_of, local_path
+from megatron_vlm.data.sources.open_source import TAR, check_splits, files_of, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ def find_annotations(paths: Sequence[str | Path]) -> list[Path]:
             found += saved
             continue
         candidates = sorted(_files_below(path))
+        check_splits(path, [file for file in candidates if file.suffix in (PARQUET, TAR)])
         annotations = [file for file in candidates if _holds_conversations(file)]
         others = [str(file) for file in candidates if file not in set(annotations)]
         if others:

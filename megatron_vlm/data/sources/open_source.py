@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vlm.config.file_lists import expand_path
@@ -107,12 +108,23 @@ def _files_in(folder: Path) -> list[Path]:
             "it is incomplete. Write it with megatron-vlm prepare-shards, or give the annotation files in it."
         )
     files = [file for file in found[kinds[0]] if not file.name.startswith(".")]
-    splits = {match[0] for file in files if (match := _SPLIT.match(file.name))}
-    if len(splits) > 1:
-        names = " and ".join(sorted(splits))
-        example = files[0].with_name(f"{min(splits)}*{kinds[0]}")
-        raise DataError(f"folder {folder} holds the splits {names}. Give one of them, such as {example}.")
+    check_splits(folder, files)
     return files
+
+
+def check_splits(folder: Path, files: Sequence[Path]) -> None:
+    """Nobody trains on a test set by giving the folder of a published dataset.
+
+    Raises:
+        DataError: the names of the files begin with those of several splits.
+    """
+    splits = {match[0]: file for file in files if (match := _SPLIT.match(file.name))}
+    if len(splits) > 1:
+        name = min(splits)
+        example = splits[name].with_name(f"{name}*{splits[name].suffix}")
+        raise DataError(
+            f"folder {folder} holds the splits {' and '.join(sorted(splits))}. Give one of them, such as {example}."
+        )
 
 
 def open_entries(path: Path, image_folder: str | Path | None, cache_dir: str | Path | None) -> EntrySource:

@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 
 from megatron_vlm.data.errors import DataError
+from megatron_vlm.data.prepare.annotation_finder import find_annotations
 from megatron_vlm.data.prepare.shard_writer import prepare_shards
 from megatron_vlm.data.sources.mixture_file import read_mixture
 from megatron_vlm.data.sources.open_source import open_source
@@ -69,8 +70,11 @@ def test_files_and_patterns_of_a_dataset(tmp_path: Path, hub: Folder) -> None:
     ],
 )
 def test_what_a_dataset_does_not_have(hub: Folder, path: str, message: str) -> None:
+    url = f"hf://datasets/org/name.v1{path}"
     with pytest.raises(DataError, match=message):
-        open_source(f"hf://datasets/org/name.v1{path}", None)
+        open_source(url, None)
+    with pytest.raises(DataError, match=message):
+        find_annotations([url])
 
 
 def test_urls_that_cannot_be_read(hub: Folder) -> None:
