@@ -17,6 +17,10 @@ READY     := $(if $(filter .venv/bin/python,$(PY)),$(INSTALLED))
 # One thread per process: the tests start many processes.
 TEST_ENV  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
+# Processes that run the tests, each whole files of them: make WORKERS=4 test
+WORKERS   ?= 2
+SHORT     := -m "not full and not gpu" -n $(WORKERS) --dist loadfile
+
 BENCHMARKS := train_step packing loader
 # In this order; each runs also if one before it has failed.
 GPU_BENCHMARKS := attention loss_head real_size feeding real_run fp8_losses
@@ -49,11 +53,11 @@ lint: $(READY)  ## style, types, which package may import which, and the words o
 	$(PY) tools/check_words.py
 
 test: lint  ## style, types, and all tests that take seconds
-	$(TEST_ENV) $(PY) -m pytest -q -m "not full and not gpu"
+	$(TEST_ENV) $(PY) -m pytest -q $(SHORT)
 
 # Not a part of `test`: measuring took 45 to 65 % more processor time.
 coverage: $(READY)  ## the tests of `make test`, and which lines they do not run; ranks in processes of their own not counted
-	$(TEST_ENV) $(PY) -m pytest -q -m "not full and not gpu" --cov --cov-report=term:skip-covered
+	$(TEST_ENV) $(PY) -m pytest -q $(SHORT) --cov --cov-report=term:skip-covered
 
 test-full: lint  ## the same and the tests that take minutes
 	$(TEST_ENV) $(PY) -m pytest -q -m "not gpu" --timeout 1800
