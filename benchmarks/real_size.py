@@ -30,6 +30,7 @@ from benchmarks.support.report import RESULTS, machine, save, table
 from benchmarks.support.samples import Sample
 from benchmarks.train_step import PackedLoop, time_call
 from megatron_vlm.config import ConfigError, ParallelConfig, Recipe
+from megatron_vlm.config.lora import lora_parameters
 from megatron_vlm.config.recipe import load_recipe
 from megatron_vlm.data.packing.row_cost import step_operations
 from megatron_vlm.data.rows.batch import IGNORE_INDEX, PackedBatch
@@ -85,6 +86,7 @@ def step_flops(recipe: Recipe, samples: list[Sample]) -> float:
         tokens=sum(map(len, samples)),
         tiles=sum(len(sample.tiles) for sample in samples),
         supervised_tokens=sum(int((s.document.encoded.labels[1:] != IGNORE_INDEX).sum()) for s in samples),
+        adapters=lora_parameters(recipe.model.language, recipe.training),
     )
 
 

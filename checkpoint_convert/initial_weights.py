@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 from checkpoint_convert.errors import ConversionError
 from checkpoint_convert.huggingface.tokenizer import check_image_token, import_tokenizer
+from checkpoint_convert.mapping.lora import WithoutAdapters
 from checkpoint_convert.mapping.param_map import HuggingFaceTensors, MegatronTensors, param_map
 from checkpoint_convert.megatron.files import imported_recipe
 from checkpoint_convert.megatron.reader import CheckpointTensors
@@ -54,7 +55,8 @@ def describe_start(recipe: Recipe) -> str:
 
 def _check_checkpoint(recipe: Recipe, checkpoint: StoragePath, *, resume: bool) -> Progress:
     common = check_fits(checkpoint, recipe, load_tokenizer(recipe.data.tokenizer_model).fingerprint, resume=resume)
-    HuggingFaceTensors(param_map(recipe.model), CheckpointTensors(checkpoint), str(checkpoint))
+    entries = param_map(recipe.model)
+    HuggingFaceTensors(entries, WithoutAdapters(entries, CheckpointTensors(checkpoint)), str(checkpoint))
     return Progress(**common["progress"])
 
 

@@ -1,6 +1,6 @@
 """Megatron -> Hugging Face.
 
-python -m checkpoint_convert.megatron_to_hf --load DIR --save DIR --format llava_next|instellavl|projector
+python -m checkpoint_convert.megatron_to_hf --load DIR --save DIR --format llava_next|instellavl|projector|peft
 """
 
 from __future__ import annotations
@@ -15,21 +15,26 @@ from checkpoint_convert.errors import ConversionError, run_command
 from checkpoint_convert.folder import new_folder
 from checkpoint_convert.huggingface import instellavl, llava_next
 from checkpoint_convert.huggingface.model_card import write_model_card
+from checkpoint_convert.huggingface.peft import write_adapter
 from checkpoint_convert.huggingface.projector import write_projector
 from checkpoint_convert.huggingface.safetensors import SHARD_BYTES, TensorSpec, write_weights
 from checkpoint_convert.mapping.hf_names import instellavl_name
+from checkpoint_convert.mapping.lora import WithoutAdapters, peft_tensors
 from checkpoint_convert.mapping.param_map import HuggingFaceTensors, hf_shapes, param_map
 from checkpoint_convert.megatron.files import (
     checkpoint_progress,
     checkpoint_recipe,
     checkpoint_tensors,
+    stored_tensors,
     trained_recipe,
 )
+from megatron_vlm.config import TrainingConfig
+from megatron_vlm.config.lora import uses_lora
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
 
 DESCRIPTION = "Megatron -> Hugging Face: a checkpoint as a folder that transformers loads."
-FORMATS = ("llava_next", "instellavl", "projector")
+FORMATS = ("llava_next", "instellavl", "projector", "peft")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,6 +45,7 @@ def convert(
     format: str = "llava_next",
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    merge_lora: bool = True,
 ) -> None:
     """Export the newest checkpoint in `load` to a folder that transformers loads.
 
@@ -47,10 +53,12 @@ def convert(
         load: checkpoint folder, the --save of the training.
         save: folder to create.
         tokenizer: by default the one that is stored with the checkpoint.
-        format: llava_next, which stock transformers reads; instellavl, the published format, with its own code; or
-            projector, the projector alone, as LLaVA saves it.
+        format: llava_next, which stock transformers reads; instellavl, the published format, with its own code;
+            projector, the projector alone, as LLaVA saves it; or peft, the LoRA adapter alone, which peft loads onto a
+            llava_next model that was exported without it.
         dtype: dtype of the weights; by default the checkpoint's.
         shard_bytes: a larger model is written as several files.
+        merge_lora: add LoRA adapters to the weights; otherwise they are left out.
 
     Raises:
         ConversionError: no checkpoint, or one that cannot be read or expressed in this format.
@@ -58,7 +66,14 @@ def convert(
     recipe = checkpoint_recipe(load)
     dtype = dtype or (torch.bfloat16 if recipe.training.bf16 else torch.float32)
     entries = param_map(recipe.model)
-    weights = HuggingFaceTensors(entries, checkpoint_tensors(load), str(load))
+    if format == "peft" or not merge_lora:
+        training = _with_lora(load)
+    if format == "peft":
+        with new_folder(save) as staging_dir:
+            write_adapter(staging_dir, training, peft_tensors(entries, stored_tensors(load)), dtype)
+        return
+    tensors = checkpoint_tensors(load) if merge_lora else WithoutAdapters(entries, stored_tensors(load))
+    weights = HuggingFaceTensors(entries, tensors, str(load))
     if format == "projector":
         with new_folder(save) as staging_dir:
             write_projector(staging_dir, weights, dtype)
@@ -89,6 +104,16 @@ def convert(
         write_weights(named, staging_dir, shard_bytes, plan)
 
 
+def _with_lora(load: Path) -> TrainingConfig:
+    training = trained_recipe(load).training
+    if not uses_lora(training):
+        raise ConversionError(
+            f"{load} has no LoRA adapter: it was trained with trainable: [{', '.join(training.trainable)}]. Export the "
+            "model with --format llava_next, without --no-merge-lora"
+        )
+    return training
+
+
 def _load_tokenizer(path: Path) -> Tokenizer:
     try:
         return load_tokenizer(path)
@@ -104,12 +129,16 @@ def main(argv: list[str] | None = None, prog: str = "python -m checkpoint_conver
     parser.add_argument("--format", required=True, choices=FORMATS, help="format of the folder")
     parser.add_argument("--tokenizer", type=Path, help="default: the one that is stored with the checkpoint")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; default: the checkpoint's")
+    parser.add_argument(
+        "--no-merge-lora", action="store_true", help="leave a LoRA adapter out, which --format peft writes"
+    )
     parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 2**30, help="largest file in GiB; default 5")
     args = parser.parse_args(argv)
 
     def command() -> None:
         dtype = DTYPES[args.dtype] if args.dtype else None
-        convert(args.load, args.save, args.tokenizer, args.format, dtype, int(args.shard_gb * 2**30))
+        shard_bytes = int(args.shard_gb * 2**30)
+        convert(args.load, args.save, args.tokenizer, args.format, dtype, shard_bytes, not args.no_merge_lora)
         print(f"wrote {args.save}")
 
     return run_command(command)

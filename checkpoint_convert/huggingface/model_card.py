@@ -12,6 +12,7 @@ from pathlib import Path
 from checkpoint_convert.huggingface.safetensors import TensorSpec
 from checkpoint_convert.mapping.families import LANGUAGES, TOWERS
 from megatron_vlm.config import Recipe
+from megatron_vlm.config.lora import uses_lora
 from megatron_vlm.config.training import PARTS
 from megatron_vlm.training.checkpoint import Progress
 from megatron_vlm.training.metrics import METRICS_FILE
@@ -107,12 +108,14 @@ def _model(recipe: Recipe, plan: list[TensorSpec]) -> dict[str, str]:
 def _training(load: Path, recipe: Recipe, progress: Progress) -> list[str]:
     training, parallel = recipe.training, recipe.parallel
     frozen = [part for part in PARTS if part not in training.trainable]
+    lora = {"LoRA": f"rank {training.lora_r}, alpha {training.lora_alpha:g}, {', '.join(training.lora_target_modules)}"}
     rows = {
         "iterations": f"{progress.iteration:,} of {training.train_iters:,}",
         "rows": f"{progress.consumed_rows:,} of {recipe.data.seq_length:,} tokens, "
         f"{training.global_batch_size:,} per iteration",
         **_logged(load / METRICS_FILE, progress.iteration),
         "trained parts": ", ".join(training.trainable) + (f" (frozen: {', '.join(frozen)})" if frozen else ""),
+        **(lora if uses_lora(training) else {}),
         "optimizer": f"{training.optimizer}, peak learning rate {training.lr:g}, {training.lr_decay_style} to "
         f"{training.min_lr:g}, weight decay {training.weight_decay:g}, gradients clipped to {training.clip_grad:g}",
         "precision": "bfloat16 with float32 master weights" if training.bf16 else "float32",

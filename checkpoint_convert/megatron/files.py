@@ -19,11 +19,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from checkpoint_convert.errors import ConversionError
 from checkpoint_convert.folder import check_space
 from checkpoint_convert.mapping.lazy_tensors import StoredTensors
-from checkpoint_convert.mapping.param_map import Entry, MegatronTensors
+from checkpoint_convert.mapping.lora import MergedTensors
+from checkpoint_convert.mapping.param_map import Entry, MegatronTensors, param_map
 from checkpoint_convert.megatron.reader import CheckpointTensors
 from checkpoint_convert.megatron.writer import StreamingSave, layer_name, slice_for_shard
 from megatron_vlm.config import ConfigError, ModelConfig, ParallelConfig, Recipe, recipe_to_dict
 from megatron_vlm.config.checks.model import check_language, check_vision
+from megatron_vlm.config.lora import LANGUAGE_LORA, uses_lora
 from megatron_vlm.data.dataset import max_sample_tokens
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import all_sharded_tensors, initial_value
@@ -144,11 +146,17 @@ def fill_model(chunks: list[VisionLanguageModel], tensors: Mapping[str, torch.Te
 def checkpoint_recipe(folder: Path) -> Recipe:
     """The recipe of a checkpoint for a single process, its max_position_embeddings the longest sample trained on.
 
+    It has no LoRA adapters, because `checkpoint_tensors` has them merged.
+
     Raises ConversionError if there is no checkpoint, or it cannot be read.
     """
     recipe = trained_recipe(folder)
     recipe.model.language.max_position_embeddings = max_sample_tokens(recipe)
     recipe.parallel = ParallelConfig()
+    if uses_lora(recipe.training):
+        recipe.training.trainable = [
+            "language" if part == LANGUAGE_LORA else part for part in recipe.training.trainable
+        ]
     return recipe
 
 
@@ -173,8 +181,16 @@ def checkpoint_progress(folder: Path) -> Progress:
         raise ConversionError(str(error)) from error
 
 
-def checkpoint_tensors(folder: Path) -> CheckpointTensors:
-    """The tensors of the newest checkpoint in a save folder, of any parallel layout."""
+def checkpoint_tensors(folder: Path) -> StoredTensors:
+    """The tensors of the newest checkpoint in a save folder, of any parallel layout, LoRA adapters merged into them."""
+    stored, recipe = stored_tensors(folder), trained_recipe(folder)
+    if not uses_lora(recipe.training):
+        return stored
+    return MergedTensors(param_map(recipe.model), stored, recipe.training.lora_alpha / recipe.training.lora_r)
+
+
+def stored_tensors(folder: Path) -> CheckpointTensors:
+    """The same as they are stored, adapters apart."""
     try:
         return CheckpointTensors(require_checkpoint(folder))
     except CheckpointError as error:

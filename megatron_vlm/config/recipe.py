@@ -24,13 +24,15 @@ _STAGES = "give the layers of all stages as pipeline_model_parallel_layout, such
 ABSENT_SETTINGS = {
     "sequence_parallel": "it is always on when tensor_model_parallel_size > 1; leave it out",
     "micro_batch_size": "a micro-batch is always one packed row; set global_batch_size in rows",
+    "lora_dropout": "its masks would differ between parallel layouts, which must train alike; leave it out",
+    "lora_bias": "only A and B are trained; leave it out",
     "data_parallel_size": "it is the world size divided by the model-parallel sizes; leave it out",
     "num_layers_in_first_pipeline_stage": _STAGES,
     "num_layers_in_last_pipeline_stage": _STAGES,
     "decoder_first_pipeline_num_layers": _STAGES,
     "decoder_last_pipeline_num_layers": _STAGES,
 }
-"""Settings of Megatron-LM that do not exist here, and why."""
+"""Settings of Megatron-LM and LLaVA that do not exist here, and why."""
 OTHER_NAMES = {
     "batch_size": "global_batch_size",
     "train_batch_size": "global_batch_size",
@@ -52,6 +54,10 @@ OTHER_NAMES = {
     "logging_steps": "log_interval",
     "model_name_or_path": "pretrained_checkpoint",
     "tokenizer": "tokenizer_model",
+    "lora_enable": "trainable",
+    "lora_rank": "lora_r",
+    "lora_dim": "lora_r",
+    "target_modules": "lora_target_modules",
     "annotations": "data_path",
     "image_dir": "image_folder",
     "images": "image_folder",

@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Part = Literal["vision", "projector", "language"]
+Trainable = Literal["vision", "projector", "language", "language_lora"]
 LossNormalization = Literal["token", "sample", "sqrt"]
+LoraModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA_MODULES: tuple[LoraModule, ...] = get_args(LoraModule)
+"""All linear layers of a decoder layer, under transformers' names."""
 RecomputeModule = Literal["core_attn", "mlp"]
 DEFAULT_RECOMPUTE_MODULES: tuple[RecomputeModule, ...] = ("mlp",)
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -37,8 +41,15 @@ class TrainingConfig:
     )
     seed: int = field(default=42, metadata={"help": "Seed of the initial weights and of the sample order."})
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16, with fp32 master weights."})
-    trainable: list[Part] = field(
-        default_factory=lambda: list(PARTS), metadata={"help": "Model parts that are trained; the others are frozen."}
+    trainable: list[Trainable] = field(
+        default_factory=lambda: list(PARTS),
+        metadata={"help": "Parts that are trained; language_lora: LoRA on a frozen language model."},
+    )
+    lora_r: int = field(default=128, metadata={"help": "Rank of the LoRA adapters of language_lora."})
+    lora_alpha: float = field(default=256.0, metadata={"help": "LoRA adapters are scaled by lora_alpha / lora_r."})
+    lora_target_modules: list[LoraModule] = field(
+        default_factory=lambda: list(LORA_MODULES),
+        metadata={"help": "Layers with LoRA adapters."},
     )
     loss_normalization: LossNormalization = field(
         default="token",

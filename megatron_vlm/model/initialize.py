@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors
 
 from megatron_vlm.config import Recipe
+from megatron_vlm.model.layers.lora import is_adapter
 from megatron_vlm.model.sharding import model_sharded_state_dict
 from megatron_vlm.model.vlm import VisionLanguageModel
 
@@ -49,7 +50,14 @@ def _zeros(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.
     return torch.zeros(shape)
 
 
+def _kaiming(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.Tensor:
+    """torch's default for a linear layer, which peft has for A: uniform within 1 / sqrt(fan in)."""
+    return (2 * torch.rand(shape, generator=generator) - 1) * shape[1:].numel() ** -0.5
+
+
 _RULES: list[tuple[str, _Initializer]] = [
+    (r"\.lora\.\w+\.A$", _kaiming),
+    (r"\.lora\.\w+\.B$", _zeros),
     (r"\.unused\.", _zeros),
     (r"norm\.weight$", _ones),
     (r"\.bias$", _zeros),
@@ -80,14 +88,21 @@ def initial_value(tensor: ShardedTensor, recipe: Recipe) -> torch.Tensor:
     return whole[tuple(slice(o, o + n) for o, n in zip(offsets, tensor.local_shape, strict=True))]
 
 
-def initialize_weights(chunks: list[VisionLanguageModel], recipe: Recipe) -> None:
-    """Initialise every parameter and buffer from the recipe's seed, in place; the same in all parallel layouts."""
+def initialize_weights(chunks: list[VisionLanguageModel], recipe: Recipe, *, adapters_only: bool = False) -> None:
+    """Initialise every parameter and buffer from the recipe's seed, in place; the same in all parallel layouts.
+
+    Args:
+        chunks: of this rank.
+        recipe: of the run.
+        adapters_only: leave everything but LoRA adapters as it is.
+    """
     state = {f"chunk{i}": model_sharded_state_dict(chunk) for i, chunk in enumerate(chunks)}
     apply_factories(state)
     sharded, _ = extract_sharded_tensors(state)
     with torch.no_grad():
         for tensor in all_sharded_tensors(sharded):
-            tensor.data.copy_(initial_value(tensor, recipe))
+            if is_adapter(tensor.key) or not adapters_only:
+                tensor.data.copy_(initial_value(tensor, recipe))
 
 
 def all_sharded_tensors(state: object) -> list[ShardedTensor]:

@@ -22,6 +22,7 @@ from megatron_vlm.model.image_merge import encode_tiles, merge_image_features
 from megatron_vlm.model.language import LanguageModel
 from megatron_vlm.model.layers.attention_backend import choose_attention
 from megatron_vlm.model.layers.linear_layers import linear_layers
+from megatron_vlm.model.layers.lora import adapter_parameters, require_input_gradient
 from megatron_vlm.model.layers.packed_sequence import PackedSequence, packed_sequence, rotary_tables
 from megatron_vlm.model.projector import Projector
 from megatron_vlm.model.rank_view import rank_view
@@ -76,7 +77,7 @@ class VisionLanguageModel(MegatronModule):
         self._freeze(recipe.training.trainable)
 
     def parts(self) -> dict[str, list[torch.nn.Parameter]]:
-        """Parameters of this stage by model part, as in `training.trainable`; the newline belongs to the projector."""
+        """Parameters of this stage by model part: the newline is the projector's, adapters are the language model's."""
         parts: dict[str, list[torch.nn.Parameter]] = {part: [] for part in PARTS}
         parts["language"] = list(self.language_model.parameters())
         if self.pre_process:
@@ -90,6 +91,8 @@ class VisionLanguageModel(MegatronModule):
             for parameter in parameters:
                 parameter.requires_grad = part in trainable
                 setattr(parameter, f"is_{part}", True)
+        for parameter in adapter_parameters(self.language_model):
+            parameter.requires_grad = True
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         return self.language_model.shared_embedding_or_output_weight()
@@ -118,7 +121,7 @@ class VisionLanguageModel(MegatronModule):
         hidden = self.language_model.embed(row.tokens)
         frozen = "vision" not in self.recipe.training.trainable
         features = encode_tiles(self.vision_model, self.projector, row, self.view, tower_is_frozen=frozen)
-        return merge_image_features(hidden, features, self.image_newline, row)
+        return require_input_gradient(merge_image_features(hidden, features, self.image_newline, row), self.recipe)
 
     def forward(self, batch: AnyBatch, cache: object = None, *, token_losses: bool = False) -> torch.Tensor:
         """Run this stage on a row.

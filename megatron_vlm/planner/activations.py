@@ -10,8 +10,9 @@ keeps
     g 4 heads                   fp32 log-sum-exp
     g (2 f + f) b               output of the first linear layer of the MLP, and of SwiGLU
 
-A frozen layer keeps no input of a linear layer. A CPU has no fused kernels: keys and values are repeated to the number
-of query heads, attention runs per group of documents, and SwiGLU keeps two more tensors of size f.
+A frozen layer keeps no input of a linear layer, unless a LoRA adapter beside it is trained. With m adapters of rank r,
+the layer keeps r m b more per token, and their As stacked. A CPU has no fused kernels: keys and values are repeated to
+the number of query heads, attention runs per group of documents, and SwiGLU keeps two more tensors of size f.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vlm.config import Recipe
+from megatron_vlm.config.lora import FUSED_LAYERS, uses_lora
 from megatron_vlm.config.training import DEFAULT_RECOMPUTE_MODULES
 from megatron_vlm.planner.row_work import RowShape
 
@@ -53,7 +55,7 @@ def activations(recipe: Recipe, shape: RowShape, *, fused: bool) -> Activations:
     modules = set(training.recompute_modules or DEFAULT_RECOMPUTE_MODULES) if granularity == "selective" else set()
     trained = "language" in training.trainable
     attention, mlp = _attention(recipe, size, fused, "core_attn" in modules), _mlp(recipe, size, fused, False)
-    norms = 2 * _norm(recipe, size, fused)
+    norms = sum(_norm(recipe, size, fused, _keeps_input(recipe, layer)) for layer in ("linear_qkv", "linear_fc1"))
     full = norms + attention + mlp
     layer = norms + attention + (_mlp(recipe, size, fused, True) if "mlp" in modules else mlp)
     boundary = size.s * language.hidden_size * size.b
@@ -100,12 +102,31 @@ class _Sizes:
         )
 
 
-def _norm(recipe: Recipe, size: _Sizes, fused: bool, output: bool = True) -> int:
-    """A norm's input, and its output where the linear layer after it is trained."""
+def _adapted(recipe: Recipe, layer: str) -> int:
+    """Adapters of one of megatron-core's linear layers."""
+    training = recipe.training
+    return len(set(FUSED_LAYERS[layer]) & set(training.lora_target_modules)) if uses_lora(training) else 0
+
+
+def _keeps_input(recipe: Recipe, layer: str) -> bool:
+    """Whether a linear layer's input is kept, because its weight or an adapter is trained."""
+    return "language" in recipe.training.trainable or _adapted(recipe, layer) > 0
+
+
+def _adapters(recipe: Recipe, size: _Sizes, layer: str) -> int:
+    """What the adapters of a linear layer keep besides its input."""
+    numbers, row_parallel = _adapted(recipe, layer) * recipe.training.lora_r, layer in ("linear_proj", "linear_fc2")
+    if row_parallel:
+        return size.s * numbers * size.b
+    return (size.g + recipe.model.language.hidden_size) * numbers * size.b
+
+
+def _norm(recipe: Recipe, size: _Sizes, fused: bool, output: bool) -> int:
+    """A norm's input, and its `output` where the linear layer after it needs that."""
     language = recipe.model.language
     trained = "language" in recipe.training.trainable
     kept = size.b if fused else FP32
-    if output and trained:
+    if output:
         kept += size.b
     if language.normalization == "RMSNorm" and trained and not fused:
         kept += size.b  # before it is multiplied with the weight
@@ -114,29 +135,32 @@ def _norm(recipe: Recipe, size: _Sizes, fused: bool, output: bool = True) -> int
 
 def _attention(recipe: Recipe, size: _Sizes, fused: bool, recomputed: bool) -> int:
     language, context = recipe.model.language, recipe.parallel.context_parallel_size
-    trained = "language" in recipe.training.trainable
+    trained = _keeps_input(recipe, "linear_proj")
+    adapters = _adapters(recipe, size, "linear_qkv") + _adapters(recipe, size, "linear_proj")
     queries = language.num_attention_heads * language.head_width // size.tensor
     heads = max(1, language.num_key_value_heads // size.tensor)
     keys = heads * language.head_width
     if recomputed:  # query, key and value as they come from the linear layer, and what the next one needs
         grouped = heads > 1 and keys != queries
-        return size.g * size.b * (queries + 2 * keys + (queries if grouped else 0) + (queries if trained else 0))
+        kept = queries + 2 * keys + (queries if grouped else 0) + (queries if trained else 0)
+        return size.g * size.b * kept + adapters
     if context > heads:
         keys = context * language.head_width  # repeated, so that each context rank has one
     if not fused:
         keys = queries
     copied = trained and (not fused or context > 1)
     lse = FP32 * language.num_attention_heads // size.tensor
-    return size.g * (size.b * (queries + 2 * keys + queries * (2 if copied else 1)) + lse)
+    return size.g * (size.b * (queries + 2 * keys + queries * (2 if copied else 1)) + lse) + adapters
 
 
 def _mlp(recipe: Recipe, size: _Sizes, fused: bool, recomputed: bool) -> int:
     language = recipe.model.language
-    trained = "language" in recipe.training.trainable
     if recomputed:  # its input, which a trained one keeps anyway
-        return 0 if trained else size.s * language.hidden_size * size.b
+        return 0 if _keeps_input(recipe, "linear_fc1") else size.s * language.hidden_size * size.b
     width = language.intermediate_size // size.tensor
-    return size.g * width * size.b * (2 + (0 if fused else 2) + (1 if trained else 0))
+    adapters = _adapters(recipe, size, "linear_fc1") + _adapters(recipe, size, "linear_fc2")
+    kept = 2 + (0 if fused else 2) + (1 if _keeps_input(recipe, "linear_fc2") else 0)
+    return size.g * width * size.b * kept + adapters
 
 
 def _tower(recipe: Recipe, size: _Sizes, fused: bool) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vlm.config import PARTS, ModelConfig, Recipe
+from megatron_vlm.config.lora import FUSED_LAYERS, ROW_PARALLEL, lora_sizes, uses_lora
 from megatron_vlm.planner.balance import layers_per_stage
 
 
@@ -15,15 +16,17 @@ class RankParameters:
     vision: int
     projector: int
     language: int
+    language_lora: int
+    """Of adapters; 0 without LoRA."""
     unused: int
     """Of the tower's layers that no feature depends on, which are carried along as buffers."""
 
     def trained(self, recipe: Recipe) -> int:
-        return sum(getattr(self, part) for part in PARTS if part in recipe.training.trainable)
+        return sum(getattr(self, part) for part in recipe.training.trainable)
 
     @property
     def total(self) -> int:
-        return self.vision + self.projector + self.language + self.unused
+        return self.vision + self.projector + self.language + self.language_lora + self.unused
 
 
 def rank_parameters(recipe: Recipe, pipeline_rank: int) -> RankParameters:
@@ -41,6 +44,7 @@ def rank_parameters(recipe: Recipe, pipeline_rank: int) -> RankParameters:
         vision=_tower(model, tower_ranks) if is_first else 0,
         projector=_projector(model) if is_first else 0,
         language=layers * _layer(model, tensor) + (is_first + output_weight) * vocabulary + is_last * norm,
+        language_lora=layers * _adapters(recipe) if uses_lora(recipe.training) else 0,
         unused=_unused(model) if is_first else 0,
     )
 
@@ -58,6 +62,21 @@ def _layer(model: ModelConfig, tensor: int) -> int:
     weights = width * (qkv + queries + 3 * language.intermediate_size) // tensor
     bias = qkv // tensor if language.attention_bias else 0
     return weights + bias + (2 * width if language.normalization == "RMSNorm" else 0)
+
+
+def _adapters(recipe: Recipe) -> int:
+    """Of one layer on a tensor rank, which has a share of a row-parallel layer's A and of a column-parallel one's B."""
+    language, tensor = recipe.model.language, recipe.parallel.tensor_model_parallel_size
+    heads_are_whole = language.num_key_value_heads % tensor == 0
+    numbers = 0
+    for module in set(recipe.training.lora_target_modules):
+        inputs, outputs = lora_sizes(language)[module]
+        if module in ROW_PARALLEL:
+            numbers += inputs // tensor + outputs
+        else:
+            in_heads = module in FUSED_LAYERS["linear_qkv"]
+            numbers += inputs + (outputs // tensor if heads_are_whole or not in_heads else outputs)
+    return numbers * recipe.training.lora_r
 
 
 def _tower_layer(model: ModelConfig, ranks: int) -> int:

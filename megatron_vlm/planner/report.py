@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_vlm.config import PARTS, Recipe
+from megatron_vlm.config.lora import lora_parameters
 from megatron_vlm.planner.balance import layers_per_stage
 from megatron_vlm.planner.devices import DEVICES, GB, GPUS_PER_MACHINE
 from megatron_vlm.planner.estimate import Estimate, days
@@ -29,12 +30,14 @@ def describe_plan(recipe: Recipe, world_size: int, shape: RowShape | None = None
     shape = shape or RowShape.of_recipe(recipe)
     training, parallel = recipe.training, recipe.parallel
     parameters = model_parameters(recipe.model)
-    trained = sum(parameters[part] for part in PARTS if part in training.trainable)
+    adapters = lora_parameters(recipe.model.language, training)
+    trained = adapters + sum(parameters[part] for part in PARTS if part in training.trainable)
     parts = ", ".join(f"{part} {count / _BILLION:.3f}" for part, count in parameters.items())
     stages = range(parallel.pipeline_model_parallel_size)
     fullest = max((rank_memory(recipe, world_size, rank, shape) for rank in stages), key=lambda memory: memory.total)
     lines = [
-        f"model      {sum(parameters.values()) / _BILLION:.3f} B parameters: {parts}; {trained / _BILLION:.3f} trained",
+        f"model      {sum(parameters.values()) / _BILLION:.3f} B parameters: {parts}; {trained / _BILLION:.3f} trained"
+        + (f", of which LoRA {adapters / _BILLION:.3f}" if adapters else ""),
         f"stages     {'-'.join(map(str, layers_per_stage(recipe)))} language layers",
         f"memory     {fullest.total / GB:.1f} GB on the fullest rank of {world_size}: {describe_memory(fullest)}",
     ]

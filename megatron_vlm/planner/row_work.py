@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vlm.config import Recipe
+from megatron_vlm.config.lora import lora_parameters
 from megatron_vlm.config.training import DEFAULT_RECOMPUTE_MODULES
 from megatron_vlm.data.packing.row_cost import RowCost, cost_of_model, head_operations, row_cost
 
@@ -48,7 +49,7 @@ def row_work(recipe: Recipe, shape: RowShape | None = None) -> RowWork:
     """The work of a row of `shape`, by default that of RowShape.of_recipe."""
     shape = shape or RowShape.of_recipe(recipe)
     model, training = recipe.model, recipe.training
-    cost, operations = row_cost(recipe), cost_of_model(model, tuple(training.trainable))
+    cost, operations = row_cost(recipe), _operations(recipe)
     layers = model.language.num_hidden_layers
     layer = (cost.per_token_squared * shape.document_tokens + cost.per_token) * shape.tokens / layers
     tower = cost.per_tile * shape.tiles
@@ -59,11 +60,24 @@ def row_work(recipe: Recipe, shape: RowShape | None = None) -> RowWork:
     return RowWork(tower=tower, layer=layer, head=head * cost.per_token / max(operations.per_token, 1.0))
 
 
+def _operations(recipe: Recipe) -> RowCost:
+    training = recipe.training
+    adapters = lora_parameters(recipe.model.language, training)
+    return cost_of_model(recipe.model, tuple(training.trainable), adapters)
+
+
+def _forward_share(recipe: Recipe) -> float:
+    """Of the work of the linear layers: a half of frozen ones, a third of trained ones and of adapters."""
+    adapters = 6 * lora_parameters(recipe.model.language, recipe.training)
+    whole = _operations(recipe).per_token
+    return ((whole - adapters) / (2 + ("language" in recipe.training.trainable)) + adapters / 3) / max(whole, 1.0)
+
+
 def _recomputed_layer(recipe: Recipe, cost: RowCost, shape: RowShape) -> float:
     """Work per token of what backward computes again, over all layers."""
     training, language = recipe.training, recipe.model.language
     attention = cost.per_token_squared * shape.document_tokens / 3
-    linear = cost.per_token / (2 + ("language" in training.trainable))
+    linear = cost.per_token * _forward_share(recipe)
     if training.recompute_granularity == "full":
         limit = training.recompute_num_layers or language.num_hidden_layers
         stages = recipe.parallel.pipeline_model_parallel_size * recipe.parallel.virtual_pipeline_model_parallel_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_vlm.config import Recipe
+from megatron_vlm.config.lora import uses_lora
 from megatron_vlm.data.planned_data import PlannedData, plan_data
 from megatron_vlm.data.validation import choose_rows, open_validation
 from megatron_vlm.planner.report import describe_plan
@@ -41,11 +42,19 @@ def describe_run(recipe: Recipe, world_size: int) -> str:
             f"step       {training.global_batch_size} rows = {per_step:.0f} samples{rampup}",
             f"run        {training.train_iters} steps = {epochs:.2f} epochs of {steps:.0f} steps",
             *(_describe_validation(recipe, validation) if validation is not None else []),
+            *_describe_lora(recipe),
             f"trainable  {', '.join(training.trainable)}; {training.optimizer}, lr {training.lr:g} "
             f"{training.lr_decay_style} to {training.min_lr:g}, warmup {training.warmup_iters} steps",
             *describe_plan(recipe, world_size, _row_shape(recipe, planned)),
         ]
     )
+
+
+def _describe_lora(recipe: Recipe) -> list[str]:
+    training = recipe.training
+    if not uses_lora(training):
+        return []
+    return [f"lora       r {training.lora_r}, alpha {training.lora_alpha:g}, {', '.join(training.lora_target_modules)}"]
 
 
 def _row_shape(recipe: Recipe, planned: PlannedData) -> RowShape:

@@ -112,6 +112,7 @@ class Trainer:
         if resume_from is None and training.pretrained_checkpoint:
             with naming("training.pretrained_checkpoint"):
                 source = require_checkpoint(training.pretrained_checkpoint)
+            initialize_weights(chunks, self.recipe, adapters_only=True)
             load_checkpoint(source, chunks, self.recipe, tokenizer_fingerprint=self.fingerprint)
             log_rank0(f"starting from the weights of {source}")
         elif resume_from is None:

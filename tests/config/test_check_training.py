@@ -22,6 +22,12 @@ CASES = [
     ({"parallel.context_parallel_size": 2}, 1, "world size = 1", "Start 2 processes"),
     ({}, 3, "training.global_batch_size = 8", "Use 6 or 9 rows, or 1 or 2 data-parallel ranks"),
     (INTERLEAVED | {"training.global_batch_size": 6}, 4, "training.global_batch_size = 6", "Use 4 or 8 rows"),
+    (
+        {"training.trainable": ["language", "language_lora"]},
+        1,
+        "training.trainable = ['language', 'language_lora']",
+        "Leave out language or language_lora",
+    ),
     ({"training.optimizer": "sgd"}, 1, "training.optimizer = sgd", "use_distributed_optimizer = false"),
     (
         {

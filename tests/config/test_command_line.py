@@ -131,7 +131,10 @@ def test_none_unsets_a_value_of_the_recipe(tmp_path):
         ("--model.language.vocab-size 1.5", "--model.language.vocab-size: expected an integer"),
         ("--optimizer adamw", "--optimizer: expected one of adam, sgd, got 'adamw'; the nearest is adam"),
         ("--recompute-granularity fll", "full, selective or nothing (null), got 'fll'; the nearest is full"),
-        ("--trainable vision decoder", "each element one of vision, projector, language, got ['vision', 'decoder']"),
+        (
+            "--trainable vision decoder",
+            "each element one of vision, projector, language, language_lora, got ['vision', 'decoder']",
+        ),
     ],
 )
 def test_wrong_arguments(line, message):

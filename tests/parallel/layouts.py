@@ -36,12 +36,16 @@ class Layout:
     rows: str = "mixed"
     """Which rows: see tests.parallel.rows.ROWS."""
 
+    lora: tuple[str, ...] = ()
+    """lora_target_modules, where `trainable` has language_lora."""
+
     @property
     def name(self) -> str:
         sizes = [f"{name}{size}" for name, size in self._sizes().items() if size > 1] or ["dp"]
         extra = [self.vision] if self.vision != "data" else []
         extra += [self.optimizer] if self.optimizer != "adam" else []
-        extra += ["-".join(self.trainable)] if len(self.trainable) < 3 else []
+        extra += ["-".join(self.trainable)] if set(self.trainable) != {"vision", "projector", "language"} else []
+        extra += ["-".join(self.lora)] if self.lora else []
         extra += [name for name, on in (("bf16", self.bf16), ("overlap", self.overlap)) if on]
         recompute = [self.recompute, *self.modules, *([str(self.recompute_layers)] if self.recompute_layers else [])]
         extra += [f"recompute-{'-'.join(map(str, recompute))}"] if self.recompute else []
@@ -76,7 +80,7 @@ class Layout:
         """The case on one process that this one is compared with."""
         return Layout(
             optimizer=self.optimizer, trainable=self.trainable, family=self.family, loss=self.loss, batch=self.batch,
-            rows=self.rows,
+            rows=self.rows, lora=self.lora,
         )  # fmt: skip
 
 
@@ -86,6 +90,7 @@ def _with_sgd(layouts: list[Layout]) -> list[Layout]:
 
 
 WARM_UP = ("projector",)
+LORA = ("projector", "language_lora")
 # One and two key/value heads: fewer than TP * CP, so that ranks replicate them.
 SIGLIP_QWEN2, CLIP_MISTRAL = "siglip-qwen2", "clip-mistral"
 
@@ -109,6 +114,8 @@ LAYOUTS: dict[int, list[Layout]] = {
         Layout(overlap=True),
         Layout(tp=2, recompute="full"),
         _family(SIGLIP_QWEN2, tp=2, vision="tensor"),
+        Layout(tp=2, trainable=LORA),
+        Layout(pp=2, trainable=LORA),
         Layout(cp=2, loss="sample"),
         Layout(pp=2, loss="sqrt"),
         Layout(loss="sqrt"),
@@ -176,6 +183,15 @@ FULL_LAYOUTS: dict[int, list[Layout]] = {
         Layout(pp=2, rows="unsupervised"),
         Layout(tp=2, rows="unsupervised"),
         _family(CLIP_MISTRAL, pp=2, stages=TOWER_ALONE),
+        *_with_sgd([Layout(cp=2, trainable=LORA), Layout(trainable=LORA)]),
+        Layout(tp=2, trainable=LORA, optimizer="sgd", buckets=True),
+        Layout(pp=2, vpp=2, trainable=("language_lora",)),
+        Layout(pp=2, stages=TOWER_ALONE, trainable=("language_lora",)),
+        Layout(tp=2, trainable=("language_lora",), recompute="full"),
+        Layout(pp=2, trainable=("language_lora",), recompute="selective", modules=("mlp",)),
+        Layout(tp=2, trainable=LORA, lora=("k_proj", "v_proj", "up_proj", "down_proj")),
+        _family(SIGLIP_QWEN2, tp=2, trainable=LORA),
+        _family(CLIP_MISTRAL, tp=2, trainable=("vision", "projector", "language_lora"), lora=("q_proj", "o_proj")),
     ],
     4: [
         *_with_sgd([Layout(pp=4, stages="E|t|t*2|tL"), Layout(pp=2, stages="Et*3|tL", batch=2)]),
@@ -191,8 +207,12 @@ FULL_LAYOUTS: dict[int, list[Layout]] = {
         Layout(pp=2, batch=8, rows="text"),
         Layout(cp=2, buckets=True, rows="text"),
         Layout(tp=2, pp=2, rows="unsupervised"),
+        _family(SIGLIP_QWEN2, tp=4, trainable=LORA),
+        Layout(tp=2, pp=2, bf16=True, trainable=LORA),
     ],
     8: [
+        *_with_sgd([Layout(tp=2, pp=2, cp=2, trainable=LORA)]),
+        Layout(tp=2, pp=2, vpp=2, cp=2, trainable=LORA),
         Layout(tp=2, pp=2, cp=2, stages=TOWER_ALONE),
         Layout(tp=2, pp=4, stages="E|t|t*2|tL", trainable=WARM_UP),
         Layout(pp=4, stages="Et|t|t|tL", buckets=True),

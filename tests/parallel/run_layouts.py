@@ -24,11 +24,14 @@ import megatron_vlm.runtime.megatron_patches  # noqa: F401
 # isort: split
 from megatron.core import tensor_parallel
 
-from megatron_vlm.config import check_recipe
+from megatron_vlm.config import Recipe, check_recipe
+from megatron_vlm.config.training import LORA_MODULES
 from megatron_vlm.data.rows.rank_batch import rank_batch
 from megatron_vlm.model.build import build_model
-from megatron_vlm.model.initialize import initialize_weights
+from megatron_vlm.model.initialize import all_sharded_tensors, initial_value, initialize_weights
+from megatron_vlm.model.layers.lora import is_adapter
 from megatron_vlm.model.rank_view import rank_view
+from megatron_vlm.model.sharding import model_sharded_state_dict
 from megatron_vlm.runtime.launch import process_group
 from megatron_vlm.runtime.process_groups import destroy_groups, initialize_groups, parallel_ranks, tile_shard_rank
 from megatron_vlm.training.finite_update import update
@@ -50,6 +53,9 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
         layout.family,
         optimizer=layout.optimizer,
         trainable=list(layout.trainable),
+        lora_r=6,
+        lora_alpha=9.0,
+        lora_target_modules=list(layout.lora or LORA_MODULES),
         bf16=layout.bf16,
         recompute_granularity=layout.recompute,
         recompute_modules=list(layout.modules) or None,
@@ -62,6 +68,7 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     chunks = build_model(recipe)
     initialize_weights(chunks, recipe)
+    _fill_adapters(chunks, recipe)
     frozen = [(p, p.detach().clone()) for chunk in chunks for p in chunk.parameters() if not p.requires_grad]
     wrapped = wrap_for_data_parallel(chunks, recipe)
     optimizer = build_optimizer(wrapped, recipe)
@@ -93,6 +100,14 @@ def run(layout: Layout, break_gradient_of: str | None = None) -> list[dict[str, 
     steps[-1]["frozen_changed"] = sum(not torch.equal(p, before) for p, before in frozen)
     destroy_groups()
     return steps
+
+
+def _fill_adapters(chunks: list[Any], recipe: Recipe) -> None:
+    """Give B random values: with the zeros that it begins with, an adapter adds nothing and A has no gradient."""
+    for tensor in all_sharded_tensors([model_sharded_state_dict(chunk) for chunk in chunks]):
+        if is_adapter(tensor.key) and tensor.key.endswith(".B"):
+            with torch.no_grad():
+                tensor.data.copy_(initial_value(replace(tensor, key=f"{tensor.key}.weight"), recipe) / 4)
 
 
 def reference_name(layout: Layout) -> str:

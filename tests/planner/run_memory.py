@@ -99,9 +99,14 @@ FULL_CASES = [
     Case("pp4, core_attn", PP4, {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}),
     Case("tp2 pp2, language", TP2_PP2, {"trainable": ["language"]}),
     Case("cp2, vision and projector", {"context_parallel_size": 2}, {"trainable": ["vision", "projector"]}),
+    Case("tp2 pp2, lora", TP2_PP2, {"trainable": ["projector", "language_lora"], "lora_r": 16}),
+    Case("pp4 grouped, lora of q and down", PP4,
+         {"trainable": ["language_lora"], "lora_r": 32, "lora_target_modules": ["q_proj", "down_proj"]}, GROUPED),
+    Case("tp4 grouped, lora, mlp", {"tensor_model_parallel_size": 4},
+         {"trainable": ["language_lora"], "lora_r": 32, "recompute_granularity": "selective"}, GROUPED),
     Case("dp4 sgd", {"use_distributed_optimizer": False}, {"optimizer": "sgd"}),
     Case("tp2 bf16", {"tensor_model_parallel_size": 2}, {"bf16": True}),
-]
+]  # fmt: skip
 HELD_OUT = [
     Case("tp2 cp2", TP2_CP2),
     Case("tp2 cp2 bf16 grouped", TP2_CP2 | {"vision_parallel": "tensor"}, {"bf16": True}, GROUPED),

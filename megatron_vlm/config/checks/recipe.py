@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_vlm.config.checks.data import check_data
 from megatron_vlm.config.checks.fp8 import check_fp8
+from megatron_vlm.config.checks.lora import check_lora
 from megatron_vlm.config.checks.model import check_language, check_vision
 from megatron_vlm.config.checks.paths import path_problems
 from megatron_vlm.config.checks.schedule import check_rampup, check_schedule
@@ -26,6 +27,7 @@ def check_recipe(recipe: Recipe, world_size: int, *, paths: bool = False) -> Non
         *check_rampup(recipe, world_size),
         *check_optimization(recipe),
         *check_recompute(recipe),
+        *check_lora(recipe),
         *(check_schedule(recipe) if recipe.training.epochs is None else []),
         *check_fp8(recipe),
         *check_data(recipe),

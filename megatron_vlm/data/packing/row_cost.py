@@ -12,6 +12,8 @@ v, l and r are 1 if the vision tower, the language model or the projector is tra
         + (1 + v) · p · 2sw                                   patch embedding
         + t · 2((1 + r + v) · wh + (1 + r + max(r, v)) · h²)  projector
 
+With LoRA, whose adapters have u parameters, b is larger by 6u.
+
 The tests compare this with the operations that torch counts in the real modules. The loss head is not included: it
 processes supervised tokens only, about 1 % of the work. Recomputation is not included either, so that a run that
 resumes with another recomputation setting sees the same rows. Kernels reach different fractions of a device's peak:
@@ -26,6 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_vlm.config.lora import lora_parameters
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.training import PARTS
 
@@ -62,8 +65,11 @@ class RowCost:
         return np.rint(self.of(tokens, tiles) * (_LEVELS / largest)).astype(np.float32)
 
 
-def cost_of_model(model: ModelConfig, trainable: tuple[str, ...] = PARTS) -> RowCost:
-    """Coefficients in floating-point operations of a training step, by the formula in this module's docstring."""
+def cost_of_model(model: ModelConfig, trainable: tuple[str, ...] = PARTS, adapters: int = 0) -> RowCost:
+    """Coefficients in floating-point operations of a training step, by the formula in this module's docstring.
+
+    `adapters` is the number of LoRA parameters.
+    """
     language, vision = model.language, model.vision
     trained = {part: int(part in trainable) for part in PARTS}
     h, queries = language.hidden_size, language.num_attention_heads * language.head_width
@@ -76,7 +82,7 @@ def cost_of_model(model: ModelConfig, trainable: tuple[str, ...] = PARTS) -> Row
     second_passes = 1 + trained["projector"] + max(trained["projector"], trained["vision"])
     return RowCost(
         per_token_squared=3 * language.num_hidden_layers * 2.0 * queries,
-        per_token=(2.0 + trained["language"]) * linear,
+        per_token=(2.0 + trained["language"]) * linear + 6.0 * adapters,
         per_tile=(1.0 + 2 * trained["vision"]) * vision.num_layers_used * layer
         + (1 + trained["vision"]) * embedding
         + tokens * 2 * (passes * w * h + second_passes * h * h),
@@ -93,7 +99,7 @@ def head_operations(model: ModelConfig, trainable: tuple[str, ...] = PARTS) -> f
 
 def step_operations(
     model: ModelConfig, trainable: tuple[str, ...], *, squared_tokens: float, tokens: float, tiles: float,
-    supervised_tokens: float,
+    supervised_tokens: float, adapters: int = 0,
 ) -> float:  # fmt: skip
     """Operations of a training step: what its documents need, without padding and without recomputation.
 
@@ -104,15 +110,18 @@ def step_operations(
         tokens: sum of their lengths.
         tiles: number of their tiles.
         supervised_tokens: number of tokens that the loss counts.
+        adapters: number of LoRA parameters.
     """
-    cost = cost_of_model(model, trainable)
+    cost = cost_of_model(model, trainable, adapters)
     row = cost.per_token_squared * squared_tokens + cost.per_token * tokens + cost.per_tile * tiles
     return row + head_operations(model, trainable) * supervised_tokens
 
 
 def row_cost(recipe: Recipe) -> RowCost:
     """Coefficients of a recipe: its data.cost_* settings; for those that are not set, the operations of its model."""
-    data, model = recipe.data, cost_of_model(recipe.model, tuple(recipe.training.trainable))
+    data, training = recipe.data, recipe.training
+    adapters = lora_parameters(recipe.model.language, training)
+    model = cost_of_model(recipe.model, tuple(training.trainable), adapters)
     settings = (data.cost_per_token_squared, data.cost_per_token, data.cost_per_tile)
     counted = (model.per_token_squared, model.per_token, model.per_tile)
     return RowCost(*(default if value is None else value for value, default in zip(settings, counted, strict=True)))

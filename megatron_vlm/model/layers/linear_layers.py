@@ -16,6 +16,7 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from megatron_vlm.config import ConfigError, Recipe
+from megatron_vlm.model.layers.lora import ColumnAdapters, RowAdapters, layer_adapters, with_adapters
 from megatron_vlm.runtime.device import on_gpu
 
 
@@ -35,6 +36,25 @@ def linear_layers(recipe: Recipe) -> LinearLayers:
     Raises:
         ConfigError: the recipe asks for Transformer Engine, which does not work here.
     """
+    return _with_lora(_linear_layers(recipe), recipe)
+
+
+def _with_lora(linears: LinearLayers, recipe: Recipe) -> LinearLayers:
+    """Those layers, with adapters where the recipe asks for some."""
+
+    def adapted(layer: str, linear: Any, adapters: Any) -> Any:
+        chosen = layer_adapters(recipe, layer)
+        return linear if chosen is None else with_adapters(linear, adapters, chosen)
+
+    return LinearLayers(
+        qkv=adapted("linear_qkv", linears.qkv, ColumnAdapters),
+        out=adapted("linear_proj", linears.out, RowAdapters),
+        fc1=adapted("linear_fc1", linears.fc1, ColumnAdapters),
+        fc2=adapted("linear_fc2", linears.fc2, RowAdapters),
+    )
+
+
+def _linear_layers(recipe: Recipe) -> LinearLayers:
     if recipe.training.transformer_impl == "local":
         return LinearLayers()
     problem = "needs a GPU" if not on_gpu() else _import_problem()

@@ -15,6 +15,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vlm.config import ModelConfig, Recipe, recipe_from_dict, recipe_to_dict
+from megatron_vlm.config.lora import lora_settings, uses_lora
+from megatron_vlm.model.layers.lora import is_adapter
 from megatron_vlm.model.sharding import model_sharded_state_dict, unwrap
 from megatron_vlm.runtime.s3 import S3Error
 from megatron_vlm.runtime.s3.path import StoragePath
@@ -38,11 +40,15 @@ def load_checkpoint(
 ) -> Progress:
     """Fill the chunks, and optimizer and schedule where given, from `checkpoint` (an iter_* folder), in any layout.
 
+    Without an optimizer, LoRA adapters that the checkpoint lacks keep their values: a new run begins with new ones.
+
     Raises:
         CheckpointError: the checkpoint is of another model or tokenizer, lacks what is asked for, or cannot be read.
     """
     common = check_fits(checkpoint, recipe, tokenizer_fingerprint, resume=optimizer is not None)
     state = model_state(chunks)
+    if optimizer is None and not _has_adapters(checkpoint):
+        state = LocalState([shard for shard in state.shards if not is_adapter(shard.key)], state.objects)
     if optimizer is not None:
         settings = recipe_settings(optimizer.param_groups)
         whole = optimizer_state(optimizer, chunks, loading=True)
@@ -166,6 +172,7 @@ def check_fits(checkpoint: StoragePath, recipe: Recipe, fingerprint: str, *, res
     stored = read_description(checkpoint)
     require_same_model(recipe.model, recipe_from_dict(stored["recipe"]).model, str(checkpoint))
     require_same_tokenizer(recipe, fingerprint, stored.get("tokenizer_fingerprint", ""), str(checkpoint))
+    _check_same_adapters(checkpoint, recipe, recipe_from_dict(stored["recipe"]))
     common = load_common(checkpoint)
     if resume:
         if (common.get("content_metadata") or {}).get("weights_only"):
@@ -197,6 +204,24 @@ def require_same_tokenizer(recipe: Recipe, ours: str, theirs: str, source: str) 
             f"{recipe.data.tokenizer_model} ({ours[:12]}), which gives tokens other ids. Set "
             "--tokenizer-model to the one it was trained with."
         )
+
+
+def _has_adapters(checkpoint: StoragePath) -> bool:
+    return uses_lora(recipe_from_dict(read_description(checkpoint)["recipe"]).training)
+
+
+def _check_same_adapters(checkpoint: StoragePath, recipe: Recipe, stored: Recipe) -> None:
+    """Raise CheckpointError where a checkpoint has adapters that the recipe has not, or others."""
+    ours, theirs = lora_settings(recipe.training), lora_settings(stored.training)
+    if theirs is None or ours == theirs:
+        return
+    settings = ", ".join(f"{name} {value}" for name, value in theirs.items())
+    raise CheckpointError(
+        f"{checkpoint} holds LoRA adapters ({settings}), and the recipe asks for "
+        + ("none" if ours is None else ", ".join(f"{name} {value}" for name, value in ours.items()))
+        + ". Train with the same ones (trainable: language_lora), or merge them into the weights first: megatron-vlm "
+        "export, and give its folder as --pretrained-checkpoint"
+    )
 
 
 def _check_same_parts(checkpoint: StoragePath, recipe: Recipe) -> None:

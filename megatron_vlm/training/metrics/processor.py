@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlm.config import PARTS, Recipe
+from megatron_vlm.config.lora import is_trained, lora_parameters
 from megatron_vlm.data.packing.row_cost import step_operations
 from megatron_vlm.runtime.device import current_device, device_name, on_gpu
 from megatron_vlm.runtime.peak_rate import datasheet_peak, measured_gemm_rate
@@ -150,6 +151,7 @@ class MetricsProcessor:
         operations = step_operations(
             self.recipe.model, tuple(training.trainable), squared_tokens=squared, tokens=tokens, tiles=tiles,
             supervised_tokens=step.values["loss_tokens"],
+            adapters=lora_parameters(self.recipe.model.language, training),
         )  # fmt: skip
         rate = operations / step.step_seconds / dist.get_world_size()
         values = {
@@ -171,7 +173,7 @@ class MetricsProcessor:
             values |= {
                 f"grad_norm/{part}": square**0.5
                 for part, square in zip(PARTS, squares, strict=True)
-                if part in training.trainable
+                if is_trained(training, part)
             }
             values |= dict(zip(memory, maxima[2 + len(PHASES) :], strict=True))
         return values

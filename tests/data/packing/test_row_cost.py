@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vlm.config import ParallelConfig, Recipe, load_recipe
+from megatron_vlm.config.lora import lora_parameters
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.packing.row_cost import RowCost, cost_of_model, row_cost, step_operations
 from megatron_vlm.data.rows.batch import IGNORE_INDEX, PackedBatch
@@ -36,12 +37,22 @@ ALL = ("vision", "projector", "language")
 
 
 @pytest.mark.parametrize(
-    "trainable", [ALL, ("projector",), ("projector", "language"), ("language",), ("vision", "projector")], ids="+".join
+    "trainable",
+    [
+        ALL,
+        ("projector",),
+        ("projector", "language"),
+        ("language",),
+        ("vision", "projector"),
+        ("projector", "language_lora"),
+    ],
+    ids="+".join,
 )
 def test_cost_equals_the_operations_that_torch_counts(one_process: None, trainable: tuple[str, ...]) -> None:
     """Forward and backward passes of rows of three lengths and two numbers of tiles give the three coefficients."""
     from megatron_vlm.model.build import build_model
     from megatron_vlm.model.initialize import initialize_weights
+    from megatron_vlm.model.layers.lora import adapter_parameters
 
     recipe = tiny_recipe(ParallelConfig(), trainable=list(trainable))
     (model,) = chunks = build_model(recipe)
@@ -56,12 +67,16 @@ def test_cost_equals_the_operations_that_torch_counts(one_process: None, trainab
     short, middle, long = (operations(length, 1) for length in (16, 32, 48))
     squared = (long - 2 * middle + short) / (2 * 16**2)
     linear = (middle - short) / 16 - squared * (16 + 32)
-    cost = cost_of_model(recipe.model, trainable)
+    adapters = lora_parameters(recipe.model.language, recipe.training)
+    assert adapters == sum(p.numel() for p in adapter_parameters(model))
+    cost = cost_of_model(recipe.model, trainable, adapters)
     assert squared == 2 * cost.per_token_squared  # half of the scores are masked
     assert linear == cost.per_token
     assert operations(16, 3) - short == 2 * cost.per_tile
     # torch counts every score of the square, where half are masked
-    whole = step_operations(recipe.model, trainable, squared_tokens=16**2, tokens=16, tiles=1, supervised_tokens=1)
+    whole = step_operations(
+        recipe.model, trainable, squared_tokens=16**2, tokens=16, tiles=1, supervised_tokens=1, adapters=adapters
+    )
     assert short - cost.per_token_squared * 16**2 == whole
 
 

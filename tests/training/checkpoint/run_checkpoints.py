@@ -37,6 +37,7 @@ from megatron_vlm.training.checkpoint import resume as resume_module
 from megatron_vlm.training.checkpoint.shards import optimizer_state
 from megatron_vlm.training.checkpoint.writer import ShardWriter
 from tests.parallel.layouts import Layout
+from tests.training.checkpoint.adapters import adapters_begin_on_a_model_without, adapters_resume_in_another_layout
 from tests.training.checkpoint.instances import two_instances_of_the_optimizer
 from tests.training.checkpoint.small_run import Run, furthest, overlaps, weights_of
 
@@ -259,6 +260,8 @@ def training_changes_nothing_that_is_being_written(folder: Path) -> dict[str, An
 
 CASES: list[Callable[[Path], dict[str, Any]]] = [
     resume_in_another_layout,
+    adapters_resume_in_another_layout,
+    adapters_begin_on_a_model_without,
     nothing_is_gathered,
     megatron_core_reads_it,
     stale_weights,

@@ -34,7 +34,8 @@ class Run:
     """A model in a layout, trained on the rows of the layout tests."""
 
     def __init__(self, layout: Layout, folder: Path, **parallel: Any) -> None:
-        recipe = tiny_recipe(layout.parallel(), layout.family, optimizer="adam", trainable=list(layout.trainable))
+        trainable = list(layout.trainable)
+        recipe = tiny_recipe(layout.parallel(), layout.family, optimizer="adam", trainable=trainable, lora_r=6)
         self.recipe: Recipe = recipe
         recipe.training.save = str(folder)
         for name, value in parallel.items():

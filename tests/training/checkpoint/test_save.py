@@ -24,6 +24,18 @@ def test_resumes_in_every_layout(results: dict[str, Any]) -> None:
     assert len(differences) == 6 and max(map(abs, differences.values())) < 1e-6, differences
 
 
+def test_adapters_resume_in_another_layout(results: dict[str, Any]) -> None:
+    found = results["adapters_resume_in_another_layout"]
+    assert len(found["loss"]) == 2 and max(map(abs, found["loss"].values())) < 1e-6, found
+    message = "holds LoRA adapters (lora_r 6, lora_alpha 256.0, lora_target_modules"
+    assert message in found["without"] and "asks for none" in found["without"], found["without"]
+
+
+def test_adapters_begin_on_a_model_without(results: dict[str, Any]) -> None:
+    found = results["adapters_begin_on_a_model_without"]
+    assert abs(found["loss"]) < 1e-6 and found["moved"]
+
+
 def test_every_data_rank_writes_its_share(results: dict[str, Any]) -> None:
     found = results["nothing_is_gathered"]
     assert len(found["sizes"]) == 4 and max(found["sizes"]) < 1.5 * min(found["sizes"]), found["sizes"]
