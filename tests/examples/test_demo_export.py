@@ -30,11 +30,10 @@ SHAPES = {"as it is": (64, 64), "tall": (50, 130), "wide": (150, 40)}
 ANSWERS = {"yes", "no", *easy_vqa.SHAPES, *easy_vqa.COLOURS}
 
 
-def image_of(wheel: Path, name: str) -> Image.Image:
-    """An image of the published data set."""
+def image_of(archive: zipfile.ZipFile, name: str) -> Image.Image:
+    """An image of the published data set, whose wheel is open: opening it reads the names of all its images."""
     split, file = name.split("/")
-    with zipfile.ZipFile(wheel) as archive:
-        return Image.open(io.BytesIO(archive.read(f"easy_vqa/data/{split}/images/{file}"))).convert("RGB")
+    return Image.open(io.BytesIO(archive.read(f"easy_vqa/data/{split}/images/{file}"))).convert("RGB")
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +42,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory, wheel: Path, trained_toke
     folder = tmp_path_factory.mktemp("demo")
     entries = json.loads((trained_tokenizer.parent / "questions.json").read_text())[:TRAINED_ON]
     (folder / "questions.json").write_text(json.dumps(entries))
-    for entry in entries:
-        picture = folder / "pictures" / entry["image"]
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        image_of(wheel, entry["image"]).save(picture)
+    (folder / "images").mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        for entry in entries:
+            picture = folder / "pictures" / entry["image"]
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            image_of(archive, entry["image"]).save(picture)
+        for number, (name, size) in enumerate(SHAPES.items()):
+            image = image_of(archive, easy_vqa.image_name("test", number))
+            image.resize(size).save(folder / "images" / f"{name}.png")
     recipe: dict[str, Any] = recipe_to_dict(load_recipe(EXAMPLES / "demo" / "instruct.yaml"))
     recipe["data"] |= {
         "data_path": [str(folder / "questions.json")],
@@ -66,10 +70,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory, wheel: Path, trained_toke
     for hf_format in ("llava_next", "instellavl"):
         convert(folder / "checkpoint", folder / hf_format, format=hf_format)
     make_answers_end(folder)  # without an image they do not end by themselves, because training had images only
-    (folder / "images").mkdir()
-    for number, (name, size) in enumerate(SHAPES.items()):
-        image = image_of(wheel, easy_vqa.image_name("test", number))
-        image.resize(size).save(folder / "images" / f"{name}.png")
     return folder
 
 

