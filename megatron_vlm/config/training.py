@@ -138,8 +138,8 @@ class TrainingConfig:
     recompute_granularity: Literal["full", "selective", "auto"] | None = field(
         default=None,
         metadata={
-            "help": "What backward recomputes: whole layers (full), the recompute_modules of each (selective), or what "
-            "is estimated to be the cheapest that fits into the GPU's memory (auto)."
+            "help": "What backward recomputes: layers (full), recompute_modules (selective), or the cheapest that fits "
+            "(auto)."
         },
     )
     recompute_modules: list[RecomputeModule] | None = field(

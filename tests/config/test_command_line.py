@@ -130,7 +130,7 @@ def test_none_unsets_a_value_of_the_recipe(tmp_path):
         ("--model.image-grid-pinpoints 28x", "--model.image-grid-pinpoints: expected a list"),
         ("--model.language.vocab-size 1.5", "--model.language.vocab-size: expected an integer"),
         ("--optimizer adamw", "--optimizer: expected one of adam, sgd, got 'adamw'; the nearest is adam"),
-        ("--recompute-granularity fll", "full, selective or nothing (null), got 'fll'; the nearest is full"),
+        ("--recompute-granularity fll", "full, selective, auto or nothing (null), got 'fll'; the nearest is full"),
         (
             "--trainable vision decoder",
             "each element one of vision, projector, language, language_lora, got ['vision', 'decoder']",
