@@ -152,6 +152,7 @@ def _become_rank(start: dict[str, Any], rank: int, port: int) -> None:
     if start["ranks"] > 1:
         os.environ.update(rank_variables(rank, start["ranks"], port))
     random.seed()
+    tempfile.tempdir = None  # that of the environment variable, which may be another
     log = os.open(start["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

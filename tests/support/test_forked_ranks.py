@@ -13,13 +13,13 @@ from tests.support.forked_ranks import launch_forked
 from tests.support.launch import launch
 
 SCRIPT = """
-import json, os, sys, time
+import json, os, sys, tempfile, time
 import torch.distributed as dist
 from megatron_vlm.runtime.launch import process_group
 
 rank = os.environ.get("RANK", "0")
 environment = [os.environ[name] for name in ("FOR_RANKS", "OMP_NUM_THREADS")]
-print("found", json.dumps([rank, __name__, sys.argv, sys.path[0], *environment]))
+print("found", json.dumps([rank, __name__, sys.argv, sys.path[0], tempfile.gettempdir(), *environment]))
 with process_group(timeout_minutes=1):
     print("found", json.dumps(dist.get_world_size()))
 if sys.argv[1] == "fails" and rank == "1":
@@ -45,8 +45,11 @@ def _lines(done: subprocess.CompletedProcess[str]) -> list[Any]:
 
 
 @pytest.mark.parametrize(("ranks", "name"), [(1, "one"), (2, "two")])
-def test_they_see_what_fresh_ranks_see(script: Path, ranks: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_see_what_fresh_ranks_see(
+    script: Path, tmp_path: Path, ranks: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FOR_RANKS", name)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     command: tuple[str | Path, ...] = (script, "ends", name)
     forked = _lines(launch_forked(*command, ranks=ranks, timeout=60))
     assert forked == _lines(launch(*command, ranks=ranks, timeout=60))
