@@ -16,7 +16,7 @@ from megatron_vlm.data.prepare.shard_writer import prepare_shards
 from megatron_vlm.data.processing.conversation import Turn
 from megatron_vlm.data.processing.tiling import ImageGeometry
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
-from megatron_vlm.data.sources.containers import columnar_source, tar_index
+from megatron_vlm.data.sources.containers import columnar_file, columnar_source, tar_index
 from megatron_vlm.data.sources.containers.columnar_file import ColumnarFile
 from megatron_vlm.data.sources.open_source import open_source
 from tests.data.helpers import Folder, image_bytes, make_recipe, mixed_folder, tiny_model, tiny_tokenizer_folder
@@ -185,6 +185,21 @@ def test_large_row_groups_are_for_prepare_shards_only(tmp_path: Path, monkeypatc
     with pytest.raises(DataError, match=r"x\.parquet has row groups .*prepare-shards"):
         open_source(path, None)
     assert prepare_shards([path], None, tmp_path / "shards", processes=1).written == 6
+
+
+def test_row_groups_of_all_files_share_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = mixed_folder(tmp_path, 12)
+    source, plain = open_source(_parquet_folder(folder), None), open_source(folder.write(), folder.images)
+    groups, one = columnar_file._GroupCache(), ColumnarFile(tmp_path / "hub/data/train-0.parquet")
+    monkeypatch.setattr(columnar_file, "_groups", groups)
+    monkeypatch.setattr(columnar_file, "_CACHE_BYTES", one._group(0, tuple(one.columns)).nbytes * 2)
+    assert_same_samples(source, plain)
+    assert 1 <= len(groups._tables) <= 3 and groups._bytes == sum(table.nbytes for table in groups._tables.values())
+    with monkeypatch.context() as patch:
+        patch.setattr(ColumnarFile, "_read_group", lambda *args: pytest.fail("read again"))
+        source.sample(11)
+    monkeypatch.setattr(columnar_file, "_CACHE_BYTES", 0)
+    assert source.sample(0).id == "s0" and len(groups._tables) == 1
 
 
 def test_files_are_scanned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

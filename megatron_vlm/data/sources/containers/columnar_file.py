@@ -6,9 +6,9 @@ pyarrow is imported when the first such file is opened: nothing else needs it.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,30 @@ PARQUET, ARROW = ".parquet", ".arrow"
 MAX_GROUP_BYTES = 1 << 30
 """A larger row group is rejected: each worker of each rank would hold it."""
 _CACHE_BYTES = 1 << 28
-"""Of the row groups that a process keeps."""
+"""Of the row groups that a process keeps, of all its files together."""
 _BLOCK = 1 << 22
+
+
+class _GroupCache:
+    """The row groups that were read last, at least one."""
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[tuple[Path, int, tuple[str, ...]], Any] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: tuple[Path, int, tuple[str, ...]], read: Callable[[], Any]) -> Any:
+        """The table under `key`, which `read` returns if it is not kept."""
+        if key not in self._tables:
+            self._tables[key] = read()
+            self._bytes += self._tables[key].nbytes
+            while self._bytes > _CACHE_BYTES and len(self._tables) > 1:
+                self._bytes -= self._tables.popitem(last=False)[1].nbytes
+        self._tables.move_to_end(key)
+        return self._tables[key]
+
+
+_groups = _GroupCache()
+"""Of this process: a folder of hundreds of files takes no more memory than one file."""
 
 
 class ColumnarFile:
@@ -33,18 +55,20 @@ class ColumnarFile:
             DataError: pyarrow is not installed, or the file cannot be read, is damaged or was truncated.
         """
         self.path = path
-        opened = self._open()
-        schema = opened.schema_arrow if path.suffix == PARQUET else opened[0].schema
-        self.columns: list[str] = schema.names
+        self._metadata: Any = None
+        self._batches: list[Any] | None = None
         if path.suffix == PARQUET:
-            groups = [opened.metadata.row_group(index) for index in range(opened.metadata.num_row_groups)]
+            with self._open_parquet() as file:
+                self._metadata, schema = file.metadata, file.schema_arrow
+            groups = [self._metadata.row_group(index) for index in range(self._metadata.num_row_groups)]
             sizes, self._bytes = [group.num_rows for group in groups], [group.total_byte_size for group in groups]
         else:
-            sizes, self._bytes = [batch.num_rows for batch in opened], [0] * len(opened)  # mapped, not read
+            self._batches = self._map_arrow()
+            schema = self._batches[0].schema
+            sizes, self._bytes = [batch.num_rows for batch in self._batches], []  # mapped, not read
+        self.columns: list[str] = schema.names
         self.group_starts = np.cumsum([0, *sizes], dtype=np.int64)
         """[groups + 1]: group k holds the rows [group_starts[k], group_starts[k + 1])."""
-        self._process, self._opened = os.getpid(), opened
-        self._groups: OrderedDict[tuple[int, tuple[str, ...]], Any] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self.group_starts[-1])
@@ -68,14 +92,13 @@ class ColumnarFile:
     def digest(self, columns: Sequence[str]) -> str:
         """sha256 in hex of the layout of the file and the bytes of some columns, as they are stored."""
         digest = hashlib.sha256(repr((self.columns, self.group_starts.tolist())).encode())
-        opened = self._handle()
-        if self.path.suffix == ARROW:
-            for batch in opened:
+        if self._batches is not None:
+            for batch in self._batches:
                 for name in columns:
                     for buffer in batch.column(name).buffers():
                         digest.update(buffer or b"")
             return digest.hexdigest()
-        metadata, wanted = opened.metadata, set(columns)
+        metadata, wanted = self._metadata, set(columns)
         with self.path.open("rb") as file:
             for group in range(metadata.num_row_groups):
                 for number in range(metadata.num_columns):
@@ -90,44 +113,44 @@ class ColumnarFile:
         return digest.hexdigest()
 
     def _group(self, group: int, columns: tuple[str, ...]) -> Any:
-        handle = self._handle()
-        if self.path.suffix == ARROW:
-            return handle[group]
-        key = group, columns
-        if key not in self._groups:
-            try:
-                self._groups[key] = handle.read_row_group(group, columns=list(columns), use_threads=False)
-            except Exception as error:  # pyarrow raises its own errors and OSError
-                raise DataError(
-                    f"{self.path} is damaged in row group {group}: {_line(error)}. Copy it again."
-                ) from error
-            while len(self._groups) > 1 and sum(table.nbytes for table in self._groups.values()) > _CACHE_BYTES:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(key)
-        return self._groups[key]
+        if self._batches is not None:
+            return self._batches[group]
+        return _groups.get((self.path, group, columns), lambda: self._read_group(group, columns))
 
-    def _handle(self) -> Any:
-        """The open file. A forked process opens a Parquet file again: the position in it would be shared."""
-        if self.path.suffix == PARQUET and self._process != os.getpid():
-            self._process, self._opened = os.getpid(), self._open()
-        return self._opened
-
-    def _open(self) -> Any:
+    def _read_group(self, group: int, columns: tuple[str, ...]) -> Any:
         try:
-            import pyarrow
+            with self._open_parquet() as file:  # not kept open: a process may have more files than it may open
+                return file.read_row_group(group, columns=list(columns), use_threads=False)
+        except DataError:
+            raise
+        except Exception as error:  # pyarrow raises its own errors and OSError
+            what = f"{self.path} is damaged in row group {group}: {_line(error)}"
+            raise DataError(f"{what}. Copy it again.") from error
+
+    def _open_parquet(self) -> Any:
+        with self._read_errors():
             from pyarrow import parquet
+
+            return parquet.ParquetFile(self.path, metadata=self._metadata)
+
+    def _map_arrow(self) -> list[Any]:
+        with self._read_errors():
+            import pyarrow
+
+            batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(self.path))).read_all().to_batches()
+        if not batches:
+            raise DataError(f"{self.path} has no row. Leave it out.")
+        return list(batches)
+
+    @contextmanager
+    def _read_errors(self) -> Iterator[None]:
+        try:
+            yield
         except ImportError as error:
             raise DataError(f"reading {self.path} needs pyarrow: pip install 'megatron-vlm[parquet]'") from error
-        try:
-            if self.path.suffix == PARQUET:
-                return parquet.ParquetFile(self.path)
-            batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(self.path))).read_all().to_batches()
-            if not batches:
-                raise DataError(f"{self.path} has no row. Leave it out.")
-            return batches
         except FileNotFoundError:
             raise DataError(f"{self.path} does not exist. Check the path.") from None
-        except (pyarrow.ArrowException, OSError) as error:
+        except Exception as error:  # pyarrow raises its own errors, OSError and ValueError
             what = f"{self.path} is not a whole {self.path.suffix[1:]} file: {_line(error)}"
             raise DataError(f"{what}. Copy or download it again.") from error
 
