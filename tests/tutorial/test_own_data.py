@@ -19,7 +19,7 @@ import pytest
 from megatron_vlm import cli
 from tests.support.environments import copy_sources
 from tests.support.hub_server import Hub, hub
-from tests.support.launch import ROOT, _free_port
+from tests.support.launch import ROOT, free_port
 from tools.make_notebook import Cell, notebook_text, read_page
 
 PAGE, NOTEBOOK = ROOT / "docs" / "own-data.md", ROOT / "examples" / "own_data.ipynb"
@@ -149,7 +149,7 @@ def environment(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def with_free_ports(text: str) -> str:
     for port in PORTS:
-        text = text.replace(port, str(_free_port()))
+        text = text.replace(port, str(free_port()))
     return text
 
 
