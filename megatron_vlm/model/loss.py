@@ -102,7 +102,7 @@ def _chunk_size(tokens: int, vocabulary: int) -> int:
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """total += left @ right, in place; without a second tensor of its size if the dtypes are the same."""
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        torch.addmm(total, left, right, out=total)
     else:
         total += left @ right
 

@@ -24,7 +24,7 @@ def test_each_kind(wheel: Path, tmp_path: Path) -> None:
         for index, entry in enumerate(converted[kind]):
             parse_annotation(entry, index, kind)
             assert (examples.images / entry["image"]).is_file()
-    assert set(converted) == set(CONVERTERS)
+    assert set(converted) == set(CONVERTERS) - {"video"}, "easy-VQA has none"
     asked = [entry["conversations"][0]["value"] for entry in converted["qa"]]
     assert asked == [f"<image>\n{question.text}\nAnswer with one word." for question in examples.questions]
     image = examples.images / converted["qa"][0]["image"]
