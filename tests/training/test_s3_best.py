@@ -8,6 +8,7 @@ import pytest
 
 from checkpoint_convert.megatron_to_hf import convert
 from checkpoint_convert.verify import verify
+from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from megatron_vlm.runtime.s3 import objects
 from tests.support.forked_ranks import ForkedRanks
 from tests.support.s3_server import BUCKET, store
@@ -21,13 +22,15 @@ URL = f"s3://{BUCKET}/run"
 def test_the_best_weights_are_kept_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"train_iters": 6, "save_interval": 3, "eval_interval": 2, "eval_iters": 1, "best_metric": "eval_loss"}
     recipe, log = write_recipe(tmp_path, **settings), tmp_path / "log"
+    tokens = str(len(load_tokenizer(tmp_path / "tokenizer")))  # an export needs the image token there
     (tmp_path / "node").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "node"))
     with store():
         ranks = ForkedRanks()
         try:
             for save in (str(tmp_path / "local"), URL):
-                ranks.start("--config", recipe, "--save", save, "--valid-share", "0.3", ranks=2, log=log)
+                flags = ("--save", save, "--valid-share", "0.3", "--image-token-index", tokens)
+                ranks.start("--config", recipe, *flags, ranks=2, log=log)
                 assert ranks.wait(300) == 0, log.read_text()[-3000:]
         finally:
             ranks.close()
