@@ -119,8 +119,7 @@ class Store:
         self.save, self._node, self._proxy = url, node, proxy
 
     def begin(self) -> None:
-        shutil.rmtree(self._node, ignore_errors=True)  # a worker of a killed rank may still be there
-        self._node.mkdir(exist_ok=True)
+        shutil.rmtree(self.run_folder(), ignore_errors=True)
         self._proxy.requests.clear()
 
     def run_folder(self) -> Path:
