@@ -17,7 +17,7 @@ _LEAST_STEPS = 200
 _LEAST_PER_STEP = 4
 _MIN_ROW, _MAX_ROW = 256, 32768
 _MIN_TILES = 64
-_FROM_SCRATCH_SAMPLES = 150_000
+_FROM_SCRATCH_SAMPLES = 130_000
 """Samples that a small model from random weights sees, repetitions included."""
 _PASSES = ((100_000, 1), (20_000, 2), (0, 3))
 """(usable samples at least, passes over them) of a model that is trained further."""
