@@ -232,8 +232,8 @@ def _start_and_kill(
     assert ranks.wait(TIMEOUT_SECONDS) != 0, log.read_text()[-3000:]
     reported = [int(number) for number in re.findall(r"saved .*iter_(\d+)", log.read_text())]
     assert tracked(storage) >= max(reported, default=before), "a checkpoint that was reported is lost"
-    found = latest_checkpoint(storage.save)
-    assert found is None or int(found.name[5:12]) >= tracked(storage), "the newest one is not whole"
+    found, newest = latest_checkpoint(storage.save), tracked(storage)
+    assert found is None or int(found.name[5:12]) >= newest, f"{found} is whole, {newest} is not"
 
 
 def _finish(ranks: ForkedRanks, recipe: Path, job: Job, storage: Storage, log: Path, last: int) -> None:

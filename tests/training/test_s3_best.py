@@ -29,7 +29,7 @@ def test_the_best_weights_are_kept_and_exported(tmp_path: Path, monkeypatch: pyt
         ranks = ForkedRanks()
         try:
             for save in (str(tmp_path / "local"), URL):
-                flags = ("--save", save, "--valid-share", "0.3", "--image-token-index", tokens)
+                flags = ("--save", save, "--valid-share", "0.3", "--model.image-token-index", tokens)
                 ranks.start("--config", recipe, *flags, ranks=2, log=log)
                 assert ranks.wait(300) == 0, log.read_text()[-3000:]
         finally:
