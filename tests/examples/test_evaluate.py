@@ -12,6 +12,7 @@ import evaluate
 import plots
 import pytest
 import torch
+from attention import AttentionMaps
 from evaluate import Question
 from PIL import Image
 
@@ -19,7 +20,7 @@ from benchmarks.support.random_tokenizer import write_tokenizer
 from checkpoint_convert.huggingface.llava_next import write_configs
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from tests.checkpoint_convert.whole_model import model_config, picture
-from tests.support.random_models import llava_next_model
+from tests.support.random_models import VISION_SIZES, llava_next_model
 
 QUESTIONS = [
     Question("what is it?", "circle", "a.png"),
@@ -92,16 +93,55 @@ def _stock_answer(model: Any, question: Question, folder: Path) -> str:
     return str(model.processor.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
-def test_plots(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def one_tile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported folder with random weights whose images have one square tile, as the demo's have."""
+    folder, tokenizer = tmp_path_factory.mktemp("hf"), tmp_path_factory.mktemp("tokenizer")
+    side = VISION_SIZES["image_size"]
+    model = llava_next_model(image_token_index=write_tokenizer(tokenizer), pinpoints=[[side, side]])
+    model.save_pretrained(folder)
+    write_configs(folder, model_config(model), load_tokenizer(tokenizer), torch.float32)
+    picture((side, side)).save(folder / "a.png")
+    return folder
+
+
+def test_attention_is_over_the_patches(one_tile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of base view and tile together, without the newlines; averaged over heads and layers."""
+    maps = AttentionMaps(one_tile)
+    image = Image.open(one_tile / "a.png")
+    stock = maps.over_image(image, "what is it?")
+    vision = maps.model.config.vision_config
+    grid = vision.image_size // vision.patch_size
+    assert stock.shape == (grid, grid)
+    assert 0 < stock.sum() < 1 and (stock > 0).all()
+
+    class Numbered:
+        """Attention that says which image token it is of, in two layers with two heads."""
+
+        config = maps.model.config
+
+        def __call__(self, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+            is_image = input_ids[0] == self.config.image_token_index
+            weights = torch.where(is_image, is_image.cumsum(0) - 1, 0).float().expand(1, 2, len(is_image), -1)
+            return SimpleNamespace(attentions=(weights, 3 * weights))
+
+    monkeypatch.setattr(maps, "model", Numbered())
+    base = torch.arange(grid * grid).view(grid, grid)
+    tile = grid * grid + torch.arange(grid * (grid + 1)).view(grid, grid + 1)[:, :grid]
+    assert torch.equal(maps.over_image(image, "what is it?"), 2.0 * (base + tile))
+    with pytest.raises(ValueError, match="not one square tile"):
+        maps.over_image(image.resize((2 * vision.image_size, vision.image_size)), "what is it?")
+
+
+def test_plots(one_tile: Path, tmp_path: Path) -> None:
     for stage in plots.STAGES:
         (tmp_path / stage).mkdir()
         lines = [json.dumps({"iteration": i, "lm_loss": 2 / i}) + "\n" for i in range(1, 30)]
         (tmp_path / stage / "metrics.jsonl").write_text("".join(lines))
     plots.plot_losses(tmp_path, tmp_path / "loss.png")
-    picture((64, 64)).save(tmp_path / "a.png")
     rows = [{"text": "what?", "truth": "red", "image": "a.png", "answer": answer} for answer in ("red", "blue")]
     (tmp_path / "answers.json").write_text(json.dumps(rows * plots.ROWS * plots.COLUMNS))
-    plots.plot_answers(tmp_path / "answers.json", tmp_path, tmp_path / "answers.png")
+    plots.plot_answers(one_tile, tmp_path / "answers.json", one_tile, tmp_path / "answers.png")
     for name in ("loss.png", "answers.png"):
         assert Image.open(tmp_path / name).width > 600
 

@@ -1,7 +1,7 @@
-"""Plot the loss of the three stages, and a sheet of test images with question, answer and true answer.
+"""Plot the loss of the three stages, and a sheet of test images with question, answer and attention over the image.
 
 python examples/instellavl/demo/plots.py losses --checkpoints runs/demo/checkpoints --output runs/demo/loss.png
-python examples/instellavl/demo/plots.py answers --answers runs/demo/answers.json
+python examples/instellavl/demo/plots.py answers --model runs/demo/hf --answers runs/demo/answers.json
     --image-folder runs/demo/data/images --output runs/demo/answers.png
 """
 
@@ -20,7 +20,7 @@ from PIL import Image
 
 STAGES = ("warmup", "pretrain", "instruct")
 SMOOTHING_WINDOW = 20
-ROWS, COLUMNS = 4, 6
+ROWS, COLUMNS = 6, 4
 
 
 def smooth(values: list[float]) -> list[float]:
@@ -42,16 +42,25 @@ def plot_losses(checkpoints: Path, output: Path) -> None:
     figure.savefig(output, dpi=120)
 
 
-def plot_answers(answers: Path, image_folder: Path, output: Path, seed: int = 0) -> None:
-    """Plot the images of random test questions with the answers; wrong answers are red."""
+def plot_answers(model: Path, answers: Path, image_folder: Path, output: Path, seed: int = 0) -> None:
+    """Plot random test questions: the image, the attention over it, and the answer; wrong answers are red."""
+    from attention import AttentionMaps  # transformers takes seconds to load, and curves do not need it
+
+    maps = AttentionMaps(model)
     sampled = random.Random(seed).sample(json.loads(answers.read_text(encoding="utf-8")), ROWS * COLUMNS)
-    figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(2.6 * COLUMNS, 2.7 * ROWS), layout="constrained")
+    figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(3.4 * COLUMNS, 2.1 * ROWS), layout="constrained")
     for axis, question in zip(axes.flat, sampled, strict=True):
         right = question["answer"] == question["truth"]
-        axis.imshow(Image.open(image_folder / question["image"]))
+        image = Image.open(image_folder / question["image"]).convert("RGB")
+        axis.imshow(image, extent=(0, 1, 0, 1))
+        axis.imshow(maps.over_image(image, question["text"]).numpy(), extent=(1.05, 2.05, 0, 1), cmap="magma")
+        axis.set(xlim=(0, 2.05), ylim=(0, 1))
         axis.set_axis_off()
         answer = question["answer"] if right else f"{question['answer']} (truth: {question['truth']})"
         axis.set_title(f"{question['text']}\n{answer}", fontsize=8, color="black" if right else "tab:red", wrap=True)
+    figure.suptitle(
+        "Test images, and the attention over them before the answer, averaged over heads and layers (bright: more)"
+    )
     figure.savefig(output, dpi=110)
 
 
@@ -61,6 +70,7 @@ def main() -> None:
     losses = commands.add_parser("losses")
     losses.add_argument("--checkpoints", type=Path, required=True)
     answers = commands.add_parser("answers")
+    answers.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported llava_next folder")
     answers.add_argument("--answers", type=Path, required=True)
     answers.add_argument("--image-folder", type=Path, required=True)
     for command in (losses, answers):
@@ -69,7 +79,7 @@ def main() -> None:
     if options.plot == "losses":
         plot_losses(options.checkpoints, options.output)
     else:
-        plot_answers(options.answers, options.image_folder, options.output)
+        plot_answers(options.model, options.answers, options.image_folder, options.output)
 
 
 if __name__ == "__main__":

@@ -81,11 +81,12 @@ def steps(output: Path, seed: int) -> Iterator[Step]:
     )  # fmt: skip
     step.threads = 2
     yield step
+    pictures: Command = ["--model", hf, "--answers", answers, "--image-folder", images]
     yield _step(
-        "pictures", "loss curves, and a sheet of answers", [output / "loss.png", output / "answers.png"], 12,
+        "pictures", "loss curves, and answers with the attention over the image",
+        [output / "loss.png", output / "answers.png"], 20,
         [HERE / "plots.py", "losses", "--checkpoints", checkpoints, "--output", output / "loss.png"],
-        [HERE / "plots.py", "answers", "--answers", answers, "--image-folder", images,
-         "--output", output / "answers.png"],
+        [HERE / "plots.py", "answers", *pictures, "--output", output / "answers.png"],
     )  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def main() -> None:
     print(
         f"\nAll steps took {minutes(wall)}, and {processor:.0f} s of processor time. All output is in {output}:\n"
         f"  loss curves     {output / 'loss.png'}\n"
-        f"  answers         {output / 'answers.png'} (some), {output / 'answers.json'} (all)\n"
+        f"  answers         {output / 'answers.png'} (some, with the attention), {output / 'answers.json'} (all)\n"
         f"  TensorBoard     tensorboard --logdir {output / 'checkpoints'}\n"
         f"  checkpoints     {output / 'checkpoints'}\n"
         f"  Hugging Face    {output / 'hf'} (llava_next), {output / 'instellavl'} (for the published snippets: "
