@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,7 @@ class Checkpointer:
         """
         started = time.perf_counter()
         self.wait()
+        progress = replace(progress)  # training changes its own while this checkpoint is written
         synchronize_parameters(chunks)
         state = model_state(chunks)
         common: dict[str, Any] = {"progress": vars(progress), "content_metadata": {"weights_only": optimizer is None}}

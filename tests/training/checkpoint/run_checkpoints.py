@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from megatron_vlm.training.checkpoint import (
     latest_checkpoint,
 )
 from megatron_vlm.training.checkpoint import resume as resume_module
+from megatron_vlm.training.checkpoint.folder import tracked_iteration
 from megatron_vlm.training.checkpoint.shards import optimizer_state
 from megatron_vlm.training.checkpoint.writer import ShardWriter
 from tests.parallel.layouts import Layout
@@ -244,9 +246,18 @@ def training_changes_nothing_that_is_being_written(folder: Path) -> dict[str, An
     run = Run(Layout(tp=2), folder)
     run.train(1)
     before = weights_of(run)
-    checkpointer = Checkpointer(run.recipe)
-    checkpointer.save(run.chunks, Progress(iteration=1), run.optimizer, run.schedule)
+    checkpointer, progress, trained = Checkpointer(run.recipe), Progress(iteration=1), Event()
+    begin = checkpointer._destination.begin
+
+    def late(iteration: int) -> Any:
+        trained.wait()
+        return begin(iteration)
+
+    checkpointer._destination.begin = late  # type: ignore[method-assign]
+    checkpointer.save(run.chunks, progress, run.optimizer, run.schedule)
     run.train(2)
+    progress.iteration = 3
+    trained.set()
     checkpointer.close()
     moved = weights_of(run)
     run.load()
@@ -255,6 +266,8 @@ def training_changes_nothing_that_is_being_written(folder: Path) -> dict[str, An
     return {
         "same": all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),
         "moved": any(not torch.equal(a, b) for a, b in zip(before, moved, strict=True)),
+        "tracked": tracked_iteration(folder),
+        "found": latest_checkpoint(folder).name,  # type: ignore[union-attr]
     }
 
 

@@ -78,7 +78,9 @@ def test_a_rank_that_sees_an_older_listing(results: dict[str, Any]) -> None:
 
 
 def test_save_holds_its_moment(results: dict[str, Any]) -> None:
-    assert results["training_changes_nothing_that_is_being_written"] == {"same": True, "moved": True}
+    assert results["training_changes_nothing_that_is_being_written"] == {
+        "same": True, "moved": True, "tracked": 1, "found": "iter_0000001",
+    }  # fmt: skip
 
 
 def test_two_instances_of_the_optimizer(results: dict[str, Any]) -> None:
