@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from megatron_vlm import train as train_command
 from megatron_vlm.data.processing.conversation import Turn
 from megatron_vlm.inference.engine import load_engine
 from megatron_vlm.inference.request import Prompt
@@ -85,6 +86,17 @@ def test_ask_gives_the_same_answer(folder: Path, capsys: pytest.CaptureFixture[s
     command = [str(folder / "one"), question, "--image", str(image), "--max-tokens", str(NEW_TOKENS)]
     assert ask.main(command) == 0
     assert capsys.readouterr().out.strip() == line["generated"].strip()
+
+
+def test_the_command_generates_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr(train_command, "_fail", fail)  # it would end this process
+    save = folder / "command"
+    flags = ["--train-iters", "1", "--valid-share", "0.2", "--eval-generate-samples", "2", "--num-workers", "0"]
+    assert train_command.main(["--config", str(folder / "recipe.yaml"), "--save", str(save), *flags]) == 0
+    assert [line["iteration"] for line in answers(save)] == [1, 1]
 
 
 def test_tensorboard_has_an_image_and_the_texts(folder: Path) -> None:
