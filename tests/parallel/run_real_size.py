@@ -8,8 +8,10 @@ Nothing is gathered: ranks write their shards into the files.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
+import os
 import resource
 import sys
 import time
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401
@@ -40,6 +43,8 @@ from tests.parallel.gradients import Shard, iter_gradients
 
 CONFIG = Path(__file__).parents[2] / "examples/instellavl/instruct.yaml"
 MAX_TILES = 12
+_M_MMAP_THRESHOLD = -3
+"""glibc's mallopt: allocations of at least so many bytes are given back to the system when they are freed."""
 
 
 def real_recipe(ranks: int, seq_length: int) -> Recipe:
@@ -108,6 +113,9 @@ def stage1(recipe: Recipe, row: PackedBatch, folder: Path) -> dict[str, Any]:
 
 
 def main(folder: Path, seq_length: int) -> None:
+    # Freed tensors of up to 32 MB would stay in the heap, among others that are in use.
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
     with process_group(timeout_minutes=60):
         recipe = real_recipe(dist.get_world_size(), seq_length)
         check_recipe(recipe, dist.get_world_size())
