@@ -30,6 +30,7 @@ from megatron_vlm.data.processing.conversation import EncodedConversation, encod
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, num_image_tiles
 from megatron_vlm.data.processing.tokenizer import Tokenizer
+from megatron_vlm.data.sources.file_cache import file_state
 from megatron_vlm.data.sources.sample_source import Sample, SampleSource
 from megatron_vlm.data.worker_pool import parallel_map
 from megatron_vlm.runtime.atomic_files import atomic_file
@@ -277,10 +278,9 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> LengthIndex:
 def _file_state(path: str | Path) -> list[int]:
     """[size, modification time in ns] of a file, or [] if it cannot be accessed."""
     try:
-        status = os.stat(path)
+        return [int(number) for number in file_state(os.stat(path))]
     except (OSError, ValueError):  # a name with NUL or a lone surrogate is no file name
         return []
-    return [status.st_size, status.st_mtime_ns]
 
 
 def _read(path: Path) -> LengthIndex | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vlm.config import LanguageConfig, ModelConfig, VisionConfig
+from megatron_vlm.data.processing.tokenizer_training import save_tokenizer, train_tokenizer
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 _ROLES = "<|user|>\n<|assistant|>\n"
@@ -81,21 +81,7 @@ def model_of(size: Size, vocab_size: int, context: int) -> ModelConfig:
 
 def write_tokenizer(texts: Iterable[str], max_vocab_size: int, folder: Path) -> int:
     """Train a byte-level BPE tokenizer on the texts of the data, and write its folder. Returns its number of tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=max_vocab_size - 1,
-        special_tokens=[PADDING],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((_ROLES + text for text in texts), trainer)
-    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "pad_token": PADDING}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    roles = (_ROLES + text for text in texts)
+    tokenizer = train_tokenizer(roles, max_vocab_size, first=[PADDING], last=[END_OF_TEXT])
+    save_tokenizer(tokenizer, folder, eos=END_OF_TEXT, pad=PADDING)
     return int(tokenizer.get_vocab_size())

@@ -9,6 +9,7 @@ from megatron_vlm.planner.balance import layers_per_stage, stage_work
 from megatron_vlm.planner.devices import GPUS_PER_MACHINE, SHARE_OF_GEMM, USABLE_MEMORY, Device
 from megatron_vlm.planner.memory import RankMemory, rank_memory
 from megatron_vlm.planner.parameters import rank_parameters
+from megatron_vlm.planner.recompute import with_recompute
 from megatron_vlm.planner.row_work import RowShape, RowWork, row_work
 
 
@@ -59,13 +60,7 @@ def row_operations(recipe: Recipe, shape: RowShape) -> float:
 def _work(recipe: Recipe, shape: RowShape, *, recompute: bool = True) -> RowWork:
     """Work in operations, whatever costs the recipe packs its rows by."""
     data = replace(recipe.data, cost_per_token_squared=None, cost_per_token=None, cost_per_tile=None)
-    training = recipe.training
-    if not recompute:
-        training = replace(
-            training, recompute_granularity=None, recompute_modules=None, recompute_num_layers=None,
-            recompute_vision=None,
-        )  # fmt: skip
-    return row_work(replace(recipe, data=data, training=training), shape)
+    return row_work(replace(recipe if recompute else with_recompute(recipe), data=data), shape)
 
 
 def estimate(recipe: Recipe, world_size: int, device: Device, shape: RowShape) -> Estimate:

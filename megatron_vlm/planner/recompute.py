@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_vlm.config import Recipe
+from megatron_vlm.config.training import DEFAULT_RECOMPUTE_MODULES
 from megatron_vlm.planner.balance import layers_per_stage, stage_work
 from megatron_vlm.planner.devices import USABLE_MEMORY
 from megatron_vlm.planner.memory import rank_memory
@@ -44,11 +45,15 @@ def recompute_ladder(recipe: Recipe, world_size: int, shape: RowShape | None = N
 def cheapest_recompute(
     recipe: Recipe, world_size: int, memory: float, shape: RowShape | None = None
 ) -> tuple[Rung, bool]:
-    """The cheapest rung of `recompute_ladder` for a device with `memory` bytes, and whether it fits.
+    """`cheapest_rung` of the recipe's ladder; arguments as of `recompute_ladder`."""
+    return cheapest_rung(recompute_ladder(recipe, world_size, shape), memory)
+
+
+def cheapest_rung(ladder: Sequence[Rung], memory: float) -> tuple[Rung, bool]:
+    """The first rung that fits on a device with `memory` bytes, and whether there is one.
 
     If none fits it is the last one, which takes the least memory.
     """
-    ladder = recompute_ladder(recipe, world_size, shape)
     fitting = [rung for rung in ladder if rung.memory <= USABLE_MEMORY * memory]
     return (fitting[0], True) if fitting else (ladder[-1], False)
 
@@ -76,7 +81,7 @@ def describe_recompute(recipe: Recipe) -> str:
     training = recipe.training
     parts = []
     if training.recompute_granularity == "selective":
-        parts.append(" and ".join(training.recompute_modules or ["mlp"]) + " of each language layer")
+        parts.append(" and ".join(training.recompute_modules or DEFAULT_RECOMPUTE_MODULES) + " of each language layer")
     elif training.recompute_granularity == "full":
         layers = training.recompute_num_layers
         parts.append(f"{layers} language layers of each stage" if layers else "all language layers")

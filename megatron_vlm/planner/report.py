@@ -11,7 +11,7 @@ from megatron_vlm.planner.devices import DEVICES, GB, GPUS_PER_MACHINE
 from megatron_vlm.planner.estimate import Estimate, days
 from megatron_vlm.planner.memory import RankMemory, rank_memory
 from megatron_vlm.planner.parameters import model_parameters
-from megatron_vlm.planner.recompute import cheapest_recompute, describe_recompute, recompute_ladder
+from megatron_vlm.planner.recompute import cheapest_rung, describe_recompute, recompute_ladder
 from megatron_vlm.planner.row_work import RowShape
 from megatron_vlm.planner.search import best_layouts
 
@@ -61,10 +61,10 @@ def describe_memory(memory: RankMemory) -> str:
 def _recompute_choices(recipe: Recipe, world_size: int, shape: RowShape) -> list[str]:
     """What `recompute_granularity: auto` would choose on GPUs of several sizes. Rows may be fuller than on average."""
     lines, full = [], replace(shape, tiles=RowShape.of_recipe(recipe).tiles)
-    nothing = recompute_ladder(recipe, world_size, full)[0].work
+    ladder = recompute_ladder(recipe, world_size, full)
     for size in _MEMORY_SIZES:
-        rung, fits = cheapest_recompute(recipe, world_size, size * GB, full)
-        cost = f"{100 * (rung.work / nothing - 1):.0f} % more work, {rung.memory / GB:.0f} GB"
+        rung, fits = cheapest_rung(ladder, size * GB)
+        cost = f"{100 * (rung.work / ladder[0].work - 1):.0f} % more work, {rung.memory / GB:.0f} GB"
         lines.append(f"on {size} GB: {describe_recompute(rung.recipe)} ({cost}{'' if fits else '; does not fit'})")
     return lines
 

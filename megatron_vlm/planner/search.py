@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_vlm.config import ConfigError, Recipe, check_recipe
 from megatron_vlm.config.pipeline_layout import AUTO, format_layout
 from megatron_vlm.planner.balance import balanced_stages
 from megatron_vlm.planner.devices import GPUS_PER_MACHINE, Device
 from megatron_vlm.planner.estimate import Estimate, estimate
+from megatron_vlm.planner.recompute import with_recompute
 from megatron_vlm.planner.row_work import RowShape, row_work
 
 _RECOMPUTE: tuple[Literal["selective", "full"] | None, ...] = (None, "selective", "full")
@@ -36,9 +37,7 @@ def layouts(recipe: Recipe, world_size: int, shape: RowShape) -> Iterator[Recipe
             pipeline_model_parallel_layout=AUTO if pipeline > 1 else None,
         )
         for granularity in _RECOMPUTE:
-            changes: dict[str, Any] = {"recompute_granularity": granularity}
-            changes |= dict.fromkeys(("recompute_modules", "recompute_num_layers", "recompute_vision"))
-            candidate = replace(recipe, parallel=parallel, training=replace(recipe.training, **changes))
+            candidate = with_recompute(replace(recipe, parallel=parallel), granularity)
             try:
                 check_recipe(candidate, world_size)
             except ConfigError:

@@ -85,7 +85,8 @@ def test_merged_export_has_the_logits_of_the_model_with_adapters(
 def test_peft_loads_the_adapter_onto_the_export_without_it(
     trained: tuple[Path, Recipe], expected: torch.Tensor, recwarn: pytest.WarningsRecorder
 ) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     folder, recipe = trained
     base = LlavaNextForConditionalGeneration.from_pretrained(
         _export(folder, "without", "--format", "llava_next", "--no-merge-lora")

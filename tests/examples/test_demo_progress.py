@@ -47,6 +47,16 @@ def test_what_earlier_runs_did_says_nothing_about_the_speed(clock: Clock) -> Non
     assert estimate.seconds_left == pytest.approx(25 * (100 + 20) / (25 + 20))
 
 
+def test_the_time_left_does_not_grow_while_nothing_is_seen(clock: Clock) -> None:
+    """Training prints an iteration once in a while: a slow beginning is not a slow machine."""
+    estimate = Estimate([100.0, 900.0], clock)
+    clock.seconds = 100
+    estimate.finish()
+    before = estimate.seconds_left
+    clock.seconds = 400
+    assert estimate.seconds_left == before == 900
+
+
 def test_other_lines_say_nothing() -> None:
     estimate = Estimate([1.0])
     estimate.read("resuming after iteration 40 from runs/demo")

@@ -76,7 +76,6 @@ def test_the_installed_extras_exist() -> None:
 
 
 def test_the_steps_before_training_on_a_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
     script = runpy.run_path(str(ROOT / "examples" / "digits" / "digits.py"))
     script["main"].__globals__["VERSIONS"] = 1  # writing twenty of each image takes seconds
@@ -183,7 +182,9 @@ def test_the_page_runs(environment: Hub) -> None:
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_the_notebook_runs(environment: Hub) -> None:
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    import nbclient
+    import nbformat
+
     content = nbformat.reads(with_free_ports(NOTEBOOK.read_text()), as_version=4)
     nbformat.validate(content)
     nbclient.NotebookClient(content, timeout=2400, kernel_name="python3").execute()

@@ -38,6 +38,8 @@ class Estimate:
         """Weight of finished steps, those of earlier runs included."""
         self.earlier = 0.0
         """Weight that earlier runs have done; it says nothing about the speed of this one."""
+        self.measured = 0.0
+        """Seconds of this run until it last got on: what has gone since then belongs to work that is not yet seen."""
         self.step, self.share = 0, 0.0
         """The current step, and the share of it that is done."""
 
@@ -55,12 +57,13 @@ class Estimate:
         """The current step is finished."""
         self.done += self.weights[self.step]
         self.step, self.share = self.step + 1, 0.0
+        self.measured = self.elapsed
 
     def read(self, line: str) -> None:
         """Take the share of the current step from a line of training's output, if it has an iteration."""
         found = _ITERATION.search(line)
-        if found:
-            self.share = max(self.share, int(found[1]) / int(found[2]))
+        if found and (share := int(found[1]) / int(found[2])) > self.share:
+            self.share, self.measured = share, self.elapsed
 
     @property
     def elapsed(self) -> float:
@@ -79,7 +82,7 @@ class Estimate:
     @property
     def seconds_left(self) -> float:
         """Of the steps that are left, at the speed of this run."""
-        pace = (self.elapsed + _PRIOR) / (self.work_done - self.earlier + _PRIOR)
+        pace = (self.measured + _PRIOR) / (self.work_done - self.earlier + _PRIOR)
         return (sum(self.weights) - self.work_done) * pace
 
     def text(self) -> str:

@@ -9,8 +9,11 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import normalizers
+
+from megatron_vlm.data.processing.tokenizer_training import save_tokenizer, train_tokenizer
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 # OLMo's placeholders for data removed from its training text. The last one also ends every turn.
@@ -28,34 +31,16 @@ def texts(annotations: list[Path]) -> Iterator[str]:
                 yield ROLES + message["value"].removeprefix("<image>")
 
 
-def train(corpus: Iterator[str]) -> Tokenizer:
+def train(corpus: Iterator[str]) -> Any:
     """Train on `corpus`; `<|endoftext|>` has id 0, `<|padding|>` 1, `|||IP_ADDRESS|||` the last id."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=MAX_VOCAB_SIZE - len(PLACEHOLDERS),
-        special_tokens=[END_OF_TEXT, PADDING],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+    return train_tokenizer(
+        corpus, MAX_VOCAB_SIZE, first=[END_OF_TEXT, PADDING], last=PLACEHOLDERS, normalizer=normalizers.NFC()
     )
-    tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=True) for text in PLACEHOLDERS])
-    return tokenizer
 
 
-def save(tokenizer: Tokenizer, folder: Path) -> None:
+def save(tokenizer: Any, folder: Path) -> None:
     """Write a folder for `AutoTokenizer.from_pretrained`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_SEQUENCE,
-        "pad_token": PADDING,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_tokenizer(tokenizer, folder, eos=END_OF_SEQUENCE, pad=PADDING, clean_up_tokenization_spaces=False)
 
 
 def main() -> None:
