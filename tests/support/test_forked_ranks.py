@@ -12,16 +12,20 @@ import pytest
 from tests.support.forked_ranks import launch_forked
 from tests.support.launch import launch
 
-SCRIPT = """
+SCRIPT = r"""
 import json, os, sys, tempfile, time
 import torch.distributed as dist
 from megatron_vlm.runtime.launch import process_group
 
 rank = os.environ.get("RANK", "0")
 environment = [os.environ[name] for name in ("FOR_RANKS", "OMP_NUM_THREADS")]
-print("found", json.dumps([rank, __name__, sys.argv, sys.path[0], tempfile.gettempdir(), *environment]))
+
+def found(value):  # a line in one write: with PYTHONUNBUFFERED `print` writes its parts, which ranks would mix
+    sys.stdout.write(f"found {json.dumps(value)}\n")
+
+found([rank, __name__, sys.argv, sys.path[0], tempfile.gettempdir(), *environment])
 with process_group(timeout_minutes=1):
-    print("found", json.dumps(dist.get_world_size()))
+    found(dist.get_world_size())
 if sys.argv[1] == "fails" and rank == "1":
     raise ValueError("rank 1 is wrong")
 if sys.argv[1] == "exits":
