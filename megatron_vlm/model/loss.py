@@ -20,7 +20,7 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 MAX_LOGITS_PER_CHUNK = 2**26
 """fp32 logits of a chunk on a rank, 256 MB: large enough for full speed, small next to the activations."""
-_CHUNKS, _MIN_CHUNK = 8, 256
+_CHUNKS, _MIN_CHUNK = 16, 256
 """A row is divided into as many chunks, unless they would have fewer tokens: smaller matrix products are slower."""
 
 
@@ -44,11 +44,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        chunk = _chunk_size(len(hidden), len(weight))
+        buffer = _logits_buffer(len(hidden), weight)
+        chunk = len(buffer)
         for start in range(0, len(hidden), chunk):
             chunk_hidden = hidden[start : start + chunk]
             losses, probabilities, normalizer, target, in_shard = _cross_entropy(
-                chunk_hidden, weight, targets[start : start + chunk], group
+                chunk_hidden, weight, targets[start : start + chunk], group, buffer
             )
             scale = None if token_weights is None else token_weights[start : start + chunk]
             total += losses.sum() if scale is None else losses @ scale
@@ -94,9 +95,14 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, token_weights, group, torch.is_grad_enabled())
 
 
-def _chunk_size(tokens: int, vocabulary: int) -> int:
-    """Tokens whose logits are computed at a time."""
-    return max(1, min(MAX_LOGITS_PER_CHUNK // vocabulary, max(_MIN_CHUNK, -(-tokens // _CHUNKS))))
+def _logits_buffer(tokens: int, weight: torch.Tensor) -> torch.Tensor:
+    """Where the fp32 logits of each chunk of so many tokens are computed, one after the other: [chunk, V / tp].
+
+    One buffer for all: the pages of new memory would be cleared for each chunk, and two chunks be in memory at a time.
+    """
+    vocabulary = len(weight)
+    chunk = max(1, min(tokens, MAX_LOGITS_PER_CHUNK // vocabulary, max(_MIN_CHUNK, -(-tokens // _CHUNKS))))
+    return torch.empty(chunk, vocabulary, dtype=torch.float32, device=weight.device)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -108,15 +114,19 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 
 def _cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup, buffer: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross entropy of a chunk: hidden [n, H], weight [V / tp, H], targets [n].
+    """Cross entropy of a chunk: hidden [n, H], weight [V / tp, H], targets [n], buffer [at least n, V / tp].
 
     Returns:
-        losses [n]; probabilities [n, V / tp], not yet divided by normalizer [n]; targets [n, 1] in this rank's shard of
-        the vocabulary; whether they are in it [n].
+        losses [n]; probabilities [n, V / tp] in the buffer, not yet divided by normalizer [n]; targets [n, 1] in this
+        rank's shard of the vocabulary; whether they are in it [n].
     """
-    logits = (hidden @ weight.t()).float()
+    logits = buffer[: len(hidden)]
+    if weight.dtype == logits.dtype:
+        torch.mm(hidden, weight.t(), out=logits)
+    else:
+        logits.copy_(hidden @ weight.t())
     target = targets - group.rank() * len(weight)
     in_shard = (target >= 0) & (target < len(weight))
     target = target.clamp(0, len(weight) - 1)[:, None]
@@ -183,10 +193,10 @@ class LossHead(MegatronModule):
         """[n] fp32 losses of supervised tokens, without gradients; arguments as in `forward`."""
         weight = self.weight if self.weight is not None else tied
         assert weight is not None
-        hidden, chunk = self._gather_sequence(hidden), _chunk_size(len(supervised), len(weight))
+        hidden, buffer = self._gather_sequence(hidden), _logits_buffer(len(supervised), weight)
         losses = [
-            _cross_entropy(hidden[where], weight, chunk_targets, self.group)[0]
-            for where, chunk_targets in zip(supervised.split(chunk), targets.split(chunk), strict=True)
+            _cross_entropy(hidden[where], weight, chunk_targets, self.group, buffer)[0]
+            for where, chunk_targets in zip(supervised.split(len(buffer)), targets.split(len(buffer)), strict=True)
         ]
         return torch.cat(losses)
 
