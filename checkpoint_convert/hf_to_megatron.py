@@ -1,7 +1,7 @@
 """Hugging Face -> Megatron.
 
 python -m checkpoint_convert.hf_to_megatron --vision-model DIR --language-model DIR [--projector FILE] --save DIR
-python -m checkpoint_convert.hf_to_megatron --model DIR --save DIR
+python -m checkpoint_convert.hf_to_megatron --model DIR [--adapter DIR] --save DIR
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from checkpoint_convert.errors import ConversionError, run_command
 from checkpoint_convert.folder import new_folder
+from checkpoint_convert.huggingface.peft import read_adapter
 from checkpoint_convert.huggingface.tokenizer import check_image_token, import_tokenizer
 from checkpoint_convert.mapping.param_map import param_map
 from checkpoint_convert.megatron.files import write_model
@@ -21,20 +22,22 @@ from checkpoint_convert.model_source import VLM_FORMATS, open_source
 DESCRIPTION = "Hugging Face -> Megatron: a whole VLM, or a vision tower and a language model, as a checkpoint."
 
 
-def convert_vlm(folder: Path, save: Path, tokenizer: Path | None = None) -> None:
+def convert_vlm(folder: Path, save: Path, tokenizer: Path | None = None, adapter: Path | None = None) -> None:
     """Convert a folder of a whole VLM to a checkpoint.
 
     Args:
         folder: a `llava_next`, `llava_onevision` or `instellavl` folder.
         save: checkpoint folder to create.
         tokenizer: Hugging Face folder or sentencepiece file; by default the folder's own.
+        adapter: peft's folder of a LoRA adapter of its language model, which is kept apart from the weights.
 
     Raises:
-        ConversionError: the folder is not a whole VLM, cannot be read, or its parts do not match.
+        ConversionError: the folder is not a whole VLM, cannot be read, or its parts or the adapter do not match.
     """
     source = open_source(folder, tokenizer)
     if source.model is None or source.format not in VLM_FORMATS:
         raise ConversionError(f"{folder} ({source.format}) is not a Hugging Face folder of a whole VLM")
+    read = read_adapter(adapter, source.model, str(folder)) if adapter else None
     with new_folder(save) as staging_dir:
         imported = import_tokenizer(tokenizer or folder, staging_dir / "tokenizer")
         check_image_token(imported, source.model, str(folder))
@@ -47,6 +50,7 @@ def convert_vlm(folder: Path, save: Path, tokenizer: Path | None = None) -> None
             str(folder),
             imported.fingerprint,
             source.aspect_ratio,
+            read,
         )
 
 
@@ -57,6 +61,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m checkpoint_conver
     parser.add_argument("--vision-model", type=Path, help="folder of a vision tower: CLIP or SigLIP")
     parser.add_argument("--language-model", type=Path, help="folder of a language model: OLMo, Llama, Mistral, Qwen2")
     parser.add_argument("--projector", type=Path, help="with these two: mm_projector.bin, or another source of one")
+    parser.add_argument("--adapter", type=Path, help="folder of peft's LoRA adapter of the language model, to train on")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder or .model file; default: the model's own")
     parser.add_argument("--save", type=Path, required=True, help="checkpoint folder to create")
     args = parser.parse_args(argv)
@@ -72,10 +77,14 @@ def main(argv: list[str] | None = None, prog: str = "python -m checkpoint_conver
     def command() -> None:
         initialised: list[str] = []
         if whole:
-            convert_vlm(args.model, args.save, args.tokenizer)
+            convert_vlm(args.model, args.save, args.tokenizer, args.adapter)
         else:
-            initialised = merge(args.vision_model, args.language_model, args.projector, args.save, args.tokenizer)
+            initialised = merge(
+                args.vision_model, args.language_model, args.projector, args.save, args.tokenizer, args.adapter
+            )
         report_saved(initialised, args.save)
+        if args.adapter:
+            print(f"train its adapter on with --pretrained-checkpoint {args.save} --trainable projector language_lora")
 
     return run_command(command)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from checkpoint_convert.errors import ConversionError, run_command
 from checkpoint_convert.folder import new_folder
 from checkpoint_convert.huggingface.config import model_from_parts
+from checkpoint_convert.huggingface.peft import read_adapter
 from checkpoint_convert.huggingface.tokenizer import check_image_token, import_tokenizer
 from checkpoint_convert.mapping.hf_names import PART_PREFIXES
 from checkpoint_convert.mapping.lazy_tensors import JoinedTensors, SelectedTensors
@@ -28,7 +29,14 @@ DESCRIPTION = "The vision tower, projector and language model of different check
 NEWLINE = "image_newline"
 
 
-def merge(vision: Path, language: Path, projector: Path | None, save: Path, tokenizer: Path | None = None) -> list[str]:
+def merge(
+    vision: Path,
+    language: Path,
+    projector: Path | None,
+    save: Path,
+    tokenizer: Path | None = None,
+    adapter: Path | None = None,
+) -> list[str]:
     """Write one checkpoint of a vision tower, a projector and a language model.
 
     How images are tiled and which layer of the tower gives the features come from the projector's model, else from the
@@ -40,6 +48,7 @@ def merge(vision: Path, language: Path, projector: Path | None, save: Path, toke
         projector: source of the projector and the newline; None: they are randomly initialised.
         save: checkpoint folder to create.
         tokenizer: Hugging Face folder or sentencepiece file; by default the language model's.
+        adapter: peft's folder of a LoRA adapter of the language model, which is kept apart from its weights.
 
     Returns:
         Names of the tensors that were randomly initialised.
@@ -75,7 +84,8 @@ def merge(vision: Path, language: Path, projector: Path | None, save: Path, toke
         optional = (NEWLINE,) if projector_source else PART_PREFIXES["projector"]
         entries = [e for e in param_map(model) if e.hf[0] in joined or not e.hf[0].startswith(optional)]
         names = " with ".join(str(source.path) for source in sources.values())
-        return write_model(staging_dir, save, model, entries, joined, names, imported.fingerprint, aspect_ratio)
+        read = read_adapter(adapter, model, str(language)) if adapter else None
+        return write_model(staging_dir, save, model, entries, joined, names, imported.fingerprint, aspect_ratio, read)
 
 
 def _with_context(source: Source, language: LanguageConfig) -> LanguageConfig:

@@ -13,6 +13,7 @@ from checkpoint_convert.huggingface.instellavl import model_from_instellavl
 from checkpoint_convert.huggingface.llava_onevision import model_from_llava_onevision
 from checkpoint_convert.huggingface.tokenizer import import_tokenizer
 from megatron_vlm.config import ModelConfig, Recipe
+from megatron_vlm.config.lora import uses_lora
 from megatron_vlm.config.recipe import iter_settings
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
@@ -47,7 +48,8 @@ def _vocab_size(tokenizer: Path) -> int:
 def complete_recipe(recipe: Recipe, given: set[str]) -> None:
     """Take the settings that the user did not give from the model that training starts from, in place.
 
-    The model's settings and the tokenizer come from pretrained_checkpoint. image_token_index, if neither names it, is
+    The model's settings and the tokenizer come from pretrained_checkpoint, and so do the settings of LoRA adapters that
+    it has and the run trains on. image_token_index, if neither names it, is
     the tokenizer's next id: an export has a token `<image>` there. What cannot be read is left to the checks that
     follow.
 
@@ -93,6 +95,10 @@ def _take_from_checkpoint(recipe: Recipe, given: set[str], source: Path) -> set[
         return set()
     if "data.tokenizer_model" not in given and (source / "tokenizer").exists():
         recipe.data.tokenizer_model = str(source / "tokenizer")
+    if uses_lora(recipe.training) and uses_lora(stored.training):
+        for name in ("lora_r", "lora_alpha", "lora_target_modules"):
+            if f"training.{name}" not in given:
+                setattr(recipe.training, name, getattr(stored.training, name))
     return _take_model(recipe, given, stored.model)
 
 

@@ -12,8 +12,9 @@ PART_PREFIXES = {
 }
 """Each of megatron_vlm.config.PARTS -> prefixes of its tensor names in param_map.py."""
 
-NameFormat = Literal["llava", "instellavl", "vision", "language", "projector"]
-"""How a file names its tensors: a whole VLM as transformers' Llava classes or as `instellavl`, or a single part."""
+NameFormat = Literal["llava", "instellavl", "vision", "language", "projector", "peft"]
+"""How a file names its tensors: a whole VLM as transformers' Llava classes or as `instellavl`, a single part, or
+peft's adapter of a whole VLM or of its language model."""
 
 # transformers 5 drops `vision_model.` from the tower, and both versions use other names in memory (`model.` in front,
 # the head outside the language model) than on disk.
@@ -42,12 +43,15 @@ _PROJECTOR = (
     (r"^.*\bmm_projector\.2\.", "multi_modal_projector.linear_2."),
     (r"^.*\b(multi_modal_projector\.|image_newline$)", r"\1"),
 )
+# peft's wrapper around a Llava class, or around the class of a language model or of `instellavl`.
+_PEFT = ((r"^base_model\.model\.", ""), *_LLAVA, (r"^(?=model\.layers\.)", "language_model."))
 _PATTERNS: dict[NameFormat, tuple[tuple[str, str], ...]] = {
     "llava": _LLAVA,
     "instellavl": (*((f"^{re.escape(theirs)}", ours) for ours, theirs in _INSTELLAVL), *_LANGUAGE),
     "vision": _VISION,
     "language": _LANGUAGE,
     "projector": _PROJECTOR,
+    "peft": _PEFT,
 }
 
 # Present in such files but not used: the text tower of CLIP and SigLIP, and counters that older versions saved.

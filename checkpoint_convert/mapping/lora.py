@@ -9,6 +9,9 @@ import torch
 
 from checkpoint_convert.mapping.lazy_tensors import StoredTensors
 from checkpoint_convert.mapping.param_map import LANGUAGE, Entry
+from checkpoint_convert.mapping.transforms import Copy
+from megatron_vlm.config import LanguageConfig, TrainingConfig
+from megatron_vlm.config.lora import lora_sizes
 from megatron_vlm.config.training import LORA_MODULES
 
 _MARK, _LAYERS = ".lora.", "language_model.decoder.layers."
@@ -27,8 +30,28 @@ class AdapterNames:
     @property
     def peft(self) -> tuple[str, str]:
         """Names of A and B in adapter_model.safetensors."""
-        module = _PEFT_PREFIX + self.hf.removeprefix(LANGUAGE).removesuffix(".weight")
-        return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+        return _weights_of(_PEFT_PREFIX + self.hf.removeprefix(LANGUAGE))
+
+    @property
+    def canonical(self) -> tuple[str, str]:
+        """The same as hf_names.py translates them from any of peft's files."""
+        return _weights_of(self.hf)
+
+
+def _weights_of(weight: str) -> tuple[str, str]:
+    module = weight.removesuffix(".weight")
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter of a language model, from outside."""
+
+    training: TrainingConfig
+    """Settings of a run that continues it."""
+    entries: list[Entry]
+    """Its part of the parameter map; the names of `tensors` are its Hugging Face names."""
+    tensors: StoredTensors
 
 
 def adapter_names(entries: list[Entry]) -> dict[str, AdapterNames]:
@@ -45,6 +68,20 @@ def _is_layer_weight(entry: Entry) -> bool:
 def _names(entry: Entry, hf: str) -> AdapterNames:
     prefix = entry.megatron.removesuffix(".weight") + _MARK + hf.split(".")[-2]
     return AdapterNames(hf, f"{prefix}.A", f"{prefix}.B")
+
+
+def adapter_entries(entries: list[Entry], language: LanguageConfig, training: TrainingConfig) -> list[Entry]:
+    """The parameter map of the adapters of `training`, from that of the model. A is [r, in] and B [out, r]."""
+    sizes, found = lora_sizes(language), []
+    for path, adapter in adapter_names(entries).items():
+        module = path.rpartition(".")[2]
+        if module not in training.lora_target_modules:
+            continue
+        inputs, outputs = sizes[module]
+        shapes = ((training.lora_r, inputs), (outputs, training.lora_r))
+        for megatron, hf, shape in zip((adapter.a, adapter.b), adapter.canonical, shapes, strict=True):
+            found.append(Entry(megatron, (hf,), Copy(), (shape,)))
+    return found
 
 
 def adapters_of(entry: Entry, stored: StoredTensors) -> list[AdapterNames | None]:

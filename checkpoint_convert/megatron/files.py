@@ -18,8 +18,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from checkpoint_convert.errors import ConversionError
 from checkpoint_convert.folder import check_space
-from checkpoint_convert.mapping.lazy_tensors import StoredTensors
-from checkpoint_convert.mapping.lora import MergedTensors
+from checkpoint_convert.mapping.lazy_tensors import JoinedTensors, StoredTensors
+from checkpoint_convert.mapping.lora import Adapter, MergedTensors
 from checkpoint_convert.mapping.param_map import Entry, MegatronTensors, param_map
 from checkpoint_convert.megatron.reader import CheckpointTensors
 from checkpoint_convert.megatron.writer import StreamingSave, layer_name, slice_for_shard
@@ -93,6 +93,7 @@ def write_model(
     source: str,
     fingerprint: str,
     aspect_ratio: str,
+    adapter: Adapter | None = None,
 ) -> list[str]:
     """Save a checkpoint of a model whose weights are Hugging Face tensors.
 
@@ -105,6 +106,7 @@ def write_model(
         source: name of the source in errors.
         fingerprint: the tokenizer's.
         aspect_ratio: image_aspect_ratio: how images are tiled.
+        adapter: LoRA adapter that is stored beside the weights.
 
     Returns:
         Names of the tensors that have their initial values.
@@ -115,6 +117,9 @@ def write_model(
     """
     recipe = imported_recipe(model, aspect_ratio, source)
     recipe.data.tokenizer_model = str(save.absolute() / "tokenizer")
+    if adapter is not None:
+        recipe.training = adapter.training
+        entries, tensors = [*entries, *adapter.entries], JoinedTensors(tensors, adapter.tensors)
     # bf16 is kept; float16 and mixtures of dtypes become fp32, which holds them exactly.
     recipe.training.bf16 = all(tensors.dtype(name) == torch.bfloat16 for name in tensors)
     return write_checkpoint(staging_dir, recipe, MegatronTensors(entries, tensors, source), fingerprint)

@@ -7,6 +7,7 @@ transformers' names, as in peft. megatron-core computes several of them as one: 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from megatron_vlm.config.model import LanguageConfig
 from megatron_vlm.config.training import LoraModule, TrainingConfig
@@ -20,7 +21,7 @@ FUSED_LAYERS: Mapping[str, tuple[LoraModule, ...]] = {
 """megatron-core's linear layers, and what each consists of, in the order of its output."""
 ROW_PARALLEL: tuple[LoraModule, ...] = ("o_proj", "down_proj")
 """Whose input is split over tensor ranks; that of the others is their output."""
-LANGUAGE_LORA = "language_lora"
+LANGUAGE_LORA: Literal["language_lora"] = "language_lora"
 """The choice of training.trainable that gives the language model adapters."""
 
 
