@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import megatron_vlm
+from megatron_vlm.config import ConfigError, Recipe
 
 PROGRAM = "megatron-vlm"
 
@@ -26,6 +27,9 @@ class Command:
     help: str
     arguments: tuple[str, ...] = ()
     """Put in front of the arguments that the user gives."""
+    takes_model: bool = False
+    """Whether `main` also takes `complete`: settings that are not given come from --pretrained-checkpoint, as in train.
+    The data commands get it from here, because conversion stands above them."""
 
 
 GROUPS = {
@@ -45,10 +49,12 @@ GROUPS = {
         "data-report": Command(
             "megatron_vlm.commands.data_report",
             "one HTML page about the data: lengths, tiles, rows, suspicious samples",
+            takes_model=True,
         ),
         "show-sample": Command(
             "megatron_vlm.commands.show_sample",
             "one sample as the model sees it: ids, labels, tiles",
+            takes_model=True,
         ),
         "make-data-folders": Command(
             "megatron_vlm.commands.make_data_folders",
@@ -170,7 +176,20 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"{PROGRAM} {name}: {error}", file=sys.stderr)
         return 2
-    return module.main([*command.arguments, *rest], prog=f"{PROGRAM} {name}")
+    more = {"complete": _complete} if command.takes_model else {}
+    return module.main([*command.arguments, *rest], prog=f"{PROGRAM} {name}", **more)
+
+
+def _complete(recipe: Recipe, given: set[str]) -> None:
+    """Take what the user did not set from the model that training starts from."""
+    from checkpoint_convert.model_config import complete_recipe
+
+    try:
+        complete_recipe(recipe, given)
+    except ImportError as error:  # a Megatron checkpoint, where megatron-core is not installed
+        if error.name is not None:
+            raise
+        raise ConfigError(f"training.pretrained_checkpoint: {error}") from error
 
 
 if __name__ == "__main__":

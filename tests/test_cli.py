@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_vlm.cli import GROUPS, main
+from tests.data.helpers import mixed_folder
+from tests.support.random_models import write_llava_next
 
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
@@ -55,6 +60,32 @@ def test_a_wrong_command(name: str, answer: str, capsys: pytest.CaptureFixture[s
     assert answer in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder, with annotations and images beside it."""
+    root = tmp_path_factory.mktemp("model")
+    write_llava_next(root / "hf")
+    mixed_folder(root, 8).write()
+    return root
+
+
+def data_flags(model: Path) -> list[str]:
+    flags = {"--data-path": "train.json", "--image-folder": "images", "--pretrained-checkpoint": "hf"}
+    return ["--seq-length", "1024", *(text for flag, name in flags.items() for text in (flag, str(model / name)))]
+
+
+def test_data_commands_take_model_and_tokenizer_from_where_training_starts(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show-sample", "--index", "0", "--json", *data_flags(model)]) == 0
+    view = json.loads(capsys.readouterr().out)
+    (image,) = view["images"]
+    index = json.loads((model / "hf" / "config.json").read_text())["image_token_index"]
+    assert view["ids"].count(index) == image["num_tokens"] > 0
+    assert main(["data-report", "--output", str(tmp_path / "r"), "--examples", "1", *data_flags(model)]) == 0
+    assert f"because {model / 'hf'} has none" in (tmp_path / "r" / "index.html").read_text()
+
+
 def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
@@ -79,6 +110,19 @@ def test_data_commands_need_no_megatron_core() -> None:
     done = run(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: ") == len(GROUPS["data"])
+
+
+def test_a_model_from_hugging_face_is_looked_up_without_megatron_core(model: Path) -> None:
+    """A checkpoint is not: that is one error, which says what to install."""
+    arguments = ["show-sample", "--index", "0", *data_flags(model)]
+    code = "import sys\nsys.modules.update(megatron=None, psutil=None)\nfrom megatron_vlm.cli import main\n"
+    done = run(f"{code}sys.exit(main({arguments}))")
+    assert done.returncode == 0 and done.stdout.startswith("sample 0: "), done.stderr
+    (model / "megatron").mkdir(exist_ok=True)
+    arguments = [re.sub(r"/hf$", "/megatron", argument) for argument in arguments]
+    done = run(f"{code}sys.exit(main({arguments}))")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "training.pretrained_checkpoint: training and conversion need megatron-core, psutil" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vlm.config import ConfigError, Recipe, parse_command_line
+from megatron_vlm.config.command_line import Complete, keep_given
 from megatron_vlm.data.dataset import max_sample_tokens, open_dataset, open_plan_cache
 from megatron_vlm.data.errors import DataError, SampleError
 from megatron_vlm.data.length_index import REJECTED, LengthIndex
@@ -30,9 +31,10 @@ from megatron_vlm.data.plan_fingerprint import plan_inputs
 from megatron_vlm.data.report import html as report_page
 from megatron_vlm.data.report import plots as report_plots
 from megatron_vlm.data.report.html import section
-from megatron_vlm.data.report.inspection import DataView, find_suspects, grid_of
+from megatron_vlm.data.report.inspection import DataView, grid_of, read_samples
 from megatron_vlm.data.report.plots import compact
 from megatron_vlm.data.report.row_picture import RowPicture, draw_packed_rows
+from megatron_vlm.data.report.sections import oversized_section, scripts_section, template_section
 
 _DATA_RANKS = (8, 64, 256)
 
@@ -42,7 +44,9 @@ class Report:
 
     def __init__(self, recipe: Recipe, output: Path, examples: int) -> None:
         self.recipe, self.output, self.examples = recipe, output, examples
-        recipe.data.oversized_samples = "skip"  # they are listed as suspicious, and the rest is packed
+        self.oversized = recipe.data.oversized_samples
+        if self.oversized == "error":
+            recipe.data.oversized_samples = "skip"  # they are listed as suspicious, and the rest is packed
         self.data = DataView(recipe)
         self.sources = self.data.mixture.sources.sources
         self.names = short_names([source.name for source in self.sources])
@@ -51,22 +55,35 @@ class Report:
         self.tiles = np.concatenate([index.tiles for index in self.indexes])
         self.sizes = np.concatenate([index.sizes for index in self.indexes])
         self.usable = self.tokens != REJECTED
-        fits = (self.tokens <= max_sample_tokens(recipe)) & (self.tiles <= recipe.data.max_tiles_per_row)
+        self.truncations = self.data.truncations(self.indexes)
+        max_tokens, max_tiles = self._limits()
+        fits = (self.tokens <= max_tokens) & (self.tiles <= max_tiles)
+        self.epoch_tokens, self.epoch_tiles = self.tokens.copy(), self.tiles.copy()
+        if self.oversized == "truncate":
+            starts = self.data.mixture.sources.starts[:-1].tolist()
+            for start, found in zip(starts, self.truncations, strict=True):
+                kept = found.turns > 0
+                numbers = found.samples[kept] + start
+                self.epoch_tokens[numbers], self.epoch_tiles[numbers] = found.tokens[kept], found.tiles[kept]
+                fits[numbers] = True
         self.selected = self.data.mixture.select(self.usable & fits, recipe.training.seed, 0)
 
     def write(self) -> Path:
         """Write the report. Returns the path of the page."""
         self.output.mkdir(parents=True, exist_ok=True)
-        suspects = find_suspects(self.data, self.indexes)
+        suspects, scripts = read_samples(self.data, self.indexes)
         listing = self.output / "suspects.jsonl"
         listing.write_text("".join(json.dumps(vars(suspect)) + "\n" for suspect in suspects), encoding="utf-8")
-        data_path = ", ".join(self.recipe.data.data_path)
+        recipe, data_path = self.recipe, ", ".join(self.recipe.data.data_path)
         parts = [
             "<h1>Data report</h1>",
             f"<p class=quiet>{report_page.text(data_path)}</p>",
             self._overview(len(suspects)),
             self._datasets(),
+            template_section(self.data.tokenizer, recipe.data.chat_template),
             *(self._lengths() if self.usable.any() else []),
+            oversized_section(self.names, self.indexes, self.truncations, self.oversized, self._limits()),
+            scripts_section(self.names, scripts),
             self._packing(),
             section("Suspicious samples", report_page.suspects(suspects, listing.name)),
             section("Examples", "<p>As the model sees them.</p>", report_page.KEY, *self._examples()),
@@ -74,6 +91,10 @@ class Report:
         page = self.output / "index.html"
         page.write_bytes(report_page.page(f"Data report: {data_path}", parts))
         return page
+
+    def _limits(self) -> tuple[int, int]:
+        """Tokens and tiles that a sample may have."""
+        return max_sample_tokens(self.recipe), self.recipe.data.max_tiles_per_row
 
     def _overview(self, suspects: int) -> str:
         epoch = np.concatenate(self.selected)
@@ -85,19 +106,20 @@ class Report:
                 (compact(suspects), "suspicious"),
                 (compact(len(self.sizes)), "images"),
                 (compact(len(epoch)), "samples per epoch"),
-                (compact(self.tokens[epoch].sum(dtype=np.int64)), "tokens per epoch"),
-                (compact(self.tiles[epoch].sum(dtype=np.int64)), "tiles per epoch"),
+                (compact(self.epoch_tokens[epoch].sum(dtype=np.int64)), "tokens per epoch"),
+                (compact(self.epoch_tiles[epoch].sum(dtype=np.int64)), "tiles per epoch"),
             ]
         )
 
     def _datasets(self) -> str:
         """The first epoch: a table by mixture entry, bars by dataset."""
         rows, sums = [], np.zeros((len(self.sources), 3), np.int64)
-        total = max(int(self.tokens[np.concatenate(self.selected)].sum(dtype=np.int64)), 1)
+        total = max(int(self.epoch_tokens[np.concatenate(self.selected)].sum(dtype=np.int64)), 1)
         samples = rejected = 0
         for (source, rule), members in zip(self.data.mixture.entries, self.selected, strict=True):
             index, count = self.indexes[source], len(members)
-            tokens, tiles = (int(lengths[members].sum(dtype=np.int64)) for lengths in (self.tokens, self.tiles))
+            lengths = (self.epoch_tokens, self.epoch_tiles)
+            tokens, tiles = (int(of_samples[members].sum(dtype=np.int64)) for of_samples in lengths)
             sums[source] += (count, tokens, tiles)
             samples, rejected = samples + len(index.tokens), rejected + len(index.rejected)
             of_source = (len(index.tokens), len(index.rejected))
@@ -146,24 +168,25 @@ class Report:
             "Packing of the first epoch", text,
             report_page.png_image(report_plots.draw_rows(efficiency, tiles, cost, data.max_tiles_per_row), "rows"),
             report_page.png_image(report_plots.draw_cost_over_epoch(cost), "cost of rows over the epoch"),
-            self._row_picture(plan, cost),
+            self._row_picture(plan, cost, opened.truncations),
         )  # fmt: skip
 
-    def _row_picture(self, plan: EpochPlan, cost: np.ndarray) -> str:
+    def _row_picture(self, plan: EpochPlan, cost: np.ndarray, truncations: dict[int, tuple[int, int]]) -> str:
         try:
-            png = draw_packed_rows(self._rows(plan, cost), self.recipe.data.seq_length)
+            png = draw_packed_rows(self._rows(plan, cost, truncations), self.recipe.data.seq_length)
         except SampleError as error:  # its image changed since it was measured
             return f"<p>{report_page.text(error)}</p>"
         return report_page.png_image(png, "the tokens of some rows")
 
-    def _rows(self, plan: EpochPlan, cost: np.ndarray) -> list[RowPicture]:
+    def _rows(self, plan: EpochPlan, cost: np.ndarray, truncations: dict[int, tuple[int, int]]) -> list[RowPicture]:
         """The cheapest row, one of median cost and the most expensive one; fewer, if there are fewer."""
         order = np.argsort(cost, kind="stable")
         chosen = dict.fromkeys(order[[0, len(order) // 2, -1]].tolist())
         return [
             RowPicture(
                 row, float(cost[row] / cost.mean()),
-                [self.data.view(number) for number in plan.members[slice(*plan.row_starts[row : row + 2])].tolist()],
+                [self.data.view(number, truncations.get(number, (None, 0))[0])
+                 for number in plan.members[slice(*plan.row_starts[row : row + 2])].tolist()],
             )
             for row in chosen
         ]  # fmt: skip
@@ -217,8 +240,8 @@ def short_names(paths: list[str]) -> list[str]:
     return paths
 
 
-def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Exit code: 0, or 2 if the data cannot be opened."""
+def main(argv: list[str] | None = None, prog: str | None = None, complete: Complete = keep_given) -> int:
+    """Exit code: 0, or 2 if the data cannot be opened. `complete` fills in settings not given."""
     parser = argparse.ArgumentParser(
         prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -231,7 +254,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     try:
         if importlib.util.find_spec("matplotlib") is None:
             raise DataError("plots need matplotlib, which is not installed: pip install matplotlib")
-        recipe, _ = parse_command_line(rest[len(data_path) :])
+        recipe, parsed = parse_command_line(rest[len(data_path) :])
+        complete(recipe, parsed.given)
         recipe.data.data_path = data_path or recipe.data.data_path
         page = Report(recipe, options.output, options.examples).write()
     except (ConfigError, DataError, OSError) as error:

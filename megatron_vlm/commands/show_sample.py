@@ -13,6 +13,7 @@ import json
 import sys
 
 from megatron_vlm.config import ConfigError, parse_command_line
+from megatron_vlm.config.command_line import Complete, keep_given
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.report.inspection import DataView, SampleView
 
@@ -43,8 +44,8 @@ def describe(view: SampleView) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Exit code: 0, or 2 if the sample does not exist or is rejected."""
+def main(argv: list[str] | None = None, prog: str | None = None, complete: Complete = keep_given) -> int:
+    """Exit code: 0, or 2 if the sample does not exist or is rejected. `complete` fills in settings not given."""
     parser = argparse.ArgumentParser(
         prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -54,7 +55,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     options, rest = parser.parse_known_args(argv)
     try:
-        recipe, _ = parse_command_line(rest)
+        recipe, parsed = parse_command_line(rest)
+        complete(recipe, parsed.given)
         data = DataView(recipe)
         number = options.index if options.id is None else data.find(options.id)
         total = len(data.mixture.sources)

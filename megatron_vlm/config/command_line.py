@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from megatron_vlm.config.errors import ConfigError, nearest_key
@@ -36,6 +36,13 @@ _HEADINGS = {
 _FLAG_COLUMN = 43
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", list[str]: "TEXT ...", list[int]: "N ...", list[list[int]]: "WxH ..."}
+
+Complete = Callable[[Recipe, set[str]], None]
+"""Fills in, in place, settings of a recipe that are not among the given keys."""
+
+
+def keep_given(recipe: Recipe, given: set[str]) -> None:
+    """Fill in nothing: every setting that was not given keeps its default."""
 
 
 def parse_command_line(

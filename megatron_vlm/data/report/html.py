@@ -91,6 +91,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: in
     return f"<div class=wide><table{kind}><tr>{line(header, 'th')}</tr>{body}</table></div>"
 
 
+def details(summary: str, content: str) -> str:
+    """Text from the data that is shown when its summary is clicked."""
+    return f"<details><summary>{text(summary)}</summary><div class=text>{text(content)}</div></details>"
+
+
 def suspects(found: Sequence[Suspect], listing: str) -> str:
     """The number of suspects per reason, and the first ones of each."""
     if not found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,10 @@ from megatron_vlm.data.processing.chat_template import TemplateError
 from megatron_vlm.data.processing.conversation import IGNORE_INDEX, EncodedConversation, encode_conversation
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, Size, num_image_tiles, select_best_resolution
+from megatron_vlm.data.report.scripts import ScriptCounts, count_scripts
+from megatron_vlm.data.sources.annotations import count_placeholders
 from megatron_vlm.data.sources.sample_source import Sample
+from megatron_vlm.data.truncation import Truncations, load_truncations
 from megatron_vlm.data.worker_pool import parallel_map
 
 
@@ -96,6 +99,14 @@ class DataView:
         """One for each source; samples that are not in the cache are measured now."""
         return self._opened.load_indexes(self.recipe.data)
 
+    def truncations(self, indexes: list[LengthIndex]) -> list[Truncations]:
+        """How the samples of each source that are longer than a row are truncated, whatever oversized_samples is."""
+        limits = max_sample_tokens(self.recipe), self.recipe.data.max_tiles_per_row
+        return [
+            load_truncations(source, index, self.tokenizer, self.geometry, *limits)
+            for source, index in zip(self.mixture.sources.sources, indexes, strict=True)
+        ]
+
     def find(self, sample_id: str) -> int | None:
         """Global sample number of the first sample with this id; None: there is none."""
         for number in range(len(self.mixture.sources)):
@@ -108,25 +119,29 @@ class DataView:
                     return number
         return None
 
-    def view(self, number: int) -> SampleView:
-        """Sample `number`. Its images are decoded.
+    def view(self, number: int, turns_kept: int | None = None) -> SampleView:
+        """Sample `number`, or its first `turns_kept` turns. Its images are decoded.
 
         Raises:
             SampleError: the sample is rejected.
         """
         sample = self.mixture.sources.sample(number)
         sizes = sample.measure_images()
-        geometry = self.geometry.for_sample(len(sizes))
+        geometry = self.geometry.for_sample(len(sizes))  # that of the whole sample, as in training
+        turns = sample.turns[:turns_kept]
+        sizes = sizes[: count_placeholders(turns)]
         counts = [num_image_tokens(size, geometry) for size in sizes]
         image_token = self.recipe.model.image_token_index
         try:
-            encoded = encode_conversation(sample.turns, self.tokenizer, counts, image_token)
+            encoded = encode_conversation(turns, self.tokenizer, counts, image_token)
         except TemplateError as error:
             remedy = "Change the conversation, or set chat_template."
             raise SampleError(sample.id, sample.file, "chat template", str(error), remedy) from error
         images = [
             ImageView(name, size, grid_of(size, geometry), num_image_tiles(size, geometry), start, count)
-            for name, size, start, count in zip(sample.image_names, sizes, encoded.image_starts, counts, strict=True)
+            for name, size, start, count in zip(
+                sample.image_names[: len(sizes)], sizes, encoded.image_starts, counts, strict=True
+            )
         ]
         return SampleView(number, sample, encoded, images, list(self._spans(encoded, image_token)))
 
@@ -163,8 +178,12 @@ class Suspect:
 _MIN_SIDE, _MAX_ASPECT_RATIO = 8, 20
 
 
-def find_suspects(view: DataView, indexes: list[LengthIndex], processes: int | None = None) -> list[Suspect]:
-    """Rejected samples, samples longer than a row, images of unusual size or aspect ratio, and duplicates.
+def read_samples(
+    view: DataView, indexes: list[LengthIndex], processes: int | None = None
+) -> tuple[list[Suspect], list[ScriptCounts]]:
+    """Suspicious samples, and the scripts of each source's usable samples. Annotations are read, images are not.
+
+    Suspicious are rejected samples, samples longer than a row, images of unusual size or aspect ratio, and duplicates.
 
     Args:
         view: the data.
@@ -173,6 +192,7 @@ def find_suspects(view: DataView, indexes: list[LengthIndex], processes: int | N
     """
     data = view.recipe.data
     found: list[Suspect] = []
+    scripts: list[ScriptCounts] = []
     first: dict[bytes, str] = {}
     for source, index in zip(view.mixture.sources.sources, indexes, strict=True):
         found += [Suspect(source.name, r.index, r.sample_id, r.reason, r.message) for r in index.rejected]
@@ -191,27 +211,29 @@ def find_suspects(view: DataView, indexes: list[LengthIndex], processes: int | N
         for sample, of_sample in problems.items():
             name = source.metadata(sample).id
             found += [Suspect(source.name, sample, name, reason, message) for reason, message in of_sample]
-        digests = parallel_map(_Digest(source), len(source), processes, f"looking for duplicates in {source.name}")
-        for sample, (digest, name) in enumerate(digests):
+        scripts.append(ScriptCounts())
+        digests = parallel_map(_Digest(source), len(source), processes, f"reading the texts of {source.name}")
+        for sample, (digest, name, letters) in enumerate(digests):
             if index.tokens[sample] == REJECTED or not digest:
                 continue
+            scripts[-1].add(letters)
             if digest in first:
                 found.append(Suspect(source.name, sample, name, "duplicate", f"the same as {first[digest]}"))
             else:
                 first[digest] = f"{name!r}, sample {sample} of {source.name}"
-    return found
+    return found, scripts
 
 
 class _Digest:
-    """(hash of conversation and image names, id) of a sample; an empty hash for a rejected sample."""
+    """(hash of conversation and image names, id, letters by script) of a sample; an empty hash for a rejected one."""
 
     def __init__(self, source: Any) -> None:
         self._source = source
 
-    def __call__(self, index: int) -> tuple[bytes, str]:
+    def __call__(self, index: int) -> tuple[bytes, str, Counter[str]]:
         try:
             sample = self._source.metadata(index)
         except SampleError as error:
-            return b"", error.sample_id
+            return b"", error.sample_id, Counter()
         content = json.dumps([sample.turns, sample.image_names]).encode("utf-8", "surrogatepass")
-        return hashlib.blake2b(content, digest_size=12).digest(), sample.id
+        return hashlib.blake2b(content, digest_size=12).digest(), sample.id, count_scripts(sample.turns)

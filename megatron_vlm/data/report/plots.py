@@ -82,9 +82,24 @@ def draw_datasets(names: Sequence[str], sums: np.ndarray) -> Any:
     labels, values = [_shorten(names[index]) for index in shown], sums[shown]
     if len(rest):
         labels, values = [*labels, f"{len(rest)} others"], np.vstack([values, sums[rest].sum(axis=0)])
-    figure, axes = _figure(3, 0.9 + 0.28 * len(labels), sharey=True)
-    for axis, title, column, color in zip(axes, ("samples", "tokens", "tiles"), values.T, (BLUE, ORANGE, GREEN),
-                                           strict=True):  # fmt: skip
+    return _bars(labels, {"samples": BLUE, "tokens": ORANGE, "tiles": GREEN}, values)
+
+
+@styled_figure
+def draw_scripts(names: Sequence[str], sums: np.ndarray) -> Any:
+    """Bars of the samples and the letters of each script.
+
+    Args:
+        names: of the scripts.
+        sums: [scripts, 2] samples, letters.
+    """
+    return _bars(names, {"samples, by the script of most letters": BLUE, "letters": ORANGE}, sums)
+
+
+def _bars(labels: Sequence[str], colors: dict[str, str], values: np.ndarray) -> Any:
+    """Horizontal bars: a row for each label, and a plot for each column of `values`, [labels, columns]."""
+    figure, axes = _figure(len(colors), 0.9 + 0.28 * len(labels), sharey=True)
+    for axis, (title, color), column in zip(axes, colors.items(), values.T, strict=True):
         bars = axis.barh(range(len(labels)), column, color=color, height=0.72)
         share = column / max(column.sum(), 1)
         bar_labels = [f"{compact(v)}  ({100 * s:.1f} %)" for v, s in zip(column.tolist(), share.tolist(), strict=True)]

@@ -15,6 +15,10 @@ import yaml
 from PIL import Image
 
 from megatron_vlm.commands import data_report, show_sample
+from megatron_vlm.config import parse_command_line
+from megatron_vlm.data.dataset import open_dataset
+from megatron_vlm.data.processing.tokenizer import load_tokenizer
+from megatron_vlm.data.report.sections import template_section
 from tests.data.helpers import Folder, image_bytes, mixed_folder, tiny_tokenizer_folder
 from tests.training.tiny_run import MODEL
 
@@ -89,7 +93,7 @@ def test_a_report(root: Path, tmp_path: Path) -> None:
     assert tool.main([*arguments, "--examples", "70"]) == 0
     page = (tmp_path / "r" / "index.html").read_text()
     plots = re.findall(r'<img alt="([^"]+)" src="data:image/png;base64,([^"]+)"', page)
-    assert len(plots) == 7 and plots[-1][0] == "the tokens of some rows"
+    assert len(plots) == 8 and plots[-1][0] == "the tokens of some rows"
     for alt, data in plots:
         assert np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L")).std() > 5, alt  # not blank
     assert page.count("data:image/jpeg") > 40  # thumbnails of the examples
@@ -105,6 +109,62 @@ def test_a_report(root: Path, tmp_path: Path) -> None:
         ("line", "odd image size"),
     }
     assert all(name in page for name, _ in reasons)
+
+
+def section_of(page: str, heading: str) -> str:
+    """Text of a section of the report, without tags."""
+    found = re.search(rf"<section><h2>{heading}</h2>(.*?)</section>", page, re.S)
+    assert found, heading
+    return re.sub(r"<[^>]+>", " ", re.sub(r"<img[^>]+>", "", found[1])).replace("  ", " ")
+
+
+@pytest.mark.parametrize("action", ["error", "truncate"])
+def test_what_truncation_and_skipping_lose(root: Path, tmp_path: Path, action: str) -> None:
+    """As training counts it, whatever the recipe chooses."""
+    folder = Folder(tmp_path)
+    for number in range(4):
+        folder.add(f"short{number}", "hi", "yes")
+    folder.add("two", "hi", "word " * 10, "more", "word " * 300)
+    folder.add("one", "hi", "word " * 400)
+    path = folder.write("long.json")
+    settings = ["--config", str(root / "recipe.yaml"), "--image-folder", str(folder.images)]
+    counts = {}
+    for how in ("skip", "truncate"):
+        recipe, _ = parse_command_line([*settings, "--data-path", str(path), "--oversized-samples", how])
+        counts[how] = open_dataset(recipe, is_logging_rank=False)
+    lengths = counts["skip"].tokens
+    assert data_report.main([str(path), *settings, "--oversized-samples", action, "--output", str(tmp_path / "r")]) == 0
+    page = (tmp_path / "r" / "index.html").read_text()
+    text = section_of(page, "Samples longer than a row")
+    dropped = counts["truncate"].counts["tokens_dropped"]
+    assert counts["truncate"].counts["truncated"] == 1 and dropped > 0
+    assert f"oversized_samples is {action}: " in text
+    assert f"truncate loses {dropped + lengths[5]:,} tokens" in text and f"skip {lengths[4:].sum():,} tokens" in text
+    assert text.split()[-6:] == [f"{n:,}" for n in (2, 1, dropped, 1, lengths[5], lengths[4:].sum())]
+    packed = counts["truncate" if action == "truncate" else "skip"]
+    assert f"{int(packed.usable.sum())} samples in " in page, "the packed rows are those of training"
+
+
+def test_the_template_and_the_scripts_of_the_texts(root: Path, tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.add("latin", "<image>\nWhat?", "Ja, schön", image=folder.image("a.png", 9, 9))
+    folder.add("mixed", "你好 ok", "Привет, мир")
+    folder.add("none", "1 + 1?", "2")
+    tokenizer = tiny_tokenizer_folder(tmp_path / "tokenizer")
+    settings = ["--config", str(root / "recipe.yaml"), "--image-folder", str(folder.images), "--output", str(tmp_path)]
+    settings = [str(folder.write()), *settings, "--tokenizer-model", str(tokenizer)]
+    assert data_report.main(settings) == 0
+    page = (tmp_path / "index.html").read_text()
+    assert "Instella, that of the published training, because" in section_of(page, "Chat template")
+    scripts = section_of(page, "Language of the texts")
+    assert re.search(r"dataset +Latin +Cyrillic +Han \(Chinese, Japanese\) +samples without letters", scripts)
+    letters = {"Latin": 4 + 2 + 5 + 2, "Cyrillic": 9, "Han": 2}
+    shares = [f"{100 * count / sum(letters.values()):.2f} %" for count in letters.values()]
+    assert re.search(r" +".join(["all", *map(re.escape, shares), "1"]), scripts)
+    template = "{% for m in messages %}<b>{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    (tokenizer / "chat_template.jinja").write_text(template)
+    shown = section_of(template_section(load_tokenizer(tokenizer), "auto"), "Chat template")
+    assert f"That of the tokenizer {tokenizer}" in shown and "&lt;b&gt;{{ m.role }}" in shown
 
 
 def test_data_cannot_inject_html(root: Path, tmp_path: Path) -> None:
