@@ -1,11 +1,12 @@
-"""Throughput and latency of the generation engine, and of transformers' `generate` for one prompt at a time.
+"""Throughput and latency of the generation engine, of transformers' `generate` and of `transformers serve`.
 
     python -m benchmarks.serving
 
-Both have the same random model, prompts and threads, and generate the same number of tokens: the end-of-sequence token
-is ignored. Each client sends its next prompt when the last answer is complete. Prompts are random, so that the prefix
-cache would find nothing. transformers serves prompts one after the other: its throughput is the same for any number of
-clients.
+All have the same random model, prompts and threads, and generate the same number of tokens: the end-of-sequence token
+is ignored. A client sends its next prompt when its last answer is complete; in the runs "at half of capacity", requests
+arrive at random times, at half the rate that the engine reached with the most clients. Prompts are random, so that the
+prefix cache would find nothing. transformers answers one prompt after the other, and so does its server where the model
+takes images: their throughput is the same for any number of clients.
 """
 
 from __future__ import annotations
@@ -14,160 +15,142 @@ import argparse
 import random
 import statistics
 import tempfile
-import threading
-import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
-from benchmarks.support import transformers_loop
-from benchmarks.support.random_tokenizer import write_tokenizer
+from benchmarks.support import serving_peers, transformers_loop
 from benchmarks.support.report import RESULTS, save, table
-from checkpoint_convert.mapping.hf_names import canonical_name
-from checkpoint_convert.mapping.param_map import param_map, to_megatron
-from checkpoint_convert.megatron.files import tensors_of
-from megatron_vlm.config import InferenceConfig, LanguageConfig, ModelConfig, Recipe, VisionConfig
-from megatron_vlm.data.processing.tokenizer import Tokenizer, load_tokenizer
+from benchmarks.support.serving_clients import Run, closed_loop, random_arrivals
+from benchmarks.support.serving_model import recipe_of, same_weights
+from megatron_vlm.config import InferenceConfig
+from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from megatron_vlm.inference.engine import Engine
 from megatron_vlm.inference.request import SamplingParams, TokenPrompt
-from megatron_vlm.model.build import build_model
-from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.launch import distributed
 
-
-def recipe_of(hidden_size: int, num_layers: int) -> Recipe:
-    """A language model with the real one's proportions; the vision tower is not used."""
-    vision = VisionConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14,
-        vision_feature_layer=-1,
-    )  # fmt: skip
-    heads = hidden_size // 64
-    language = LanguageConfig(
-        hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=num_layers,
-        num_attention_heads=heads, num_key_value_heads=heads, vocab_size=4096, max_position_embeddings=2048,
-    )  # fmt: skip
-    model = ModelConfig(vision, language, image_token_index=4095, image_grid_pinpoints=[[28, 28]])
-    return Recipe(model=model)
+Prompts = list[list[int]]
+Runs = dict[str, Run]
+"""Name -> figures."""
+GENERATE, SERVE = "transformers", "transformers serve"
+UNLOADED, ARRIVALS = "engine, first tokens of one request at a time", "engine, at half of capacity"
 
 
-def same_weights(weights: torch.nn.Module, recipe: Recipe) -> VisionLanguageModel:
-    """Our model with the weights of a transformers model."""
-    (model,) = build_model(recipe)
-    state = weights.state_dict().items()
-    tensors = {ours: tensor for name, tensor in state if (ours := canonical_name(name, "llava"))}
-    tensors.pop("language_model.lm_head.weight")  # tied
-    parameters = tensors_of(model)
-    with torch.no_grad():
-        for name, tensor in to_megatron(param_map(recipe.model), tensors, "transformers"):
-            parameters[name].copy_(tensor)
-    return model
+def random_prompts(chance: random.Random, count: int, shortest: int, longest: int) -> Prompts:
+    """Random tokens; the lengths are evenly spaced, in random order."""
+    lengths = [round(shortest + (longest - shortest) * (number + 0.5) / count) for number in range(count)]
+    return [[chance.randrange(2, 4000) for _ in range(length)] for length in chance.sample(lengths, count)]
 
 
-@torch.no_grad()
-def run_transformers(model: Any, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-    """Tokens per second and times to the first token, one prompt at a time."""
-    first, tokens, started = [], [], time.perf_counter()
-    model.generation_config.eos_token_id = None
-    for prompt in prompts:
-        ids = torch.tensor([prompt], device=model.device)
-        begun = time.perf_counter()
-        done = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
-        first.append(time.perf_counter() - begun)
-        started += first[-1]  # the first token was timed apart, and is generated again
-        done = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
-        tokens.append(done[0, len(prompt) :].tolist())
-    seconds = time.perf_counter() - started
-    return {
-        "tokens_per_second": len(prompts) * new_tokens / seconds,
-        "prefill_share": sum(first) / seconds,
-        "first_token_seconds": first,
-        "tokens": tokens,
-    }
+def run_peers(theirs: Any, export: Path, prompts: dict[int, Prompts]) -> tuple[dict[int, Runs], str | None]:
+    """Measure the model `theirs`, which is also in the folder `export`.
+
+    Returns:
+        New tokens -> runs of transformers, and the reason why its server could not be measured, if so.
+    """
+    results: dict[int, Runs] = {}
+    for new_tokens, asked in prompts.items():
+        serving_peers.generate_one_by_one(theirs, asked[:1], 2)  # warm-up
+        results[new_tokens] = {GENERATE: serving_peers.generate_one_by_one(theirs, asked, new_tokens)}
+    try:
+        with serving_peers.transformers_serve(export, torch.get_num_threads()) as ask:
+            for new_tokens, asked in prompts.items():
+                closed_loop(ask, asked[:1], 2, 1)
+                results[new_tokens][SERVE] = closed_loop(ask, asked, new_tokens, len(asked))
+    except serving_peers.PeerDidNotStart as reason:
+        return results, str(reason)
+    return results, None
 
 
-def run_engine(engine: Engine, prompts: list[list[int]], new_tokens: int, num_clients: int) -> dict[str, Any]:
-    """Tokens per second and times to the first token, with `num_clients` clients that share the prompts."""
-    params = SamplingParams(new_tokens, ignore_eos=True)
-    first, tokens = [0.0] * len(prompts), [[0]] * len(prompts)
-    remaining = iter(range(len(prompts)))
+def run_engine(engine: Engine, arguments: argparse.Namespace, new_tokens: int, same: Prompts) -> Runs:
+    """All runs of the engine with a number of new tokens; a single client gets the prompts `same`."""
 
-    def client() -> None:
-        for number in remaining:
-            begun = time.perf_counter()
-            outputs = iter(engine.submit(TokenPrompt(prompts[number]), params))
-            ids = [next(outputs).token_id]
-            first[number] = time.perf_counter() - begun
-            tokens[number] = [*ids, *(output.token_id for output in outputs)]  # type: ignore[list-item]
+    def ask(prompt: list[int], count: int) -> Iterator[int]:
+        for output in engine.submit(TokenPrompt(prompt), SamplingParams(count, ignore_eos=True)):
+            assert output.token_id is not None
+            yield output.token_id
 
-    before, started = engine.stats(), time.perf_counter()
-    clients = [threading.Thread(target=client) for _ in range(num_clients)]
-    for thread in clients:
-        thread.start()
-    for thread in clients:
-        thread.join()
-    seconds, after = time.perf_counter() - started, engine.stats()
-    prefill = after.prefill_seconds - before.prefill_seconds
-    decode = after.decode_seconds - before.decode_seconds
-    return {
-        "tokens_per_second": len(prompts) * new_tokens / seconds,
-        "prefill_share": prefill / (prefill + decode),
-        "first_token_seconds": first,
-        "tokens": tokens,
-    }
+    def measured(run: Callable[..., Run], *settings: Any) -> Run:
+        before, figures, after = engine.stats(), run(ask, *settings), engine.stats()
+        prefill = after.prefill_seconds - before.prefill_seconds
+        decode = after.decode_seconds - before.decode_seconds
+        return replace(figures, prefill_share=prefill / (prefill + decode))
+
+    chance, runs = random.Random(new_tokens), Runs()
+    closed_loop(ask, same[:1], 2, 1)  # warm-up
+    for clients in arguments.clients:
+        asked = same if clients == 1 else random_prompts(chance, 2 * clients, *arguments.prompt_tokens)
+        last = measured(closed_loop, asked, new_tokens, clients)
+        runs[f"engine, {clients} client{'s' * (clients > 1)}"] = last
+    asked = random_prompts(chance, 2 * max(arguments.clients), *arguments.prompt_tokens)
+    runs[UNLOADED] = measured(closed_loop, asked, 1, 1)
+    runs[ARRIVALS] = measured(random_arrivals, asked, new_tokens, last.tokens_per_second / new_tokens / 2)
+    return runs
 
 
-def run(recipe: Recipe, tokenizer: Tokenizer, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All runs: new tokens -> name -> figures. Raises SystemExit if the two generate different tokens."""
-    torch.manual_seed(0)
-    theirs = transformers_loop.build(recipe).to(current_device()).eval()
-    model = same_weights(theirs, recipe)
-    chance = random.Random(0)
-    shortest, longest = arguments.prompt_tokens
-
-    def random_prompts(count: int) -> list[list[int]]:
-        return [
-            [chance.randrange(2, 4000) for _ in range(round(shortest + (longest - shortest) * (n + 0.5) / count))]
-            for n in chance.sample(range(count), count)
-        ]
-
-    config = InferenceConfig(enable_prefix_caching=False, inference_dynamic_batching_max_tokens=arguments.max_tokens)
-    results: dict[str, Any] = {}
-    with Engine(model, tokenizer, config) as engine:
-        for new_tokens in arguments.new_tokens:
-            prompts = random_prompts(arguments.baseline_prompts)
-            run_transformers(theirs, prompts[:1], 2)  # warm-up
-            run_engine(engine, prompts[:1], 2, 1)
-            runs = {"transformers": run_transformers(theirs, prompts, new_tokens)}
-            for clients in arguments.clients:
-                mine = prompts if clients == 1 else random_prompts(2 * clients)
-                runs[f"engine, {clients} clients"] = run_engine(engine, mine, new_tokens, clients)
-                if clients == 1 and runs["engine, 1 clients"]["tokens"] != runs["transformers"]["tokens"]:
-                    raise SystemExit("the engine and transformers generate different tokens")
-            results[str(new_tokens)] = runs
-    return results
-
-
-def table_of(results: dict[str, Any]) -> str:
-    """A Markdown table of all runs."""
+def table_of(results: dict[int, Runs]) -> str:
+    """A Markdown table of all runs but those that only generate first tokens."""
     rows = []
     for new_tokens, runs in results.items():
-        for name, figures in runs.items():
-            first = sorted(figures["first_token_seconds"])
-            rate = figures["tokens_per_second"]
+        for name, run in runs.items():
+            if name == UNLOADED:
+                continue
+            first = sorted(run.first_token_seconds)
             rows.append(
                 [
                     f"{name}, {new_tokens} new tokens",
-                    f"{rate:.1f}",
-                    f"{rate / runs['transformers']['tokens_per_second']:.2f} x",
-                    f"{figures['prefill_share']:.0%}",
+                    f"{run.tokens_per_second:.1f}",
+                    f"{run.tokens_per_second / runs[GENERATE].tokens_per_second:.2f} x",
+                    "" if run.prefill_share is None else f"{run.prefill_share:.0%}",
                     f"{statistics.median(first):.2f} s",
                     f"{first[min(len(first) - 1, int(0.95 * len(first)))]:.2f} s",
                 ]
             )
     return table(["", "tokens/s", "of transformers", "prefill", "first token p50", "p95"], rows)
+
+
+def first_token_line(new_tokens: int, runs: Runs) -> str:
+    """How much longer the first token takes at half of capacity than for one request at a time."""
+    unloaded, loaded = (statistics.median(runs[name].first_token_seconds) for name in (UNLOADED, ARRIVALS))
+    return (
+        f"{new_tokens} new tokens: the median first token at half of capacity takes {loaded:.2f} s, "
+        f"{loaded / unloaded:.2f} x that of one request at a time"
+    )
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> tuple[dict[int, Runs], str | None]:
+    """All runs, and why there are none of `transformers serve`; SystemExit if two generate different tokens."""
+    recipe = recipe_of(arguments.hidden_size, arguments.num_layers)
+    vocab_size = recipe.model.language.vocab_size
+    serving_peers.write_word_tokenizer(folder, vocab_size)
+    tokenizer = load_tokenizer(folder)
+    torch.manual_seed(0)
+    theirs = transformers_loop.build(recipe).to(current_device()).eval()
+    theirs.generation_config.eos_token_id = None
+    serving_peers.write_model(theirs, recipe.model, tokenizer, folder / "export")
+    chance = random.Random(0)
+    prompts = {
+        new_tokens: random_prompts(chance, arguments.baseline_prompts, *arguments.prompt_tokens)
+        for new_tokens in arguments.new_tokens
+    }
+    results, problem = run_peers(theirs, folder / "export", prompts)
+    config = InferenceConfig(enable_prefix_caching=False, inference_dynamic_batching_max_tokens=arguments.max_tokens)
+    with Engine(same_weights(theirs, recipe), tokenizer, config) as engine:
+        for new_tokens, runs in results.items():
+            runs.update(run_engine(engine, arguments, new_tokens, prompts[new_tokens]))
+    words = range(vocab_size - serving_peers.NUM_SPECIAL)
+    for runs in results.values():
+        expected = runs[GENERATE].tokens
+        if "engine, 1 client" in runs and runs["engine, 1 client"].tokens != expected:
+            raise SystemExit("the engine and transformers' generate give different tokens")
+        if SERVE in runs and runs[SERVE].tokens != [[token for token in ids if token in words] for ids in expected]:
+            raise SystemExit("transformers serve and transformers' generate give different tokens")
+    return results, problem
 
 
 def main() -> None:
@@ -186,14 +169,21 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     recipe = recipe_of(arguments.hidden_size, arguments.num_layers)
     with distributed(recipe.parallel), tempfile.TemporaryDirectory() as folder:
-        write_tokenizer(Path(folder))
-        results = run(recipe, load_tokenizer(folder), arguments)
+        results, problem = run(arguments, Path(folder))
     print(table_of(results))
-    for runs in results.values():
-        for figures in runs.values():
-            del figures["tokens"]
+    for new_tokens, runs in results.items():
+        print(first_token_line(new_tokens, runs))
+    if problem is not None:
+        print(f"{SERVE} could not be measured: {problem}")
+    figures = {
+        str(new_tokens): {
+            name: {key: value for key, value in vars(run).items() if key != "tokens"} for name, run in runs.items()
+        }
+        for new_tokens, runs in results.items()
+    }
     settings = {name: value for name, value in vars(arguments).items() if name != "output"}
-    print(f"\nwrote {save(arguments.output, 'serving', {'settings': settings, 'results': results})}")
+    content = {"settings": settings, "results": figures, "transformers_serve_problem": problem}
+    print(f"\nwrote {save(arguments.output, 'serving', content)}")
 
 
 if __name__ == "__main__":

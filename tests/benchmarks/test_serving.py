@@ -1,10 +1,17 @@
-"""The serving benchmark runs with a small model, and the engine generates the tokens of transformers."""
+"""The serving benchmark runs with a small model, and all sides generate the same tokens."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from benchmarks.support import serving_peers
+from benchmarks.support.serving_clients import closed_loop, random_arrivals
 from tests.support.forked_ranks import launch_forked
 
 
@@ -13,9 +20,45 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     sizes += ["--prompt-tokens", "20", "90", "--baseline-prompts", "2", "--max-tokens", "32", "--threads", "1"]
     done = launch_forked("-m", "benchmarks.serving", *sizes, "--output", tmp_path, ranks=1, timeout=100)
     assert "| engine, 3 clients, 5 new tokens" in done.stdout
-    runs = json.loads((tmp_path / "serving.json").read_text())["results"]["5"]
-    assert list(runs) == ["transformers", "engine, 1 clients", "engine, 3 clients"]
-    for figures in runs.values():
+    assert "5 new tokens: the median first token at half of capacity takes" in done.stdout
+    written = json.loads((tmp_path / "serving.json").read_text())
+    assert written["transformers_serve_problem"] is None
+    runs = written["results"]["5"]
+    engine = [f"engine, {what}" for what in ("1 client", "3 clients", "first tokens of one request at a time")]
+    assert list(runs) == ["transformers", "transformers serve", *engine, "engine, at half of capacity"]
+    for name, figures in runs.items():
         assert figures["tokens_per_second"] > 0
-        assert 0 < figures["prefill_share"] < 1
-    assert len(runs["engine, 3 clients"]["first_token_seconds"]) == 6
+        assert figures["prefill_share"] is None if name == "transformers serve" else 0 < figures["prefill_share"] <= 1
+    for name in ("engine, 3 clients", "engine, at half of capacity"):
+        assert len(runs[name]["first_token_seconds"]) == 6
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    with (
+        pytest.raises(serving_peers.PeerDidNotStart, match="Unrecognized processing class"),
+        serving_peers.transformers_serve(tmp_path, 1),
+    ):
+        pass
+
+
+def _ask(prompt: list[int], new_tokens: int) -> Iterator[int]:
+    """Waits as many milliseconds as the first token of the prompt says before the first new token."""
+    time.sleep(prompt[0] / 1000)
+    yield from itertools.repeat(prompt[0], new_tokens)
+
+
+def test_clients_share_the_prompts() -> None:
+    run = closed_loop(_ask, [[10], [60], [20], [30]], 2, 2)
+    assert run.tokens == [[10, 10], [60, 60], [20, 20], [30, 30]]
+    for seconds, milliseconds in zip(run.first_token_seconds, (10, 60, 20, 30), strict=True):
+        assert seconds >= milliseconds / 1000
+    assert run.tokens_per_second <= 8 / 0.060
+
+
+def test_random_arrivals_do_not_wait_for_answers() -> None:
+    """100 requests per second of 0.2 s each: one after the other they would take 4 s."""
+    started = time.perf_counter()
+    run = random_arrivals(_ask, [[200]] * 20, 3, 100)
+    assert time.perf_counter() - started < 3
+    assert run.tokens == [[200] * 3] * 20
+    assert min(run.first_token_seconds) >= 0.2

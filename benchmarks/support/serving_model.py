@@ -1,0 +1,40 @@
+"""The model of the serving benchmark: randomly initialised, once as transformers has it and once as ours."""
+
+from __future__ import annotations
+
+import torch
+
+from checkpoint_convert.mapping.hf_names import canonical_name
+from checkpoint_convert.mapping.param_map import param_map, to_megatron
+from checkpoint_convert.megatron.files import tensors_of
+from megatron_vlm.config import LanguageConfig, ModelConfig, Recipe, VisionConfig
+from megatron_vlm.model.build import build_model
+from megatron_vlm.model.vlm import VisionLanguageModel
+
+
+def recipe_of(hidden_size: int, num_layers: int) -> Recipe:
+    """A language model with the real one's proportions; the vision tower is not used."""
+    vision = VisionConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14,
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    heads = hidden_size // 64
+    language = LanguageConfig(
+        hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=num_layers,
+        num_attention_heads=heads, num_key_value_heads=heads, vocab_size=4096, max_position_embeddings=2048,
+    )  # fmt: skip
+    model = ModelConfig(vision, language, image_token_index=4095, image_grid_pinpoints=[[28, 28]])
+    return Recipe(model=model)
+
+
+def same_weights(weights: torch.nn.Module, recipe: Recipe) -> VisionLanguageModel:
+    """Our model with the weights of a transformers model."""
+    (model,) = build_model(recipe)
+    state = weights.state_dict().items()
+    tensors = {ours: tensor for name, tensor in state if (ours := canonical_name(name, "llava"))}
+    tensors.pop("language_model.lm_head.weight")  # tied
+    parameters = tensors_of(model)
+    with torch.no_grad():
+        for name, tensor in to_megatron(param_map(recipe.model), tensors, "transformers"):
+            parameters[name].copy_(tensor)
+    return model
