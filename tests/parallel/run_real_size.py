@@ -115,7 +115,7 @@ def stage1(recipe: Recipe, row: PackedBatch, folder: Path) -> dict[str, Any]:
 def main(folder: Path, seq_length: int) -> None:
     # Freed tensors of up to 32 MB would stay in the heap, among others that are in use.
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", "1"))))
     with process_group(timeout_minutes=60):
         recipe = real_recipe(dist.get_world_size(), seq_length)
         check_recipe(recipe, dist.get_world_size())
