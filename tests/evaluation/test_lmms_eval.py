@@ -18,10 +18,12 @@ from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from megatron_vlm.evaluation.prompts import prompt_from_text
 from megatron_vlm.inference.prompts import encode
 from megatron_vlm.inference.request import AnsweredPrompt
+from tests.checkpoint_convert.whole_model import picture
 from tests.evaluation.local_task import CHOICES, QUESTIONS, questions, write_tasks
 from tests.inference.server.running import run_server
 from tests.instellavl.exports import write_exports
 from tests.support.environments import Environment, evaluation_environment
+from tests.support.launch import ROOT
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 
@@ -36,11 +38,16 @@ class Work(NamedTuple):
     folder: Path
 
     def evaluate(
-        self, output: str, *arguments: str, model: str = "instellavl", launcher: tuple[str, ...] = ()
+        self,
+        output: str,
+        *arguments: str,
+        model: str = "instellavl",
+        launcher: tuple[str, ...] = (),
+        tasks: Path | None = None,
     ) -> list[dict[str, Any]]:
-        """What lmms-eval logs about each question, in order."""
+        """What lmms-eval logs about each question, in order; `tasks` is the tasks' folder."""
         launched = [str(self.environment.folder / "bin" / launcher[0]), *launcher[1:]] if launcher else []
-        where = ["--include_path", str(self.folder / "tasks"), "--output_path", str(self.folder / output)]
+        where = ["--include_path", str(tasks or self.folder / "tasks"), "--output_path", str(self.folder / output)]
         command = ["-m", "lmms_eval", "--model", model, "--batch_size", "1", "--log_samples", *where]
         program = launched or [self.environment.python]
         done = self.environment.run_program(*program, *command, *arguments, timeout=500)
@@ -73,6 +80,43 @@ def test_the_published_command(work: Work) -> None:
     # On a machine without GPUs, accelerate starts several processes only with --multi_gpu.
     launcher = ("accelerate", "launch", "--multi_gpu", "--num_processes=2")
     assert work.evaluate("two", "--model_args", model, *arguments, launcher=launcher) == samples
+
+
+def test_the_demos_task_gets_the_answers_of_its_evaluation(work: Work) -> None:
+    """Paths of the task are relative to the working directory, which is the environment's folder."""
+    data, demo = work.environment.folder / "runs" / "demo" / "data", ROOT / "examples" / "instellavl" / "demo"
+    (data / "images").mkdir(parents=True)
+    for number in range(QUESTIONS):
+        picture((20, 20), seed=number).save(data / "images" / f"{number}.png")
+
+    def write_questions(truths: list[str]) -> None:
+        turns = [(f"what is shape {n}?", truth) for n, truth in enumerate(truths)]
+        entries = [
+            {
+                "image": f"{number}.png",
+                "conversations": [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": truth}],
+            }
+            for number, (text, truth) in enumerate(turns)
+        ]
+        (data / "test.json").write_text(json.dumps(entries))
+
+    write_questions(["yes"] * QUESTIONS)
+    asked = ["--annotations", data / "test.json", "--image-folder", data / "images"]
+    export, answers_file = work.folder / "llava_next", data / "answers.json"
+    done = work.environment.run(demo / "evaluate.py", "--model", export, *asked, "--output", answers_file)
+    assert done.returncode == 0, done.stderr
+    answers = [row["answer"] for row in json.loads(answers_file.read_text())]
+    assert len(set(answers)) > QUESTIONS // 2, "most answers are the same"
+
+    write_questions([answer if number % 2 else "yes" for number, answer in enumerate(answers)])
+    samples = work.evaluate(
+        "demo", "--model_args", f"pretrained={export}", "--tasks", "easy_vqa", tasks=demo / "lmms_eval"
+    )
+    assert [sample["filtered_resps"] for sample in samples] == answers
+    (results,) = (work.folder / "demo").rglob("*_results.json")
+    scores = json.loads(results.read_text())["results"]["easy_vqa"]
+    assert scores["accuracy,none"] == pytest.approx((QUESTIONS // 2) / QUESTIONS)
+    assert scores["yes/no,none"] == 0
 
 
 def test_its_openai_model_asks_our_server(work: Work) -> None:
