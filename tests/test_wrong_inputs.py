@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from checkpoint_convert.errors import ConversionError
+from checkpoint_convert.megatron.files import imported_recipe
 from checkpoint_convert.model_config import VLM_FORMATS
 from checkpoint_convert.model_source import open_source
 from megatron_vlm.config import ConfigError, check_recipe, parse_command_line
@@ -24,7 +25,8 @@ from tests.data.helpers import image_bytes, tiny_tokenizer_folder
 
 REMEDY = re.compile(
     r"(?i)\b(use|set|convert|give|write|fix|remove|choose|did you mean|check|replace|download|copy|raise|create|add|rename|move|"
-    r"change|save|train|leave|end|expected|supported|roles are|must alternate|correct|install|missing|relative to)\b"
+    r"change|save|train|leave|end|expected|supported|roles are|must alternate|must be|correct|install|missing|relative to|"
+    r"pad|export|start)\b"
 )
 ASK, ANSWER = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}
 IMAGE = {"from": "human", "value": "<image> hi"}
@@ -95,6 +97,7 @@ SETTINGS: list[tuple[str, Any]] = [
     ("data.oversized_samples", "drop"), ("data.num_workers", -1), ("data.max_tiles_per_row", 0), ("data.packing_window", 0),
     ("data.cost_per_tile", -1), ("training.bf16", "maybe"), ("training.adam_beta1", 1), ("training.lr_warmup_fraction", 2),
     ("training.weight_decay", -1), ("training.min_lr", -1), ("training.trainable", []), ("training.trainable", ["decoder"]),
+    *((f"training.{key}", value) for key in ("lr", "min_lr", "clip_grad", "adam_beta2") for value in (float("nan"), float("inf"))),
     ("training.optimizer", "lion"), ("training.unknown", 1), ("model.visoin", 1), ("batch_size", 1), ("data", 5), ("model", [1]),
 ]  # fmt: skip
 
@@ -122,6 +125,55 @@ MODELS: list[Any] = [
     {"model_type": "llama", "rope_scaling": {"type": "yarn"}}, {"model_type": "clip_vision_model", "hidden_act": "swish"},
     {"model_type": "llava_onevision", "vision_aspect_ratio": "square"},
 ]  # fmt: skip
+
+SOUND: dict[str, Any] = {
+    "model_type": "llava_next", "image_token_index": 280, "image_grid_pinpoints": [[28, 56]], "tie_word_embeddings": True,
+    "vision_config": {
+        "model_type": "clip_vision_model", "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3,
+        "num_attention_heads": 3, "image_size": 28, "patch_size": 7,
+    },
+    "text_config": {
+        "model_type": "llama", "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "vocab_size": 288, "max_position_embeddings": 512,
+    },
+}  # fmt: skip
+"""config.json of a model that is read."""
+CONFIGS: list[tuple[str, Any]] = [
+    *((f"text_config.{key}", value) for key in ("hidden_size", "num_attention_heads", "vocab_size") for value in (0, -1, 4.5, "x", [], True)),
+    *((f"text_config.{key}", value) for key in ("num_hidden_layers", "num_key_value_heads") for value in (0, "x", {})),
+    *((f"text_config.{key}", 0) for key in ("intermediate_size", "max_position_embeddings", "rms_norm_eps")),
+    *((f"text_config.{key}", value) for key in ("rope_theta", "rms_norm_eps") for value in ("x", -1, float("nan"), float("inf"))),
+    *(("text_config.head_dim", value) for value in (0, 7, "x")), ("text_config.num_attention_heads", 5), ("text_config.num_key_value_heads", 4),
+    *(("text_config.rope_parameters", value) for value in (5, "x", [], {"rope_type": "yarn"}, {"rope_theta": "x"}) if value != []),
+    ("text_config.tie_word_embeddings", "yes"), ("text_config.hidden_act", "relu"), ("text_config.attention_bias", True),
+    ("text_config.mlp_bias", True), ("text_config.rope_scaling", {"type": "linear"}), ("text_config.model_type", "bloom"),
+    *(("text_config.model_type", value) for value in (None, 5, [], {})), *(("text_config", value) for value in (5, "x", [1])),
+    *((f"vision_config.{key}", value) for key in ("hidden_size", "patch_size", "image_size") for value in (0, -1, "x", [336, 336])),
+    *((f"vision_config.{key}", value) for key in ("num_hidden_layers", "num_attention_heads") for value in (0, 2.5, None) if value is not None),
+    ("vision_config.num_attention_heads", 5), ("vision_config.patch_size", 5), ("vision_config.num_channels", 1),
+    ("vision_config.hidden_act", "relu"), ("vision_config.layer_norm_eps", 0), ("vision_config.model_type", "vit"),
+    *(("vision_config.model_type", value) for value in (5, [], {"a": 1})), *(("vision_config", value) for value in (5, "x", [1])),
+    *(("image_grid_pinpoints", value) for value in (None, 5, "x", [], {}, [5], [[28]], [[28, 28, 28]], [["28", "28"]], [[30, 28]], [[0, 0]])),
+    *(("image_token_index", value) for value in ("x", -1, 288, 10**9, [280], 1.5)),
+    *(("vision_feature_layer", value) for value in ("x", [-2, -1], 9, -9, 1.5)), ("vision_feature_select_strategy", "full"),
+    ("projector_hidden_act", "relu"), ("multimodal_projector_bias", False),
+]  # fmt: skip
+PROCESSORS: dict[str, bytes] = {
+    "empty": b"", "truncated": b'{"image_mean": [0.5,', "a list": b"[]", "not UTF-8": b"\xff\xfe{}", "mean is a number": b'{"image_mean": 5}',
+    "another mean": b'{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}', "no std": b'{"image_mean": [0.5, 0.5, 0.5]}',
+    "std is text": b'{"image_mean": [0.5, 0.5, 0.5], "image_std": "x"}', "four channels": b'{"image_mean": [0.5, 0.5, 0.5, 0.5]}',
+}  # fmt: skip
+WEIGHTS: dict[str, tuple[str, bytes]] = {
+    "nothing": ("README.md", b"x"), "empty": ("model.safetensors", b""), "text": ("model.safetensors", b"version https://git-lfs"),
+    "huge header": ("model.safetensors", b"\xff" * 16), "header is a list": ("model.safetensors", b"\x02\0\0\0\0\0\0\0[]"),
+    "pickle": ("pytorch_model.bin", b"\x80\x02c__builtin__\neval\nq\0."), "html": ("pytorch_model.bin", b"<html>"),
+    "zip": ("pytorch_model.bin", b"PK\x05\x06" + bytes(18)), "empty bin": ("pytorch_model.bin", b""),
+    "index of nothing": ("model.safetensors.index.json", b'{"weight_map": {"a": "absent.safetensors"}}'),
+    **{f"index {content!r}": ("model.safetensors.index.json", content) for content in (b"", b"[]", b"{}", b'{"weight_map": 5}', b"\xff")},
+    "index of numbers": ("model.safetensors.index.json", b'{"weight_map": {"a": 5}}'),
+    "index of a list": ("model.safetensors.index.json", b'{"weight_map": {"a": []}}'),
+    "a folder of a projector": ("mm_projector.bin", b"x"),
+}  # fmt: skip
 
 
 def message_of(attempt: Callable[[], Any]) -> str:
@@ -163,7 +215,11 @@ def images(tmp_path: Path) -> Path:
 
 
 def test_there_are_more_than_200_kinds() -> None:
-    assert sum(map(len, (ENTRIES, FILES, INDEXES, SETTINGS, FLAGS, TOKENIZERS, MODELS))) > 200
+    """Many of each: data, settings, model folders. test_wrong_commands.py has whole commands."""
+    of_data, of_settings = (ENTRIES, FILES, INDEXES), (SETTINGS, FLAGS)
+    of_models = (TOKENIZERS, MODELS, CONFIGS, PROCESSORS, WEIGHTS)
+    counts = [sum(map(len, tables)) for tables in (of_data, of_settings, of_models)]
+    assert min(counts) > 80 and sum(counts) > 400, counts
 
 
 def test_entries(tmp_path: Path, images: Path) -> None:
@@ -245,3 +301,51 @@ def test_model_folders(tmp_path: Path) -> None:
             (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
         problems.append(check(lambda folder=folder: open_source(folder), folder.name, config))  # type: ignore[misc]
     report(problems, len(MODELS))
+
+
+def model_folder(folder: Path, config: Any, weights: tuple[str, bytes] | None = None) -> Path:
+    """A Hugging Face folder with a file of weights that holds no tensor, or another."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    name, content = weights or ("model.safetensors", b"\x02\0\0\0\0\0\0\0{}")
+    (folder / name).write_bytes(content)
+    return folder
+
+
+def read_model(folder: Path) -> None:
+    """As far as no tensor is read."""
+    source = open_source(folder)
+    assert source.model is not None
+    imported_recipe(source.model, source.aspect_ratio, str(folder))
+
+
+def test_the_sound_model_is_read(tmp_path: Path) -> None:
+    read_model(model_folder(tmp_path / "sound", SOUND))
+
+
+def test_configs(tmp_path: Path) -> None:
+    problems = []
+    for number, (key, value) in enumerate(CONFIGS):
+        config = json.loads(json.dumps(SOUND))
+        *section, name = key.split(".")
+        (config[section[0]] if section else config)[name] = value
+        folder = model_folder(tmp_path / f"model{number}", config)
+        problems.append(check(lambda folder=folder: read_model(folder), folder.name, (key, value)))  # type: ignore[misc]
+    report(problems, len(CONFIGS))
+
+
+def test_image_processors(tmp_path: Path) -> None:
+    problems = []
+    for number, (name, content) in enumerate(PROCESSORS.items()):
+        folder = model_folder(tmp_path / f"model{number}", SOUND)
+        (folder / "preprocessor_config.json").write_bytes(content)
+        problems.append(check(lambda folder=folder: read_model(folder), "preprocessor_config.json", name))  # type: ignore[misc]
+    report(problems, len(PROCESSORS))
+
+
+def test_weights(tmp_path: Path) -> None:
+    problems = []
+    for number, (name, weights) in enumerate(WEIGHTS.items()):
+        folder = model_folder(tmp_path / f"model{number}", SOUND, weights)
+        problems.append(check(lambda folder=folder: read_model(folder), folder.name, name))  # type: ignore[misc]
+    report(problems, len(WEIGHTS))

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_convert.errors import ConversionError
-from checkpoint_convert.mapping.families import TOWERS, Problems, language_from_hf, to_hf_config, vision_from_hf
+from checkpoint_convert.mapping.families import (
+    TOWERS,
+    Problems,
+    check_pinpoints,
+    language_from_hf,
+    to_hf_config,
+    vision_from_hf,
+)
 from megatron_vlm.config import LanguageConfig, ModelConfig, VisionConfig
 from megatron_vlm.config.model import IMAGE_MEAN_STD
 
@@ -17,13 +24,17 @@ MAX_GRID = 5
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a Hugging Face folder."""
-    file = folder / "config.json"
+    """The config.json of a Hugging Face folder. Raises ConversionError if there is none, or it cannot be read."""
+    if not (folder / "config.json").is_file():
+        raise ConversionError(f"{folder / 'config.json'} does not exist: {folder} is not a Hugging Face model folder")
+    return read_json(folder / "config.json")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The settings of a JSON file. Raises ConversionError if it is something else."""
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConversionError(f"{file} does not exist: {folder} is not a Hugging Face model folder") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise ConversionError(f"{file} is not JSON: {error}. Download it again") from error
     if not isinstance(config, dict):
         raise ConversionError(f"{file} holds no settings: it must be one JSON object. Download it again")
@@ -48,22 +59,23 @@ def model_from_llava_next(config: dict[str, Any], source: str) -> ModelConfig:
     problems.require(config, "projector_hidden_act", "gelu", "gelu")
     problems.require(config, "multimodal_projector_bias", True, True)
     feature_layer = config.get("vision_feature_layer", -2)
-    if not isinstance(feature_layer, int):
+    if type(feature_layer) is not int:
         problems.found.append(f"vision_feature_layer is {feature_layer}; supported: one layer")
-    if not config.get("image_grid_pinpoints"):
-        problems.found.append("image_grid_pinpoints is missing")
-    problems.raise_if_any()
-    vision = vision_from_hf(config.get("vision_config") or {}, f"{source}: vision_config", feature_layer)
+    image_token_index = config.get("image_token_index", config.get("image_token_id", 32000))
+    if type(image_token_index) is not int:
+        problems.found.append(f"image_token_index is {image_token_index!r}; expected the id of a token")
+    check_pinpoints(config.get("image_grid_pinpoints"), problems)
+    vision = vision_from_hf(problems.section(config, "vision_config"), f"{source}: vision_config", feature_layer)
     strategy = TOWERS[vision.model_type].select_strategy
     problems.require(config, "vision_feature_select_strategy", "default", strategy)
     problems.raise_if_any()
-    text = config.get("text_config") or {}
     # transformers 5 reads the outer flag, 4 the inner one; files of both versions have the inner one.
-    text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    tied = {"tie_word_embeddings": config.get("tie_word_embeddings", False)}
+    text = tied | problems.section(config, "text_config")
     return ModelConfig(
         vision=vision,
         language=language_from_hf(text, f"{source}: text_config"),
-        image_token_index=config.get("image_token_index", config.get("image_token_id", 32000)),
+        image_token_index=image_token_index,
         image_grid_pinpoints=[[width, height] for height, width in config["image_grid_pinpoints"]],
     )
 
@@ -96,11 +108,14 @@ def with_image_normalization(vision: VisionConfig, folder: Path) -> VisionConfig
     for name, section in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         if not (folder / name).is_file():
             continue
-        config = json.loads((folder / name).read_text(encoding="utf-8"))
-        config = config.get(section) or {} if section else config
+        config = read_json(folder / name)
+        config = Problems(str(folder / name)).section(config, section) if section else config
         if "image_mean" not in config:
             continue
-        image_mean, image_std = tuple(config["image_mean"]), tuple(config.get("image_std", ()))
+        image_mean, image_std = (
+            tuple(value) if isinstance(value, list) else value
+            for value in (config["image_mean"], config.get("image_std"))
+        )
         for known, values in IMAGE_MEAN_STD.items():
             if (image_mean, image_std) == values:
                 return replace(vision, image_normalization=known)

@@ -17,7 +17,7 @@ import instellavl
 from checkpoint_convert.errors import ConversionError
 from checkpoint_convert.huggingface.config import llava_next_config
 from checkpoint_convert.huggingface.tokenizer import export_tokenizer
-from checkpoint_convert.mapping.families import Problems, language_from_hf, vision_from_hf
+from checkpoint_convert.mapping.families import Problems, check_pinpoints, language_from_hf, vision_from_hf
 from instellavl.constants import CLIP_MEAN, CLIP_STD, END_OF_TURN
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.data.processing.tokenizer import Tokenizer
@@ -147,7 +147,7 @@ def model_from_instellavl(config: dict[str, Any], source: str, image_token_index
     Raises:
         ConversionError: settings that are not supported.
     """
-    aspect_ratio = config.get("image_aspect_ratio", "anyres")
+    aspect_ratio = str(config.get("image_aspect_ratio", "anyres"))
     merge_type = config.get("mm_patch_merge_type", "spatial_unpad")
     problems = Problems(source)
     supported = {
@@ -163,20 +163,24 @@ def model_from_instellavl(config: dict[str, Any], source: str, image_token_index
     }
     for name, allowed in supported.items():
         problems.require(config, name, allowed[0], *allowed)
-    tower = config.get("vision_config")
-    if tower is None and not str(config.get("mm_vision_tower", "")).endswith(_CLIP_L.split("/")[1]):
+    tower = problems.section(config, "vision_config")
+    if not tower and not str(config.get("mm_vision_tower", "")).endswith(_CLIP_L.split("/")[1]):
         problems.found.append(f"vision_config is missing, and mm_vision_tower is {config.get('mm_vision_tower')!r}")
-    if not isinstance(config.get("image_grid_pinpoints"), list):
-        problems.found.append("image_grid_pinpoints is not a list of [width, height]")
+    check_pinpoints(config.get("image_grid_pinpoints"), problems)
+    index, layer = config.get("image_token_index", image_token_index), config.get("mm_vision_select_layer", -2)
+    for name, value in (("image_token_index", index), ("mm_vision_select_layer", layer)):
+        if type(value) is not int:
+            problems.found.append(f"{name} is {value!r}; expected a whole number")
+    if config.get("tokenizer_model_max_length") is not None:
+        problems.require_like("tokenizer_model_max_length", config["tokenizer_model_max_length"], 4096)
     problems.raise_if_any()
     default_tower = llava_next_config(ModelConfig(), 0, 0, "float32")["vision_config"]  # ModelConfig's is ViT-L/14-336
     language = language_from_hf({**config, "model_type": "olmo"}, source)
-    language.max_position_embeddings = config.get("tokenizer_model_max_length", language.max_position_embeddings)
+    language.max_position_embeddings = config.get("tokenizer_model_max_length") or language.max_position_embeddings
     vision = vision_from_hf(
         {"model_type": "clip_vision_model", **(tower or default_tower)},
         f"{source}: vision_config",
-        config.get("mm_vision_select_layer", -2),
+        layer,
     )
-    index = config.get("image_token_index", image_token_index)
     pinpoints = [list(point) for point in config["image_grid_pinpoints"]]
     return ModelConfig(vision, language, index, pinpoints), aspect_ratio

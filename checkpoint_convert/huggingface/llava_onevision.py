@@ -20,10 +20,9 @@ _SIDE, _MOST_TILES = 384, 6
 def model_from_llava_onevision(config: dict[str, Any], source: str) -> tuple[ModelConfig, str]:
     """A LlavaOnevisionConfig as ours, and its image_aspect_ratio; errors as in model_from_llava_next."""
     aspect_ratio = str(config.get("vision_aspect_ratio", "anyres_max_9"))
+    problems = Problems(source)
     if not re.fullmatch(r"anyres_max_[1-9]\d*", aspect_ratio):
-        problems = Problems(source)
         problems.found.append(f"vision_aspect_ratio is {aspect_ratio!r}; supported: 'anyres_max_N'")
-        problems.raise_if_any()
     sides = [_SIDE * count for count in range(1, _MOST_TILES + 1)]
     defaults = {
         "vision_feature_layer": -1,
@@ -32,8 +31,8 @@ def model_from_llava_onevision(config: dict[str, Any], source: str) -> tuple[Mod
         "image_grid_pinpoints": [[height, width] for height in sides for width in sides],
     }
     parts = {
-        "vision_config": {"model_type": "siglip_vision_model", **(config.get("vision_config") or {})},
-        "text_config": {"model_type": "qwen2", **(config.get("text_config") or {})},
+        "vision_config": {"model_type": "siglip_vision_model", **problems.section(config, "vision_config")},
+        "text_config": {"model_type": "qwen2", **problems.section(config, "text_config")},
     }
     given = {name: value for name, value in config.items() if value is not None}
     llava_next = {**defaults, **given, **parts, "model_type": "llava_next"}

@@ -82,14 +82,17 @@ def _weight_files(folder: Path) -> list[Path]:
     ):
         if (folder / index).exists():
             try:
-                names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+                weight_map = json.loads((folder / index).read_text())["weight_map"]
+                names = sorted({Path(file).as_posix() for file in weight_map.values()})
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ConversionError(
                     f"{folder / index} cannot be read ({error}): download or copy it again"
                 ) from error
             absent = [name for name in names if not (folder / name).exists()]
             if absent:
-                raise ConversionError(f"{folder / index} names files that are not there: {', '.join(absent)}")
+                raise ConversionError(
+                    f"{folder / index} names files that are not there: {', '.join(absent)}. Download or copy them"
+                )
             return [folder / name for name in names]
         if (folder / single).exists():
             return [folder / single]
@@ -108,7 +111,9 @@ def _open(file: Path) -> dict[str, Any]:
         # files of torch before 1.6 are not zip archives and cannot be memory-mapped
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except UnpicklingError:  # its message explains how to run the code inside, which nobody should
-        raise ConversionError(f"{file} is not a file of weights, or holds more than plain tensors") from None
+        raise ConversionError(
+            f"{file} is not a file of weights, or holds more than plain tensors. Download or copy it again"
+        ) from None
     except (SafetensorError, OSError, RuntimeError, EOFError) as error:
         raise ConversionError(f"{file} cannot be read ({error}); is it complete? Download or copy it again") from error
     if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):

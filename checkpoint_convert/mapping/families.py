@@ -6,6 +6,7 @@ A family states what it fixes, which names its config.json uses, and transformer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,9 +113,38 @@ class Problems:
             self.found.append(f"{name} is {value!r}; supported: {', '.join(map(repr, allowed))}")
         return value
 
+    def require_like(self, name: str, value: Any, example: Any) -> None:
+        """A truth value, a whole number or a number as `example` is; numbers above 0."""
+        if isinstance(example, bool):
+            right, expected = isinstance(value, bool), "true or false"
+        elif isinstance(example, int):
+            right, expected = type(value) is int and value > 0, "a whole number above 0"
+        else:
+            right, expected = type(value) in (int, float) and 0 < value < math.inf, "a number above 0"
+        if not right:
+            self.found.append(f"{name} is {value!r}; expected {expected}")
+
+    def section(self, config: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """A part of a config, empty if it is absent or null."""
+        value = config.get(name)
+        if value is not None and not isinstance(value, dict):
+            self.found.append(f"{name} is {value!r}; expected settings in braces")
+        self.raise_if_any()
+        return value or {}
+
     def raise_if_any(self) -> None:
         if self.found:
             raise ConversionError(f"{self.source} has settings that are not supported\n{some_of(self.found)}")
+
+
+def check_pinpoints(pinpoints: Any, problems: Problems) -> None:
+    """Add a problem unless image_grid_pinpoints is a list of pairs of pixels."""
+    pairs = isinstance(pinpoints, list | tuple) and all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(type(pixels) is int for pixels in pair)
+        for pair in pinpoints
+    )
+    if not pairs or not pinpoints:
+        problems.found.append(f"image_grid_pinpoints is {pinpoints!r}; expected pairs of pixels, such as [[336, 672]]")
 
 
 def _read(
@@ -126,9 +156,10 @@ def _read(
     family = families[model_type]
     given = {name: value for name, value in config.items() if value is not None}
     values = dict(family.defaults) | given
-    for name, default in family.defaults.items():
-        if isinstance(default, int | float) and not isinstance(values[name], int | float):
-            problems.found.append(f"{name} is {values[name]!r}; expected a number")
+    examples = {**family.defaults, "head_dim": 64, "num_key_value_heads": 8, "rope_theta": 1e4}
+    for name, example in examples.items():
+        if isinstance(example, int | float) and values.get(name) is not None:
+            problems.require_like(name, values[name], example)
     problems.raise_if_any()
     for name, (default, *allowed) in family.required.items():
         problems.require(config, name, default, *allowed)
@@ -143,9 +174,12 @@ def language_from_hf(config: dict[str, Any], source: str) -> LanguageConfig:
     problems = Problems(source)
     settings, values = _read(config, LANGUAGES, problems)
     problems.require(config, "rope_scaling", None, None)
-    rope = config.get("rope_parameters") or {}
+    rope = problems.section(config, "rope_parameters")
     if rope.get("rope_type", "default") != "default":
         problems.found.append(f"rope_parameters.rope_type is {rope['rope_type']!r}; supported: 'default'")
+    if "rope_theta" in rope:
+        problems.require_like("rope_parameters.rope_theta", rope["rope_theta"], 1e4)
+    problems.raise_if_any()
     settings["rope_theta"] = float(rope.get("rope_theta", values.get("rope_theta", 10000.0)))
     settings["num_key_value_heads"] = values.get("num_key_value_heads", values["num_attention_heads"])
     problems.raise_if_any()
@@ -156,10 +190,10 @@ def language_from_hf(config: dict[str, Any], source: str) -> LanguageConfig:
 
 def vision_from_hf(config: dict[str, Any], source: str, feature_layer: int = -2) -> VisionConfig:
     """The config.json of a vision tower, or of CLIP or SigLIP around it, as ours; errors as in language_from_hf."""
-    tower = TEXT_AND_VISION.get(config.get("model_type", ""))
-    if tower:
-        config = {"model_type": tower} | (config.get("vision_config") or {})
     problems = Problems(source)
+    tower = TEXT_AND_VISION.get(str(config.get("model_type")))
+    if tower:
+        config = {"model_type": tower} | problems.section(config, "vision_config")
     settings, values = _read({"model_type": "clip_vision_model"} | config, TOWERS, problems)
     problems.require(values, "hidden_act", None, *_ACTIVATIONS)
     layers = settings["num_hidden_layers"]

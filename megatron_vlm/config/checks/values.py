@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from megatron_vlm.config.checks.problems import Problem
@@ -99,7 +100,9 @@ def check_values(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _check_range(key: str, value: float) -> Iterator[Problem]:
-    if key in AT_LEAST_ONE and value < 1:
+    if not math.isfinite(value):
+        yield Problem(key, value, "not a finite number", "Use a number")
+    elif key in AT_LEAST_ONE and value < 1:
         yield Problem(key, value, "too small", "Use 1 or more")
     elif key in NOT_NEGATIVE and value < 0:
         yield Problem(key, value, "negative", "Use 0 or more")
