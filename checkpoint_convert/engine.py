@@ -45,7 +45,7 @@ def open_engine(
     if source.model is None:
         raise ConversionError(
             f"{folder} ({source.format}) has only {', '.join(source.parts)}: answers need a whole model. Combine the "
-            "parts with checkpoint_convert.hf_to_megatron or checkpoint_convert.merge"
+            "parts with megatron-vlm import or megatron-vlm merge, and give what that writes"
         )
     recipe = imported_recipe(source.model, source.aspect_ratio, str(folder))
     recipe.parallel = parallel or ParallelConfig()

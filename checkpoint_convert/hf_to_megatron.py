@@ -36,7 +36,10 @@ def convert_vlm(folder: Path, save: Path, tokenizer: Path | None = None, adapter
     """
     source = open_source(folder, tokenizer)
     if source.model is None or source.format not in VLM_FORMATS:
-        raise ConversionError(f"{folder} ({source.format}) is not a Hugging Face folder of a whole VLM")
+        raise ConversionError(
+            f"{folder} ({source.format}) is not a Hugging Face folder of a whole VLM. Give one, or a vision tower and "
+            "a language model as --vision-model and --language-model; a checkpoint needs no import"
+        )
     read = read_adapter(adapter, source.model, str(folder)) if adapter else None
     with new_folder(save) as staging_dir:
         imported = import_tokenizer(tokenizer or folder, staging_dir / "tokenizer")

@@ -28,6 +28,7 @@ from checkpoint_convert.megatron.files import (
     stored_tensors,
     trained_recipe,
 )
+from megatron_vlm.commands.number_flags import positive_number
 from megatron_vlm.config import TrainingConfig
 from megatron_vlm.config.lora import uses_lora
 from megatron_vlm.data.errors import DataError
@@ -132,7 +133,13 @@ def main(argv: list[str] | None = None, prog: str = "python -m checkpoint_conver
     parser.add_argument(
         "--no-merge-lora", action="store_true", help="leave a LoRA adapter out, which --format peft writes"
     )
-    parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 2**30, help="largest file in GiB; default 5")
+    parser.add_argument(
+        "--shard-gb",
+        type=positive_number,
+        default=SHARD_BYTES / 2**30,
+        metavar="X",
+        help="largest file in GiB; default 5",
+    )
     args = parser.parse_args(argv)
 
     def command() -> None:

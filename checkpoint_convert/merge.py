@@ -59,13 +59,20 @@ def merge(
     vision_source, language_source = open_source(vision), open_source(language)
     projector_source = open_source(projector) if projector else None
     if vision_source.vision is None:
-        raise ConversionError(f"{vision} ({vision_source.format}) has no vision tower")
+        raise ConversionError(
+            f"{vision} ({vision_source.format}) has no vision tower. Give CLIP, SigLIP or a whole VLM"
+        )
     if language_source.language is None:
-        raise ConversionError(f"{language} ({language_source.format}) has no language model")
+        raise ConversionError(
+            f"{language} ({language_source.format}) has no language model. Give OLMo, Llama, Mistral, Qwen2 or a whole "
+            "VLM"
+        )
     sources = {"vision": vision_source, "language": language_source}
     if projector_source:
         if "projector" not in projector_source.parts:
-            raise ConversionError(f"{projector} ({projector_source.format}) has no projector")
+            raise ConversionError(
+                f"{projector} ({projector_source.format}) has no projector. Give mm_projector.bin or a whole VLM"
+            )
         sources["projector"] = projector_source
     tensors = {part: SelectedTensors(source.tensors, PART_PREFIXES[part]) for part, source in sources.items()}
     if projector_source:
@@ -115,7 +122,7 @@ def _check_projector(tensors: SelectedTensors, source: Source, vision: VisionCon
         raise ConversionError(
             f"the projector of {source.path} does not fit: its first weight is {found} and must be {expected}, "
             f"because the tower's hidden size is {expected[1]} and the language model's {expected[0]}. It was trained "
-            "with other parts"
+            "with other parts: give those"
         )
 
 

@@ -12,7 +12,7 @@ from checkpoint_convert.huggingface.config import model_from_llava_next, read_co
 from checkpoint_convert.huggingface.instellavl import model_from_instellavl
 from checkpoint_convert.huggingface.llava_onevision import model_from_llava_onevision
 from checkpoint_convert.huggingface.tokenizer import import_tokenizer
-from megatron_vlm.config import ModelConfig, Recipe
+from megatron_vlm.config import ConfigError, ModelConfig, Recipe
 from megatron_vlm.config.lora import uses_lora
 from megatron_vlm.config.recipe import iter_settings
 from megatron_vlm.data.errors import DataError
@@ -51,17 +51,24 @@ def complete_recipe(recipe: Recipe, given: set[str]) -> None:
     The model's settings and the tokenizer come from pretrained_checkpoint, and so do the settings of LoRA adapters that
     it has and the run trains on. image_token_index, if neither names it, is
     the tokenizer's next id: an export has a token `<image>` there. What cannot be read is left to the checks that
-    follow.
+    follow, if model and tokenizer may be set elsewhere.
 
     Args:
         recipe: as read.
         given: dotted keys that the user set.
+
+    Raises:
+        ConfigError: the tokenizer is not given, and pretrained_checkpoint cannot be read.
     """
     source = Path(recipe.training.pretrained_checkpoint) if recipe.training.pretrained_checkpoint else None
-    if source and (source / "config.json").is_file():
-        given = given | _take_from_folder(recipe, given, source)
-    elif source and source.is_dir():
-        given = given | _take_from_checkpoint(recipe, given, source)
+    try:
+        if source and (source / "config.json").is_file():
+            given = given | _take_from_folder(recipe, given, source)
+        elif source and source.is_dir():
+            given = given | _take_from_checkpoint(recipe, given, source)
+    except ConversionError as error:
+        if not recipe.data.tokenizer_model:  # otherwise the checks would say that it is not set
+            raise ConfigError(f"training.pretrained_checkpoint: {error}") from error
     if "model.image_token_index" not in given and recipe.data.tokenizer_model:
         try:
             length = len(load_tokenizer(recipe.data.tokenizer_model))
@@ -72,13 +79,14 @@ def complete_recipe(recipe: Recipe, given: set[str]) -> None:
 
 
 def _take_from_folder(recipe: Recipe, given: set[str], source: Path) -> set[str]:
-    try:
-        config = read_config(source)
-        if config.get("model_type") not in VLM_FORMATS:
-            return set()
-        model, aspect_ratio = vlm_config(source, config, source)
-    except ConversionError:  # conversion says what is wrong
-        return set()
+    config = read_config(source)
+    format = config.get("model_type")
+    if format not in VLM_FORMATS:
+        raise ConversionError(
+            f"{source} ({format}) is not a Hugging Face folder of a whole VLM. Give one, or join a vision tower and a "
+            "language model with megatron-vlm import"
+        )
+    model, aspect_ratio = vlm_config(source, config, source)
     if "data.image_aspect_ratio" not in given:
         recipe.data.image_aspect_ratio = aspect_ratio
     if "data.tokenizer_model" not in given:
@@ -91,8 +99,8 @@ def _take_from_checkpoint(recipe: Recipe, given: set[str], source: Path) -> set[
 
     try:
         stored = read_recipe(source)
-    except (CheckpointError, OSError):
-        return set()
+    except (CheckpointError, OSError) as error:
+        raise ConversionError(str(error)) from error
     if "data.tokenizer_model" not in given and (source / "tokenizer").exists():
         recipe.data.tokenizer_model = str(source / "tokenizer")
     if uses_lora(recipe.training) and uses_lora(stored.training):

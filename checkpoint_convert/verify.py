@@ -27,6 +27,7 @@ from checkpoint_convert.mapping.hf_names import model_part
 from checkpoint_convert.mapping.param_map import param_map
 from checkpoint_convert.model_source import Source, open_source
 from checkpoint_convert.probe_outputs import ProbeOutput, built_in_prompts, probe_outputs
+from megatron_vlm.commands.number_flags import number_from_0
 from megatron_vlm.config import PARTS
 from megatron_vlm.data.processing.tokenizer import Tokenizer
 
@@ -62,7 +63,8 @@ def verify(
     parts = [part for part in a.parts if part in b.parts]
     if not parts:
         raise ConversionError(
-            f"no common part: {first} ({a.format}) has {', '.join(a.parts)}, {second} ({b.format}) {', '.join(b.parts)}"
+            f"no common part: {first} ({a.format}) has {', '.join(a.parts)}, {second} ({b.format}) "
+            f"{', '.join(b.parts)}. Give models that share a part"
         )
     _print_sources(a, b, parts)
     weights = compare_tensors(a.tensors, b.tensors, _names(a, b, parts), tolerance)
@@ -229,13 +231,13 @@ def main(argv: list[str] | None = None, prog: str = "python -m checkpoint_conver
         parser.add_argument(name, type=Path, help="Megatron checkpoint or Hugging Face folder")
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=number_from_0,
         default=0.0,
         help="accepted difference of weights; default 0: bit for bit",
     )
     parser.add_argument(
         "--logits-tolerance",
-        type=float,
+        type=number_from_0,
         default=LOGITS_TOLERANCE,
         help=f"accepted difference of logits; default {LOGITS_TOLERANCE:g}",
     )

@@ -67,10 +67,13 @@ class ResultError(ValueError):
 def read_scores(folder: Path) -> dict[str, Score]:
     """Task -> newest score in the results below a folder.
 
-    Raises ResultError for a file that is not lmms-eval's, or a task of the table without its metric.
+    Raises ResultError if there is none, for a file that is not lmms-eval's, or a task of the table without its metric.
     """
-    results = []
-    for file in folder.rglob("*results.json"):
+    results: list[tuple[str, Path, Any]] = []
+    files = list(folder.rglob("*results.json"))
+    if not files:
+        raise ResultError(f"{folder} holds no *results.json: give the --output_path of lmms-eval")
+    for file in files:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             results.append((str(content["date"]), file, content))

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from megatron_vlm.commands.failures import describe
+
 _HELP = """\
   /image FILE   send an image with the next question
   /new          begin a new conversation
@@ -101,7 +103,7 @@ def _data_url(image: Path) -> str:
     try:
         content = image.read_bytes()
     except OSError as error:
-        raise ChatError(f"{image}: {error.strerror or error}") from error
+        raise ChatError(f"{image}: {error.strerror or error}. Give another file.") from error
     kind = mimetypes.guess_type(image.name)[0] or "application/octet-stream"
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
@@ -218,6 +220,6 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
             key = options.api_key_file.read_text(encoding="utf-8").strip().partition("\n")[0]
         client = ChatClient(options.server, key, **{name: value for name, value in fields.items() if value is not None})
     except (ChatError, OSError, UnicodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 1
     return _Terminal(client, list(options.image)).run()

@@ -15,6 +15,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from megatron_vlm.commands.failures import describe
 from megatron_vlm.commands.job_flag import add_job_flag
 from megatron_vlm.commands.max_rejected import add_max_rejected_flag
 from megatron_vlm.data.errors import DataError
@@ -31,7 +32,7 @@ def _load_plugins(argv: list[str]) -> None:
     for path in parser.parse_known_args(argv)[0].plugin:
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         if spec is None or spec.loader is None or not Path(path).is_file():
-            raise DataError(f"--plugin {path}: no such Python file")
+            raise DataError(f"--plugin {path}: no such Python file. Give a file that ends in .py.")
         try:
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
         except Exception as error:  # whatever the user's code raises
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         converter, images = CONVERTERS[options.kind](options), ImageStore(options.image_folder)
         summary = convert(converter, options.input, options.output, images, options.job)
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 2
     return _report(summary, options)
 
@@ -80,6 +81,6 @@ def _report(summary: ConversionSummary, options: argparse.Namespace) -> int:
     for reason, count in summary.rejected.most_common():
         print(f"  {count:8d}  {reason}", file=sys.stderr)
     if not summary.read:
-        print(f"error: no row in {', '.join(map(str, options.input))}", file=sys.stderr)
+        print(f"error: no row in {', '.join(map(str, options.input))}. Give a table with rows.", file=sys.stderr)
     exceeded = options.max_rejected.report(rejected, summary.read)
     return 0 if summary.written and not exceeded else 1

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_vlm.commands.failures import describe
+from megatron_vlm.commands.number_flags import positive_int
 from megatron_vlm.config import ConfigError, Recipe, parse_command_line
 from megatron_vlm.config.command_line import Complete, keep_given
 from megatron_vlm.data.dataset import max_sample_tokens, open_dataset, open_plan_cache
@@ -246,7 +248,9 @@ def main(argv: list[str] | None = None, prog: str | None = None, complete: Compl
         prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--examples", type=int, default=12, metavar="N", help="number of example samples; default: 12")
+    parser.add_argument(
+        "--examples", type=positive_int, default=12, metavar="N", help="number of example samples; default: 12"
+    )
     options, rest = parser.parse_known_args(argv)
     data_path = rest[:1] if rest and not rest[0].startswith("-") else []
     logging.basicConfig(format="%(message)s")
@@ -259,7 +263,7 @@ def main(argv: list[str] | None = None, prog: str | None = None, complete: Compl
         recipe.data.data_path = data_path or recipe.data.data_path
         page = Report(recipe, options.output, options.examples).write()
     except (ConfigError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 2
     print(f"wrote {page}")
     return 0

@@ -11,8 +11,11 @@ from __future__ import annotations
 import argparse
 import csv
 import shlex
+import sys
 from importlib import resources
 from pathlib import Path
+
+from megatron_vlm.commands.failures import describe as describe_error
 
 STAGES = ("warmup", "pretrain", "instruct")
 
@@ -48,7 +51,7 @@ def commands(datasets: list[dict[str, str]], root: str) -> list[str]:
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Exit code 0."""
+    """Exit code: 0, or 2 if a folder cannot be created."""
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=STAGES, help="default: all three")
     parser.add_argument("--data-root", metavar="DIR", help="root of the folders to create")
@@ -60,7 +63,11 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         return 0
     print(describe(datasets))
     if options.data_root:
-        for row in datasets:
-            Path(options.data_root, "raw", row["stage"], row["name"], "images").mkdir(parents=True, exist_ok=True)
+        try:
+            for row in datasets:
+                Path(options.data_root, "raw", row["stage"], row["name"], "images").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"error: {describe_error(error)}", file=sys.stderr)
+            return 2
         print(f"\n{len(datasets)} folders in {Path(options.data_root, 'raw')}")
     return 0

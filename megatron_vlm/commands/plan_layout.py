@@ -15,6 +15,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+from megatron_vlm.commands.number_flags import number_from_0, positive_int, positive_number
 from megatron_vlm.config import ConfigError, Recipe, check_recipe, parse_command_line
 from megatron_vlm.planner.devices import DEVICES, GB, USABLE_MEMORY
 from megatron_vlm.planner.report import describe_plan, table
@@ -27,18 +28,20 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
+    parser.add_argument("--gpus", type=positive_int, required=True, metavar="N", help="number of GPUs")
     parser.add_argument("--device", choices=DEVICES, default="MI300X", help="kind of GPU; default: MI300X")
-    parser.add_argument("--memory-gb", type=float, metavar="GB", help="memory of a GPU; default: the device's")
-    parser.add_argument("--tiles-per-row", type=float, metavar="N", help="tiles of an average row")
-    parser.add_argument("--document-tokens", type=float, metavar="N", help="length of the document of a token")
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to list; default: 10")
+    parser.add_argument(
+        "--memory-gb", type=positive_number, metavar="GB", help="memory of a GPU; default: the device's"
+    )
+    parser.add_argument("--tiles-per-row", type=number_from_0, metavar="N", help="tiles of an average row")
+    parser.add_argument(
+        "--document-tokens", type=positive_number, metavar="N", help="length of the document of a token"
+    )
+    parser.add_argument("--top", type=positive_int, default=10, metavar="N", help="layouts to list; default: 10")
     options, rest = parser.parse_known_args(argv)
     try:
         recipe, _ = parse_command_line(rest)
         check_recipe(_on_one_rank(recipe), 1)
-        if options.gpus < 1:
-            raise ConfigError(f"--gpus {options.gpus}: there must be at least one. Use 1 or more.")
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

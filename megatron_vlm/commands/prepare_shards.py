@@ -15,16 +15,12 @@ import argparse
 import logging
 import sys
 
+from megatron_vlm.commands.failures import describe
 from megatron_vlm.commands.job_flag import add_job_flag
 from megatron_vlm.commands.max_rejected import MaxRejected, add_max_rejected_flag
+from megatron_vlm.commands.number_flags import positive_int
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.prepare.shard_writer import MAX_SAMPLES_PER_PART, PrepareSummary, merge_parts, prepare_shards
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= 1")
-    return int(text)
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
@@ -37,16 +33,16 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     )
     parser.add_argument("--image-folder", metavar="DIR", help="root of the image paths in annotations")
     parser.add_argument("--output", required=True, metavar="DIR|s3://…", help="shard set to write")
-    parser.add_argument("--processes", type=_positive, metavar="N", help="worker processes; default: one per core")
+    parser.add_argument("--processes", type=positive_int, metavar="N", help="worker processes; default: one per core")
     parser.add_argument(
         "--size-limit",
-        type=_positive,
+        type=positive_int,
         default=1 << 26,
         metavar="BYTES",
         help="of a shard; default: 64 MiB",
     )
     parser.add_argument(
-        "--samples-per-part", type=_positive, metavar="N",
+        "--samples-per-part", type=positive_int, metavar="N",
         help=f"samples written at a time; default: 1/16 of the set, at most {MAX_SAMPLES_PER_PART}",
     )  # fmt: skip
     add_job_flag(parser, "write only the samples of job k of n, k from 1")
@@ -66,7 +62,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
                 options.samples_per_part, options.job,
             )  # fmt: skip
     except (DataError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command to resume", file=sys.stderr)
@@ -89,6 +85,6 @@ def _report(summary: PrepareSummary, output: str, job: tuple[int, int] | None, m
     if job:  # the set as a whole is judged when it is merged
         return 0
     if not summary.written:
-        print("error: no sample is valid; no shard was written", file=sys.stderr)
+        print("error: no sample is valid; no shard was written. Fix the data", file=sys.stderr)
         return 1
     return int(max_rejected.report(invalid, summary.read))

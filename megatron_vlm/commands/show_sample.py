@@ -61,7 +61,10 @@ def main(argv: list[str] | None = None, prog: str | None = None, complete: Compl
         number = options.index if options.id is None else data.find(options.id)
         total = len(data.mixture.sources)
         if number is None or not 0 <= number < total:
-            raise DataError(f"there is no sample {options.id or options.index!r} among {total}")
+            wanted = options.index if options.id is None else repr(options.id)
+            raise DataError(
+                f"there is no sample {wanted} among {total}. Give --index from 0 to {total - 1}, or another --id."
+            )
         view = data.view(number)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)

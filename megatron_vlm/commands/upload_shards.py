@@ -15,6 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_vlm.commands.failures import describe
+from megatron_vlm.commands.number_flags import positive_int
 from megatron_vlm.data.errors import DataError
 from megatron_vlm.data.shards import s3
 from megatron_vlm.data.shards.mds_format import INDEX
@@ -66,14 +68,14 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a complete shard set")
     parser.add_argument("url", metavar="s3://BUCKET/PREFIX")
-    parser.add_argument("--threads", type=int, default=8, metavar="N", help="concurrent uploads; default: 8")
+    parser.add_argument("--threads", type=positive_int, default=8, metavar="N", help="concurrent uploads; default: 8")
     options = parser.parse_args(argv)
     if not s3.is_remote(options.url):
         parser.error(f"{options.url} does not begin with s3://")
     try:
         uploaded, skipped = upload_shards(options.folder, options.url, options.threads)
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command to resume", file=sys.stderr)

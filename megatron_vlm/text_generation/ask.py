@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vlm.commands.chat_client import printable
+from megatron_vlm.commands.number_flags import positive_int
 from megatron_vlm.config import InferenceConfig, ParallelConfig, check_inference
 from megatron_vlm.text_generation.arguments import add_engine_arguments, check_world_size, engine_settings
 from megatron_vlm.text_generation.failures import report_failure
@@ -26,7 +27,9 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, metavar="MODEL", help="a Megatron checkpoint or a Hugging Face folder")
     parser.add_argument("question", help="images come before it")
     parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
-    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="tokens of the answer at most [256]")
+    parser.add_argument(
+        "--max-tokens", type=positive_int, default=256, metavar="N", help="tokens of the answer at most [256]"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy decoding [0]")
     parser.add_argument(
         "--top-k", type=int, default=0, metavar="N", help="sample from the N most likely tokens; 0: all"
@@ -59,6 +62,11 @@ def _ask(options: argparse.Namespace, config: InferenceConfig, parallel: Paralle
     from megatron_vlm.data.processing.conversation import IMAGE_PLACEHOLDER, Turn
     from megatron_vlm.inference.request import Prompt, SamplingParams
 
+    if IMAGE_PLACEHOLDER in options.question:
+        raise DataError(
+            f"the question has {IMAGE_PLACEHOLDER}, which stands for an image: remove it. Images that are given with "
+            "--image come before the question."
+        )
     images = [_read_image(file) for file in options.image]
     marks = f"{IMAGE_PLACEHOLDER}\n" * len(images)
     prompt = Prompt([Turn("human", marks + options.question)], images)
@@ -88,9 +96,9 @@ def _read_image(file: Path) -> Image.Image:
     try:
         return decode_image(file.read_bytes())
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror or error}") from error
+        raise DataError(f"{file}: {error.strerror or error}. Give an image file with --image.") from error
     except ImageUnreadable as error:
-        raise DataError(f"{file}: {error}") from error
+        raise DataError(f"{file}: {error}. Give another file with --image.") from error
 
 
 if __name__ == "__main__":

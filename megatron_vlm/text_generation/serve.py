@@ -13,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_vlm.commands.number_flags import number_from_0, positive_int, positive_number
 from megatron_vlm.config import ConfigError, check_inference
 from megatron_vlm.text_generation.arguments import add_engine_arguments, check_world_size, engine_settings
 from megatron_vlm.text_generation.failures import report_failure
@@ -28,13 +29,23 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=5000, metavar="N", help="0 takes a free one [5000]")
     parser.add_argument("--served-model-name", metavar="NAME", help="the model's name for clients [the folder's]")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="accept only clients with a key of this file")
-    parser.add_argument("--default-max-tokens", type=int, default=256, metavar="N", help="new tokens of a chat [256]")
+    parser.add_argument(
+        "--default-max-tokens", type=positive_int, default=256, metavar="N", help="new tokens of a chat [256]"
+    )
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-images", type=int, default=16, metavar="N", help="images of a request [16]")
-    limits.add_argument("--max-megapixels", type=float, default=40, metavar="X", help="of a request's images [40]")
-    limits.add_argument("--max-request-mb", type=float, default=32, metavar="X", help="size of a request in MiB [32]")
-    limits.add_argument("--request-timeout", type=float, default=60, metavar="S", help="for a request to arrive [60]")
-    limits.add_argument("--shutdown-timeout", type=float, default=60, metavar="S", help="for running requests [60]")
+    limits.add_argument("--max-images", type=positive_int, default=16, metavar="N", help="images of a request [16]")
+    limits.add_argument(
+        "--max-megapixels", type=positive_number, default=40, metavar="X", help="of a request's images [40]"
+    )
+    limits.add_argument(
+        "--max-request-mb", type=positive_number, default=32, metavar="X", help="size of a request in MiB [32]"
+    )
+    limits.add_argument(
+        "--request-timeout", type=positive_number, default=60, metavar="S", help="for a request to arrive [60]"
+    )
+    limits.add_argument(
+        "--shutdown-timeout", type=number_from_0, default=60, metavar="S", help="for running requests [60]"
+    )
     limits.add_argument(
         "--allow-remote-images", action="store_true", help="fetch images from http(s) addresses of the public internet"
     )
@@ -49,9 +60,6 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     folder = options.load or options.model
     if folder is None or (options.load and options.model):
         parser.error("give one model: megatron-vlm serve MODEL")
-    for name in ("max_images", "max_megapixels", "max_request_mb", "request_timeout", "default_max_tokens"):
-        if not getattr(options, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be more than 0")
     if not 0 <= options.port < 65536:
         parser.error(f"--port {options.port} is not in 0..65535")
     try:
@@ -94,8 +102,8 @@ def _serve(folder: Path, options: argparse.Namespace) -> int:
             process = ServerProcess(settings)
         except OSError as error:
             print(
-                f"cannot listen on {options.host} port {options.port}: {error.strerror or error}. Another --port or "
-                "--host?",
+                f"cannot listen on {options.host} port {options.port}: {error.strerror or error}. Give another --port "
+                "or --host.",
                 file=sys.stderr,
             )
             return 2
@@ -111,7 +119,7 @@ def _api_keys(file: Path | None) -> tuple[str, ...]:
     try:
         keys = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"api_key_file {file} cannot be read: {error}") from error
+        raise ConfigError(f"api_key_file {file} cannot be read: {error}. Give a text file.") from error
     if not keys:
         raise ConfigError(f"api_key_file {file} has no key: write one per line.")
     return keys

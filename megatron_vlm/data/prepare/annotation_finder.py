@@ -56,7 +56,7 @@ def find_annotations(paths: Sequence[str | Path]) -> list[Path]:
             logger.warning("%d files below %s hold no conversations and are left out: %s", len(others), path, names)
         if not annotations:
             kinds = ", ".join((*SUFFIXES, PARQUET, TAR))
-            raise DataError(f"folder {path} contains no file with conversations ({kinds})")
+            raise DataError(f"folder {path} contains no file with conversations ({kinds}). Give another.")
         found += annotations
     return found
 

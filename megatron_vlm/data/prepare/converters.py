@@ -203,7 +203,9 @@ def _read_pool(file: Path) -> tuple[str, ...]:
         pool = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, ValueError) as error:
         choices = ", ".join(PROMPTS)
-        raise DataError(f"--prompts {file}: neither {choices} nor a file that can be read ({error})") from error
+        raise DataError(
+            f"--prompts {file}: neither {choices} nor a file that can be read ({error}). Give one."
+        ) from error
     if not pool:
         raise DataError(f"--prompts {file}: the file has no prompt. Write one per line.")
     return pool

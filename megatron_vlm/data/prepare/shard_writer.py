@@ -128,7 +128,7 @@ def merge_parts(output: str | Path) -> PrepareSummary:
     destination = open_destination(output)
     content = destination.read(f"{_RECORDS}/{_PLAN}")
     if content is None:
-        raise DataError(f"{output} has no parts to merge")
+        raise DataError(f"{output} has no parts to merge. Write them with --job first.")
     parts = int(json.loads(content)["parts"])
     done = set(destination.list_names(_RECORDS))
     missing = [number for number in range(parts) if _record_name(number) not in done]

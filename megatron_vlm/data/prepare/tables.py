@@ -48,9 +48,9 @@ def read_rows(path: Path) -> Iterator[Row | RowError]:
     except RecursionError:
         raise DataError(f"{path} cannot be read: it is nested too deeply") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
     except (ValueError, csv.Error, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {error}. Check that it is whole.") from error
 
 
 def _open(path: Path) -> BinaryIO:
@@ -111,7 +111,7 @@ def _parquet(path: Path) -> Iterator[Row | RowError]:
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):  # rows with images are large
             yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {error}. Check that it is whole.") from error
 
 
 _READERS = {".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}

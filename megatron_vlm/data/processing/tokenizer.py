@@ -233,7 +233,8 @@ def chat_template_text(tokenizer: Path, chat_template: str) -> str:
     try:
         return Path(chat_template).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise DataError(f"chat_template {chat_template} is neither auto, instella nor a file: {error}") from error
+        what = f"chat_template {chat_template} is neither auto, instella nor a file: {error}"
+        raise DataError(f"{what}. Set it to one of these.") from error
 
 
 def _load(path: str | Path) -> Tokenizer:
@@ -253,5 +254,6 @@ def _load(path: str | Path) -> Tokenizer:
     if location.is_file() and location.suffix == ".model":
         return SentencePieceTokenizer(location)
     raise DataError(
-        f"no tokenizer at {location}: tokenizer_model is a Hugging Face tokenizer folder or a sentencepiece .model"
+        f"no tokenizer at {location}. Set tokenizer_model to a Hugging Face tokenizer folder or a sentencepiece .model "
+        "file."
     )

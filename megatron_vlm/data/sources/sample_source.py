@@ -172,7 +172,7 @@ class AnnotationSource(EntrySource):
         self.name = str(path)
         self.image_folder = Path(image_folder) if image_folder else Path()
         if image_folder and not self.image_folder.is_dir():
-            raise DataError(f"image_folder {self.image_folder} does not exist")
+            raise DataError(f"image_folder {self.image_folder} does not exist. Correct the path.")
         self._file = AnnotationFile(path, cache_dir)
 
     def __len__(self) -> int:
