@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,36 +11,63 @@ import torch.nn.functional as F
 from megatron_vlm.inference.step_plan import Span, StepPlan
 from megatron_vlm.model.layers.packed_sequence import PackedSequence
 
+Slots = slice | torch.Tensor
+"""Positions in the cache: a slice where they are contiguous, as a CPU reads and writes them without indices."""
+
+
+@dataclass
+class _Chunk:
+    """Several tokens of one request in a step."""
+
+    rows: slice
+    """Of the row of the step."""
+    new: slice
+    """The same tokens among the request's, from 0."""
+    slots: Slots
+    """Of the request's tokens, cached and new ones."""
+    mask: torch.Tensor | None
+    """[s, context + s] to add to the scores: 0 or -inf. None without context: attention is causal."""
+
 
 class PagedKVCache:
     """Keys and values of this rank's layers and heads in blocks of tokens; PackedSequence.cache refers to it.
 
     Call `start_step` before the layers run. Each request is attended by itself, so its result does not depend on the
-    other requests of the step.
+    other requests of the step. All that layers have in common is computed once per step, because in decode on a CPU the
+    time of small operations counts.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         """`num_blocks` includes block 0, which padding is written to. Memory is allocated in the first step."""
         self.num_blocks, self.block_size = num_blocks, block_size
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        """Layer number -> keys and values [kv heads, slots, head dim]; slot = block * block_size + offset."""
-        self._slots = torch.empty(0, dtype=torch.int64)
-        """[S]: the slot each token of the row is written to."""
-        self._spans: list[tuple[Span, slice | torch.Tensor]] = []
-        """Each span with the slots of its tokens, cached and new ones: a slice where its blocks are contiguous."""
+        """Layer number -> keys and values [1, kv heads, slots, head dim]; slot = block * block_size + offset."""
+        self._chunks: list[_Chunk] = []
+        self._single: list[Slots] = []
+        """For each request with one token in the step, the slots of all its tokens."""
+        self._single_rows = torch.empty(0, dtype=torch.int64)
+        """[n]: where these tokens are in the row of the step."""
+        self._written_rows = self._written_slots = torch.empty(0, dtype=torch.int64)
+        """[n + padding]: these tokens and the row's padding, and the slots that they are written to."""
 
-    def start_step(self, plan: StepPlan, device: torch.device) -> None:
-        """Prepare the indices that all layers need."""
-        slots = np.zeros(len(plan.tokens), np.int64)
-        self._spans = []
+    def start_step(self, plan: StepPlan, device: torch.device, dtype: torch.dtype) -> None:
+        """Prepare what all layers need; `dtype` is that of the scores."""
+        self._chunks, self._single = [], []
+        rows, written, stop = [], [], 0
         for span in plan.spans:
             used = self._slots_of(span)
-            slots[span.start : span.start + span.length] = used[span.context :]
-            first, last = int(used[0]), int(used[-1])
-            contiguous = last - first + 1 == len(used) and bool((np.diff(used) == 1).all())
-            where = slice(first, last + 1) if contiguous else torch.from_numpy(used).to(device)
-            self._spans.append((span, where))
-        self._slots = torch.from_numpy(slots).to(device)
+            slots = _contiguous(used, device)
+            if span.length == 1:
+                self._single.append(slots)
+                rows.append(span.start)
+                written.append(int(used[-1]))
+            else:
+                self._chunks.append(_chunk(span, slots, device, dtype))
+            stop = span.start + span.length
+        padding = range(stop, len(plan.tokens))
+        self._written_rows = torch.tensor([*rows, *padding], dtype=torch.int64, device=device)
+        self._written_slots = torch.tensor(written + [0] * len(padding), dtype=torch.int64, device=device)
+        self._single_rows = self._written_rows[: len(rows)]
 
     def _slots_of(self, span: Span) -> np.ndarray:
         blocks = np.asarray(span.blocks, np.int64)[:, None] * self.block_size
@@ -49,31 +78,67 @@ class PagedKVCache:
     ) -> torch.Tensor:
         """Append key and value [s, kv, d] of a layer, then attend query [s, h, d] to its cached tokens: [s, h, d]."""
         if layer not in self._layers:
-            shape = (key.shape[1], self.num_blocks * self.block_size, key.shape[2])
+            shape = (1, key.shape[1], self.num_blocks * self.block_size, key.shape[2])
             # Zeros: memory that was never written may hold NaN.
             self._layers[layer] = key.new_zeros(shape), value.new_zeros(shape)
         keys, values = self._layers[layer]
-        keys[:, self._slots], values[:, self._slots] = key.transpose(0, 1), value.transpose(0, 1)
         out = torch.zeros_like(query)
-        for span, where in self._spans:
-            rows = slice(span.start, span.start + span.length)
-            attended = _attend_span(query[rows].transpose(0, 1), keys[:, where], values[:, where], span.context)
-            out[rows] = attended.transpose(0, 1)
+        for chunk in self._chunks:
+            for cached, new in ((keys, key), (values, value)):
+                _write(cached, chunk, new[chunk.rows].transpose(0, 1))
+            attended = _attend(
+                query[chunk.rows].transpose(0, 1)[None],
+                keys[:, :, chunk.slots],
+                values[:, :, chunk.slots],
+                chunk.mask,
+                is_causal=chunk.mask is None,
+            )
+            out[chunk.rows] = attended[0].transpose(0, 1)
+        if len(self._written_rows):
+            for cached, new in ((keys, key), (values, value)):
+                cached[0, :, self._written_slots] = new[self._written_rows].transpose(0, 1)
+        if self._single:
+            queries = query[self._single_rows].unsqueeze(2).split(1)  # [1, h, 1, d] each
+            attended_all = [
+                _attend(one, keys[:, :, slots], values[:, :, slots])
+                for one, slots in zip(queries, self._single, strict=True)
+            ]
+            out[self._single_rows] = torch.cat(attended_all).squeeze(2)
         return out
 
 
-def _attend_span(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, context: int) -> torch.Tensor:
-    """query [h, s, d] at positions context..context + s - 1, keys and values [kv, context + s, d] -> [h, s, d]."""
-    length = query.shape[1]
+def _contiguous(used: np.ndarray, device: torch.device) -> Slots:
+    first, last = int(used[0]), int(used[-1])
+    if last - first + 1 == len(used) and bool((np.diff(used) == 1).all()):
+        return slice(first, last + 1)
+    return torch.from_numpy(used).to(device)
+
+
+def _chunk(span: Span, slots: Slots, device: torch.device, dtype: torch.dtype) -> _Chunk:
+    length, total = span.length, span.context + span.length
     mask = None
-    if length > 1 and context:
-        mask = torch.ones(length, context + length, dtype=torch.bool, device=query.device).tril(context)
-    out = F.scaled_dot_product_attention(
-        query[None],
-        keys[None],
-        values[None],
-        attn_mask=mask,
-        is_causal=length > 1 and not context,
-        enable_gqa=query.shape[0] != keys.shape[0],
+    if span.context:
+        mask = torch.full((length, total), -torch.inf, dtype=dtype, device=device).triu(span.context + 1)
+    return _Chunk(slice(span.start, span.start + length), slice(span.context, total), slots, mask)
+
+
+def _write(cached: torch.Tensor, chunk: _Chunk, new: torch.Tensor) -> None:
+    """Write new [kv, s, d] to the slots of a chunk's tokens."""
+    if isinstance(chunk.slots, slice):
+        first = chunk.slots.start
+        cached[0, :, first + chunk.new.start : first + chunk.new.stop] = new
+    else:
+        cached[0, :, chunk.slots[chunk.new]] = new
+
+
+def _attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """query [1, h, s, d], keys and values [1, kv, t, d] -> [1, h, s, d]."""
+    return F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, is_causal=is_causal, enable_gqa=query.shape[1] != keys.shape[1]
     )
-    return out[0]

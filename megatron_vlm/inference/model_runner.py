@@ -57,7 +57,7 @@ class ModelRunner:
     @torch.no_grad()
     def run(self, plan: StepPlan) -> torch.Tensor | None:
         """Compute a step. On the engine's rank, returns the fp32 logits [n, V] at plan.logit_positions."""
-        self._cache.start_step(plan, self.device)
+        self._cache.start_step(plan, self.device, self._dtype)
         packed = self._packed_sequence(plan)
         for chunk in self._chunks:
             if chunk.pre_process:
