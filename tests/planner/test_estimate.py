@@ -100,5 +100,6 @@ def test_command_lists_the_fastest(capsys: pytest.CaptureFixture[str], found: li
 def test_command_says_what_to_do_if_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan_layout.main(["--gpus", "1", "--memory-gb", "20", "--config", RECIPE, "--global-batch-size", "1"]) == 1
     assert "no layout fits into 92% of 20 GB on 1 GPUs" in capsys.readouterr().err
-    assert plan_layout.main(["--gpus", "0", "--config", RECIPE]) == 2
-    assert "Use 1 or more" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        plan_layout.main(["--gpus", "0", "--config", RECIPE])
+    assert "--gpus: '0': expected a whole number of at least 1" in capsys.readouterr().err
