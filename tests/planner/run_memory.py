@@ -146,12 +146,13 @@ def _rows(recipe: Recipe) -> Iterator[PackedBatch]:
     return repeat(row)
 
 
-def _storage_bytes(tensors: Any) -> int:
+def storage_bytes(tensors: Any) -> int:
+    """Bytes of the tensors' memory; what several of them share counts once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
-def _optimizer_bytes(optimizer: Any, parameters: list[torch.Tensor]) -> int:
+def optimizer_bytes(optimizer: Any, parameters: list[torch.Tensor]) -> int:
     """State tensors and fp32 copies of parameters, without what is the parameters' own memory."""
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     tensors = []
@@ -162,7 +163,7 @@ def _optimizer_bytes(optimizer: Any, parameters: list[torch.Tensor]) -> int:
             tensors += group["params"]
         tensors += [value for state in part.optimizer.state.values() for value in state.values()]
     kept = [t for t in tensors if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in own]
-    return _storage_bytes(kept)
+    return storage_bytes(kept)
 
 
 def count(case: Case) -> dict[str, dict[str, int]]:
@@ -180,9 +181,9 @@ def count(case: Case) -> dict[str, dict[str, int]]:
         forward_backward(wrapped, rows_for_chunks(_rows(recipe), len(wrapped)), recipe)
     update(optimizer)
     counted = {
-        "parameters": _storage_bytes(weights),
-        "gradients": _storage_bytes(buffer.grad_data for chunk in wrapped for buffer in chunk.buffers),
-        "optimizer": _optimizer_bytes(optimizer, weights),
+        "parameters": storage_bytes(weights),
+        "gradients": storage_bytes(buffer.grad_data for chunk in wrapped for buffer in chunk.buffers),
+        "optimizer": optimizer_bytes(optimizer, weights),
         "activations": saved.peak,
     }
     document = sum(length**2 for length in DOCUMENTS) / SEQ_LENGTH
