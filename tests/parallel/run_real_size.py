@@ -147,7 +147,7 @@ def stage1(recipe: Recipe, row: PackedBatch, folder: Path) -> dict[str, Any]:
     shards: list[Shard] = []
     for chunk in chunks:
         state = model_sharded_state_dict(chunk)
-        kept = {name: entry for name, entry in state.items() if name.startswith("projector")}
+        kept = {name: entry for name, entry in state.items() if name.startswith(("projector", "image_newline"))}
         shards += [
             (t.key, tuple(t.global_shape), tuple(t.global_offset), t.data.detach()[(None,) * t.prepend_axis_num])
             for t in all_sharded_tensors(kept)
