@@ -70,7 +70,9 @@ def test_in_an_object_store(sound: Path, one_store: Proxy) -> None:
     recipe.training.pretrained_checkpoint = url
     one_store.requests.clear()
     assert describe_start(recipe) == f"the weights of {url}/{CHECKPOINT}, iteration 0"
-    assert not [path for method, path in one_store.requests if method == "GET" and path.endswith(".distcp")]
+    read = [path for method, path in one_store.requests if method == "GET" and path.endswith(".distcp")]
+    common = sound / "megatron" / CHECKPOINT / "common.pt"
+    assert len(read) == (0 if common.is_file() else 1)  # megatron-core 0.19 keeps where the run stood in a .distcp file
     recipe.training.pretrained_checkpoint = "s3://absent/run"
     with pytest.raises(CheckpointError, match=r"training.pretrained_checkpoint: .*s3://absent/run.*NoSuchBucket"):
         describe_start(recipe)
@@ -115,7 +117,7 @@ CHECKPOINTS: dict[Callable[[Path, Recipe], None], str] = {
     _empty: "megatron holds no finished checkpoint",
     _unfinished: "no checkpoint in .*megatron is whole",
     _truncated: r"\.distcp has [\d,]+ bytes and [\d,]+ are needed",
-    _rank_lost: r"\.distcp does not exist: copy the checkpoint again",
+    _rank_lost: r"\.distcp.*(: c|\. C)opy the checkpoint again",
     _other_model: "model.language.num_hidden_layers is 5 here and 4 there",
     _other_shapes: "(?s)tensors of another shape.*linear_fc1.weight",
     _other_tokenizer: "trained with another tokenizer",
