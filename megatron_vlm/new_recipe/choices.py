@@ -9,7 +9,7 @@ import numpy as np
 
 SAMPLES_PER_STEP = 128
 """LLaVA's batch of instruction tuning."""
-_FROM_SCRATCH_PER_STEP = 64
+_FROM_SCRATCH_PER_STEP = 48
 """More steps, of fewer samples: attention to the image appears after a number of steps, not of samples."""
 _SAMPLES_PER_ROW = 16
 _LEAST_STEPS = 200

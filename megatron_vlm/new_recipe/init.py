@@ -156,7 +156,7 @@ def _data_and_model(options: argparse.Namespace) -> tuple[Recipe, str | None]:
         size, folder = SIZES[options.from_scratch], options.output / "tokenizer"
         vocab_size = write_tokenizer(_texts(recipe), size.max_vocab_size, folder)
         recipe.model = model_of(size, vocab_size, data.seq_length)
-        data.tokenizer_model, data.image_aspect_ratio = str(folder), "square"
+        data.tokenizer_model = str(folder)  # images as anyres: llava_next, the format of exports, knows nothing else
         return recipe, None
     from checkpoint_convert.errors import ConversionError
     from checkpoint_convert.merge import merge

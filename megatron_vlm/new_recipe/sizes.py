@@ -18,7 +18,7 @@ _VOCAB_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class Size:
-    """Vision tower and decoder of the same width; each image is one square tile."""
+    """Vision tower and decoder of the same width; each image is a base view and one tile, both square."""
 
     width: int
     heads: int

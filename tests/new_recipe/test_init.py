@@ -34,6 +34,7 @@ def test_from_random_weights(data: Folder, capsys: pytest.CaptureFixture[str]) -
     recipe = load_recipe("new/recipe.yaml")
     assert sorted(path.name for path in Path("new").iterdir()) == ["recipe.yaml", "tokenizer"]
     assert (recipe.training.epochs, recipe.training.save, recipe.data.valid_share) == (4, "new/run", 0)
+    assert recipe.data.image_aspect_ratio == "anyres"  # with another one, its export would see other inputs
     vocabulary = recipe.model.image_token_index
     assert vocabulary < recipe.model.language.vocab_size
     text = Path("new/recipe.yaml").read_text()
