@@ -24,9 +24,6 @@ import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before meg
 from benchmarks.support import transformers_loop
 from benchmarks.support.report import RESULTS, machine, save, table
 from benchmarks.support.samples import SampleGenerator, Workload, build_workload
-from checkpoint_convert.mapping.hf_names import canonical_name
-from checkpoint_convert.mapping.param_map import param_map, to_megatron
-from checkpoint_convert.megatron.files import tensors_of
 from megatron_vlm.config import (
     DataConfig,
     LanguageConfig,
@@ -78,13 +75,7 @@ class PackedLoop:
     def __init__(self, weights: torch.nn.Module, recipe: Recipe) -> None:
         self.recipe = recipe
         (model,) = chunks = build_model(recipe, for_training=True)
-        state = weights.state_dict().items()
-        tensors = {ours: tensor for name, tensor in state if (ours := canonical_name(name, "llava"))}
-        tensors.pop("language_model.lm_head.weight")  # tied
-        parameters = tensors_of(model)
-        with torch.no_grad():
-            for name, tensor in to_megatron(param_map(recipe.model), tensors, "transformers"):
-                parameters[name].copy_(tensor)
+        transformers_loop.copy_weights(weights, model, recipe)
         self.chunks = wrap_for_data_parallel(chunks, recipe)
         self.optimizer = build_optimizer(self.chunks, recipe)
 

@@ -54,9 +54,10 @@ def describe_start(recipe: Recipe) -> str:
 
 
 def _check_checkpoint(recipe: Recipe, checkpoint: StoragePath, *, resume: bool) -> Progress:
+    tensors = CheckpointTensors(checkpoint)  # first, as it names a missing file: megatron-core 0.19's state is in one
     common = check_fits(checkpoint, recipe, load_tokenizer(recipe.data.tokenizer_model).fingerprint, resume=resume)
     entries = param_map(recipe.model)
-    HuggingFaceTensors(entries, WithoutAdapters(entries, CheckpointTensors(checkpoint)), str(checkpoint))
+    HuggingFaceTensors(entries, WithoutAdapters(entries, tensors), str(checkpoint))
     return Progress(**common["progress"])
 
 

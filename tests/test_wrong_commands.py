@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -23,6 +24,9 @@ from megatron_vlm.cli import GROUPS, main
 from tests.data.helpers import image_bytes, mixed_folder
 from tests.support.random_models import LANGUAGE_SIZES, clip_vision_model, olmo_model, write_llava_next
 from tests.test_wrong_inputs import REMEDY
+
+_MORE_REMEDIES = re.compile(r"\b(must be|pad|export|start)\b", re.IGNORECASE)
+"""What else a command says to do, beside the words of messages about data and settings."""
 
 CASES: dict[str, list[tuple[str, str]]] = {
     "import": [
@@ -236,7 +240,7 @@ def problem_of(
         "Traceback" in error
         or where not in message
         or error.count("error: ") > 1
-        or not ("usage: " in error or REMEDY.search(message))
+        or not ("usage: " in error or REMEDY.search(message) or _MORE_REMEDIES.search(message))
     ):
         return f"{case}: {message[-600:]}"
     return None

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from checkpoint_convert.mapping.hf_names import canonical_name
-from checkpoint_convert.mapping.param_map import param_map, to_megatron
-from checkpoint_convert.megatron.files import tensors_of
+from benchmarks.support import transformers_loop
 from megatron_vlm.config import LanguageConfig, ModelConfig, Recipe, VisionConfig
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.vlm import VisionLanguageModel
@@ -30,11 +28,5 @@ def recipe_of(hidden_size: int, num_layers: int) -> Recipe:
 def same_weights(weights: torch.nn.Module, recipe: Recipe) -> VisionLanguageModel:
     """Our model with the weights of a transformers model."""
     (model,) = build_model(recipe)
-    state = weights.state_dict().items()
-    tensors = {ours: tensor for name, tensor in state if (ours := canonical_name(name, "llava"))}
-    tensors.pop("language_model.lm_head.weight")  # tied
-    parameters = tensors_of(model)
-    with torch.no_grad():
-        for name, tensor in to_megatron(param_map(recipe.model), tensors, "transformers"):
-            parameters[name].copy_(tensor)
+    transformers_loop.copy_weights(weights, model, recipe)
     return model

@@ -19,9 +19,13 @@ from transformers import (
 )
 
 from benchmarks.support.samples import PAD, Sample
+from checkpoint_convert.mapping.hf_names import canonical_name
+from checkpoint_convert.mapping.param_map import param_map, to_megatron
+from checkpoint_convert.megatron.files import tensors_of
 from megatron_vlm.config import Recipe
 from megatron_vlm.data.processing.tiling import CLIP_MEAN, CLIP_STD, normalise_tiles
 from megatron_vlm.data.rows.batch import IGNORE_INDEX
+from megatron_vlm.model.vlm import VisionLanguageModel
 
 Batch = dict[str, torch.Tensor]
 
@@ -57,6 +61,17 @@ def build(recipe: Recipe) -> LlavaNextForConditionalGeneration:
         tie_word_embeddings=language.tie_word_embeddings,
     )
     return LlavaNextForConditionalGeneration(config).train()
+
+
+def copy_weights(weights: torch.nn.Module, model: VisionLanguageModel, recipe: Recipe) -> None:
+    """Copy the weights of a transformers model that `build` made into ours, on one rank."""
+    state = weights.state_dict().items()
+    tensors = {ours: tensor for name, tensor in state if (ours := canonical_name(name, "llava"))}
+    tensors.pop("language_model.lm_head.weight")  # tied
+    parameters = tensors_of(model)
+    with torch.no_grad():
+        for name, tensor in to_megatron(param_map(recipe.model), tensors, "transformers"):
+            parameters[name].copy_(tensor)
 
 
 def collate(samples: list[Sample], device: torch.device) -> Batch:

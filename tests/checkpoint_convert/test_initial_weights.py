@@ -117,7 +117,7 @@ CHECKPOINTS: dict[Callable[[Path, Recipe], None], str] = {
     _empty: "megatron holds no finished checkpoint",
     _unfinished: "no checkpoint in .*megatron is whole",
     _truncated: r"\.distcp has [\d,]+ bytes and [\d,]+ are needed",
-    _rank_lost: r"\.distcp.*(: c|\. C)opy the checkpoint again",
+    _rank_lost: r"\.distcp does not exist: copy the checkpoint again",
     _other_model: "model.language.num_hidden_layers is 5 here and 4 there",
     _other_shapes: "(?s)tensors of another shape.*linear_fc1.weight",
     _other_tokenizer: "trained with another tokenizer",

@@ -37,7 +37,7 @@ from megatron_vlm.config import Recipe, check_recipe, load_recipe
 from megatron_vlm.data.rows.batch import IGNORE_INDEX, PackedBatch, tile_range
 from megatron_vlm.model.build import build_model
 from megatron_vlm.model.initialize import all_sharded_tensors, initialize_weights
-from megatron_vlm.model.sharding import model_sharded_state_dict, unwrap
+from megatron_vlm.model.sharding import model_sharded_state_dict
 from megatron_vlm.planner.memory import rank_memory
 from megatron_vlm.planner.row_work import RowShape
 from megatron_vlm.runtime.launch import process_group
@@ -46,7 +46,7 @@ from megatron_vlm.training.finite_update import update
 from megatron_vlm.training.optimizer import build_optimizer, wrap_for_data_parallel
 from megatron_vlm.training.step import forward_backward, global_loss
 from tests.parallel.gradients import Shard, iter_gradients
-from tests.planner.run_memory import optimizer_bytes, storage_bytes
+from tests.support.planned_bytes import gradient_bytes, optimizer_bytes, storage_bytes, weights_of
 from tests.support.saved_tensors import SavedTensors
 
 CONFIG = Path(__file__).parents[2] / "examples/instellavl/instruct.yaml"
@@ -95,7 +95,7 @@ def _train(recipe: Recipe, row: PackedBatch) -> tuple[list[Any], float, dict[str
     chunks = build_model(recipe)
     initialize_weights(chunks, recipe)
     wrapped = wrap_for_data_parallel(chunks, recipe)
-    weights = _weights(wrapped)
+    weights = weights_of(wrapped)
     assert row.tiles is not None
     start, stop = tile_range(row.num_tiles, *tile_shard_rank(recipe.parallel))
     row = dataclasses.replace(row, tiles=row.tiles[start:stop])
@@ -104,7 +104,7 @@ def _train(recipe: Recipe, row: PackedBatch) -> tuple[list[Any], float, dict[str
         loss, _ = global_loss(forward_backward(wrapped, [iter([row])], recipe))
     counted = {
         "parameters": storage_bytes(weights),
-        "gradients": storage_bytes(buffer.grad_data for chunk in wrapped for buffer in chunk.buffers),
+        "gradients": gradient_bytes(wrapped),
         "activations": saved.peak,
     }
     lengths = [end - begin for begin, end in itertools.pairwise(row.cu_seqlens)]
@@ -120,11 +120,6 @@ def _train(recipe: Recipe, row: PackedBatch) -> tuple[list[Any], float, dict[str
         "planned": {name: getattr(planned, name) for name in (*counted, "optimizer")},
     }
     return wrapped, loss, measured
-
-
-def _weights(chunks: list[Any]) -> list[torch.Tensor]:
-    tensors = (itertools.chain(chunk.parameters(), chunk.buffers()) for chunk in map(unwrap, chunks))
-    return [*itertools.chain.from_iterable(tensors)]
 
 
 def gradients(recipe: Recipe, row: PackedBatch, folder: Path) -> dict[str, Any]:
@@ -143,7 +138,7 @@ def stage1(recipe: Recipe, row: PackedBatch, folder: Path) -> dict[str, Any]:
     for group in optimizer.param_groups:
         group["lr"] = recipe.training.lr
     updated, norm = update(optimizer, loss)
-    measured["counted"]["optimizer"] = optimizer_bytes(optimizer, _weights(chunks))
+    measured["counted"]["optimizer"] = optimizer_bytes(optimizer, weights_of(chunks))
     shards: list[Shard] = []
     for chunk in chunks:
         state = model_sharded_state_dict(chunk)

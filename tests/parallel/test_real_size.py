@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from tests.support.launch import launch
+from tests.support.planned_bytes import check_planned
 
 MOST_BYTES = 22e9
 TOLERANCE = 1e-5
-PLANNED = 0.10
-"""|bytes that the planner expects / counted - 1|, of weights, gradients, optimizer state and saved tensors."""
 
 
 def differences(ours: Path, reference: Path) -> dict[str, float]:
@@ -46,11 +45,11 @@ def test_every_gradient_at_tensor_parallel_size_2(tmp_path: Path) -> None:
         assert sum(report["peak_bytes"]) < MOST_BYTES
         assert report["stage1"]["updated"] and report["stage1"]["grad_norm"] > 0
         for part in ("gradients", "stage1"):
-            for kind, counted in report[part]["counted"].items():
-                assert report[part]["planned"][kind] == pytest.approx(counted, rel=PLANNED), (part, kind)
+            check_planned(report[part]["counted"], report[part]["planned"], f"in {part}")
     for part in ("gradients", "stage1"):
         found = differences(tmp_path / "2" / part, tmp_path / "1" / part)
         print(part, len(found), "tensors, worst:", max(found.items(), key=lambda item: item[1]))
+        assert len(found) > 3
         elements = sum(np.load(path, mmap_mode="r").size for path in (tmp_path / "1" / part).glob("*.npy"))
         assert 4 * elements == reports[1][part]["counted"]["gradients"]  # all that is trained; layers are stacked
         assert all(difference <= TOLERANCE for difference in found.values()), found

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from megatron_vlm.runtime.process_groups import destroy_groups, initialize_group
 from megatron_vlm.training.finite_update import update
 from megatron_vlm.training.optimizer import build_optimizer, wrap_for_data_parallel
 from megatron_vlm.training.step import forward_backward, rows_for_chunks
+from tests.support.planned_bytes import gradient_bytes, optimizer_bytes, storage_bytes, weights_of
 from tests.support.saved_tensors import SavedTensors
 
 SEQ_LENGTH, TILES = 512, 8
@@ -146,26 +147,6 @@ def _rows(recipe: Recipe) -> Iterator[PackedBatch]:
     return repeat(row)
 
 
-def storage_bytes(tensors: Any) -> int:
-    """Bytes of the tensors' memory; what several of them share counts once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
-
-
-def optimizer_bytes(optimizer: Any, parameters: list[torch.Tensor]) -> int:
-    """State tensors and fp32 copies of parameters, without what is the parameters' own memory."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    tensors = []
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if getattr(part, "optimizer", None) is None:
-            continue
-        for group in part.optimizer.param_groups:
-            tensors += group["params"]
-        tensors += [value for state in part.optimizer.state.values() for value in state.values()]
-    kept = [t for t in tensors if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in own]
-    return storage_bytes(kept)
-
-
 def count(case: Case) -> dict[str, dict[str, int]]:
     """Train a step. Returns what was counted on this rank, and what was planned."""
     recipe = case.recipe()
@@ -176,13 +157,13 @@ def count(case: Case) -> dict[str, dict[str, int]]:
     initialize_weights(chunks, recipe)
     wrapped = wrap_for_data_parallel(chunks, recipe)
     optimizer = build_optimizer(wrapped, recipe)
-    weights = [*chain.from_iterable(chain(chunk.parameters(), chunk.buffers()) for chunk in chunks)]
+    weights = weights_of(chunks)
     with SavedTensors(weights) as saved:
         forward_backward(wrapped, rows_for_chunks(_rows(recipe), len(wrapped)), recipe)
     update(optimizer)
     counted = {
         "parameters": storage_bytes(weights),
-        "gradients": storage_bytes(buffer.grad_data for chunk in wrapped for buffer in chunk.buffers),
+        "gradients": gradient_bytes(wrapped),
         "optimizer": optimizer_bytes(optimizer, weights),
         "activations": saved.peak,
     }

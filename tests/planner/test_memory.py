@@ -10,11 +10,8 @@ import pytest
 
 from tests.planner.run_memory import CASES, FULL_CASES, HELD_OUT, Case
 from tests.support.forked_ranks import launch_forked
+from tests.support.planned_bytes import check_planned
 
-ACTIVATIONS = 0.10
-"""|planned / counted - 1|"""
-STATE = 0.01
-"""The same for parameters, gradients and optimizer state: gradient buffers are padded."""
 SETS = {"quick": CASES, "full": [*FULL_CASES, *HELD_OUT]}
 
 
@@ -44,9 +41,7 @@ def _parametrized() -> list[Any]:
 @pytest.mark.parametrize(("name", "case"), _parametrized())
 def test_planned_bytes_are_those_counted(results: Any, name: str, case: Case) -> None:
     for rank, found in enumerate(results(name)[case.name]):
-        for kind, counted in found["counted"].items():
-            planned, tolerance = found["planned"][kind], ACTIVATIONS if kind == "activations" else STATE
-            assert abs(planned - counted) <= tolerance * counted, f"{kind} on rank {rank}: {planned} for {counted}"
+        check_planned(found["counted"], found["planned"], f"on rank {rank}")
 
 
 def test_a_stage_without_trained_parameters_has_no_gradients_and_no_optimizer_state(results: Any) -> None:

@@ -55,16 +55,16 @@ def test_they_see_what_fresh_ranks_see(
     monkeypatch.setenv("FOR_RANKS", name)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     command: tuple[str | Path, ...] = (script, "ends", name)
-    forked = _lines(launch_forked(*command, ranks=ranks, timeout=300))
-    assert forked == _lines(launch(*command, ranks=ranks, timeout=300))
+    forked = _lines(launch_forked(*command, ranks=ranks, timeout=60))
+    assert forked == _lines(launch(*command, ranks=ranks, timeout=60))
     assert forked.count(ranks) == ranks
 
 
 def test_failures(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOR_RANKS", "")
     with pytest.raises(AssertionError, match="(?s)fails on 2 ranks failed:.*ValueError: rank 1 is wrong"):
-        launch_forked(script, "fails", ranks=2, timeout=300)
-    assert launch_forked(script, "exits", ranks=2, timeout=300, check=False).returncode == 3
+        launch_forked(script, "fails", ranks=2, timeout=60)
+    assert launch_forked(script, "exits", ranks=2, timeout=60, check=False).returncode == 3
     with pytest.raises(subprocess.TimeoutExpired):
         launch_forked(script, "hangs", ranks=2, timeout=0.5)
-    assert launch_forked("-m", "json.tool", "--help", ranks=1, timeout=300).stdout.startswith("usage")
+    assert launch_forked("-m", "json.tool", "--help", ranks=1, timeout=60).stdout.startswith("usage")
