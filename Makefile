@@ -23,7 +23,7 @@ SHORT     := -m "not full and not gpu" -n $(WORKERS) --dist loadfile
 
 BENCHMARKS := train_step packing loader
 # In this order; each runs also if one before it has failed.
-GPU_BENCHMARKS := attention loss_head real_size feeding real_run fp8_losses
+GPU_BENCHMARKS := attention loss_head real_size memory_ladder feeding real_run fp8_losses
 
 .DEFAULT_GOAL := help
 .PHONY: help .venv demo test test-full coverage lint docs gpu-check bench clean

@@ -125,6 +125,13 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def packed_loop(recipe: Recipe, work: Workload, model: Any) -> tuple[PackedLoop, list[Any]]:
+    """Our training step with the weights of a transformers `model`, and its steps, one for each row."""
+    model.to("cpu")  # PackedLoop copies the weights
+    loop = PackedLoop(model, replace(recipe, training=replace(recipe.training, global_batch_size=1)))
+    return loop, [[loop.prepare(row)] for row in work.rows]
+
+
 def loops(
     recipe: Recipe, work: Workload, model: Any, micro_batches: list[int]
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -132,10 +139,8 @@ def loops(
     state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
 
     def ours(settings: dict[str, Any]) -> tuple[Any, list[Any]]:
-        training = replace(recipe.training, **{"global_batch_size": 1, "recompute_granularity": None, **settings})
-        model.to("cpu")  # PackedLoop copies the weights
-        loop = PackedLoop(model, replace(recipe, training=training))
-        return loop, [[loop.prepare(row)] for row in work.rows]
+        training = replace(recipe.training, **{"recompute_granularity": None, **settings})
+        return packed_loop(replace(recipe, training=training), work, model)
 
     def theirs(settings: dict[str, Any], size: int) -> tuple[Any, list[Any]]:
         model.load_state_dict(state)
@@ -189,7 +194,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
 def check_same_loss(results: list[Measured], recipe: Recipe) -> None:
     """All loops must have the same loss before training; raises SystemExit if not."""
     losses = {result.name: result.loss for result in results if not result.failed}
-    reference = next(iter(losses.values()))
+    reference = next(iter(losses.values()), 0.0)
     for name, loss in losses.items():
         if not abs(loss - reference) <= LOSS_TOLERANCE[recipe.training.bf16] * reference:
             raise SystemExit(f"losses on the same samples differ: {name} {loss:.6f}, ours {reference:.6f}")

@@ -84,7 +84,8 @@ def describe_recompute(recipe: Recipe) -> str:
         parts.append(" and ".join(training.recompute_modules or DEFAULT_RECOMPUTE_MODULES) + " of each language layer")
     elif training.recompute_granularity == "full":
         layers = training.recompute_num_layers
-        parts.append(f"{layers} language layers of each stage" if layers else "all language layers")
+        count = f"{layers} language layer{'s' if layers and layers > 1 else ''} of each stage"
+        parts.append(count if layers else "all language layers")
     if training.recomputes_vision and "vision" in training.trainable:
         parts.append("the vision tower")
     return ", ".join(parts) or "nothing"
