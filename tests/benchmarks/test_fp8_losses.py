@@ -9,16 +9,15 @@ import pytest
 
 from benchmarks.fp8_losses import largest_difference
 from tests.benchmarks.small_recipe import write_small_recipe
-from tests.support.launch import launch
+from tests.support.forked_ranks import launch_forked
 
 
-@pytest.mark.full
 @pytest.mark.timeout(900)
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     grids = [[28, 56], [56, 28], [56, 56]]
     recipe = write_small_recipe(tmp_path / "recipe.yaml", seq_length=2048, max_tiles=20, grids=grids)
     small = ["--config", str(recipe), "--samples", "8", "--steps", "3", "--workers", "1", "--output", str(tmp_path)]
-    done = launch("-m", "benchmarks.fp8_losses", *small, ranks=1, timeout=280)
+    done = launch_forked("-m", "benchmarks.fp8_losses", *small, ranks=1, timeout=280)
     (run,) = json.loads((tmp_path / "fp8_losses-cpu.json").read_text())["runs"]
     assert len(run["losses"]) == 3 and run["largest_difference"] == 0
     assert done.stdout.count("| cannot run here |") == 3

@@ -9,16 +9,15 @@ import pytest
 
 from benchmarks.real_run import Run, busy_fraction, check_same_losses
 from tests.benchmarks.small_recipe import write_small_recipe
-from tests.support.launch import launch
+from tests.support.forked_ranks import launch_forked
 
 
-@pytest.mark.full
 @pytest.mark.timeout(900)
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     grids = [[28, 56], [56, 28], [56, 56]]
     recipe = write_small_recipe(tmp_path / "recipe.yaml", seq_length=2048, max_tiles=20, grids=grids)
     small = ["--config", str(recipe), "--samples", "12", "--steps", "3", "--warmup", "1", "--workers", "1"]
-    done = launch("-m", "benchmarks.real_run", *small, "--output", str(tmp_path), ranks=1, timeout=280)
+    done = launch_forked("-m", "benchmarks.real_run", *small, "--output", str(tmp_path), ranks=1, timeout=280)
     result = json.loads((tmp_path / "real_run-cpu.json").read_text())
     assert len(result["command_seconds"]) == len(result["memory_seconds"]) == 3
     assert result["device_idle"] is None

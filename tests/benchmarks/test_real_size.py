@@ -12,7 +12,7 @@ from benchmarks.support.instruct_samples import InstructRows
 from megatron_vlm.config.recipe import load_recipe
 from megatron_vlm.data.rows.batch import IGNORE_INDEX
 from tests.benchmarks.small_recipe import write_small_recipe
-from tests.support.launch import launch
+from tests.support.forked_ranks import launch_forked
 
 
 @pytest.fixture
@@ -21,12 +21,11 @@ def recipe(tmp_path: Path) -> Path:
     return write_small_recipe(tmp_path / "recipe.yaml", seq_length=16384, max_tiles=80, grids=grids)
 
 
-@pytest.mark.full
 @pytest.mark.timeout(600)
 def test_the_benchmark_runs(recipe: Path, tmp_path: Path) -> None:
     """The benchmark stops unless all loops have the same loss before training."""
     small = ["--config", str(recipe), "--rows", "1", "--rounds", "1", "--micro-batches", "4"]
-    launch("-m", "benchmarks.real_size", *small, "--output", str(tmp_path), ranks=1, timeout=580)
+    launch_forked("-m", "benchmarks.real_size", *small, "--output", str(tmp_path), ranks=1, timeout=580)
     result = json.loads((tmp_path / "real_size-cpu.json").read_text())
     loops = {loop["name"]: loop for loop in result["loops"]}
     assert list(loops) == [
