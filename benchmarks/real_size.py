@@ -4,9 +4,10 @@
     python -m benchmarks.real_size --config RECIPE.yaml --rows 2 --micro-batches 1
 
 Each row holds samples of the instruction mix and is one optimizer step; transformers trains on the same samples in
-padded micro-batches. A step's FLOPs are the model's (`megatron_vlm.data.packing.row_cost`, plus the loss head), without
-padding and recomputation. They are compared with a large matrix multiplication measured in the same run (GEMM peak) and
-with the peak of the device's datasheet (MFU, bf16 only).
+padded micro-batches, and without padding where flash-attn and Liger are installed. A step's FLOPs are the model's
+(`megatron_vlm.data.packing.row_cost`, plus the loss head), without padding and recomputation. They are compared with a
+large matrix multiplication measured in the same run (GEMM peak) and with the peak of the device's datasheet (MFU, bf16
+only).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
-from benchmarks.support import transformers_loop
+from benchmarks.support import transformers_flash, transformers_loop
 from benchmarks.support.instruct_samples import InstructRows
 from benchmarks.support.kernel_kinds import seconds_by_kind
 from benchmarks.support.report import RESULTS, machine, save, table
@@ -51,6 +52,7 @@ LINEAR_LAYERS: dict[str, dict[str, Any]] = {
     ", FP8 tensorwise": _TE | {"fp8_format": "hybrid", "fp8_recipe": "tensorwise"},
 }
 """Suffix of a loop's name -> settings of training."""
+FLASH = "transformers, flash-attn and Liger"
 PROFILED = ("megatron-vlm, packed", "megatron-vlm, packed, FP8 delayed")
 
 
@@ -142,19 +144,29 @@ def loops(
         training = replace(recipe.training, **{"recompute_granularity": None, **settings})
         return packed_loop(replace(recipe, training=training), work, model)
 
-    def theirs(settings: dict[str, Any], size: int) -> tuple[Any, list[Any]]:
+    def theirs(settings: dict[str, Any], size: int, flash: bool) -> tuple[Any, list[Any]]:
         model.load_state_dict(state)
         model.gradient_checkpointing_disable()
         model.to(current_device())
         training = replace(recipe.training, **{"recompute_granularity": None, **settings})
-        steps = [transformers_loop.micro_batches(row, size, current_device()) for row in work.samples]
-        return transformers_loop.Loop(model, replace(recipe, training=training)), steps
+        collate = transformers_flash.flatten if flash else transformers_loop.collate
+        steps = [transformers_loop.micro_batches(row, size, current_device(), collate) for row in work.samples]
+        loop = transformers_flash.FlashLoop if flash else transformers_loop.Loop
+        return loop(model, replace(recipe, training=training)), steps
 
     for suffix, settings in {**RECOMPUTE, **LINEAR_LAYERS}.items():
         yield f"megatron-vlm, packed{suffix}", partial(ours, settings)
     for size in micro_batches:
         for suffix, settings in RECOMPUTE.items():
-            yield f"transformers, micro-batch {size}{suffix}", partial(theirs, settings, size)
+            yield f"transformers, micro-batch {size}{suffix}", partial(theirs, settings, size, False)
+    if reason := transformers_flash.why_not():
+        print(f"{FLASH}: {NOT_HERE}: {reason}", flush=True)
+        return
+    whole = max(map(len, work.samples))
+    for size in [*micro_batches, whole]:  # last, because they change the model
+        for suffix, settings in RECOMPUTE.items():
+            name = "whole row" if size == whole else f"micro-batch {size}"
+            yield f"{FLASH}, {name}{suffix}", partial(theirs, settings, size, True)
 
 
 def main() -> None:

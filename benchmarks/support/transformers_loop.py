@@ -6,6 +6,7 @@ autocast with fp32 weights, as transformers' Trainer does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from megatron_vlm.data.processing.tiling import CLIP_MEAN, CLIP_STD, normalise_t
 from megatron_vlm.data.rows.batch import IGNORE_INDEX
 from megatron_vlm.model.vlm import VisionLanguageModel
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
+"""Arguments of the model: tensors, and numbers for its attention kernel."""
 
 
 def build(recipe: Recipe) -> LlavaNextForConditionalGeneration:
@@ -78,21 +80,31 @@ def collate(samples: list[Sample], device: torch.device) -> Batch:
     """Right-padded batch of samples, in the format of transformers' processor and collator."""
     ids = [torch.from_numpy(sample.document.encoded.ids) for sample in samples]
     labels = [torch.from_numpy(sample.document.encoded.labels) for sample in samples]
-    sizes = [size for sample in samples for size in sample.document.image_sizes]
-    images = [image for sample in samples for image in sample.tiles.split(sample.tile_counts)]
     batch = {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=PAD),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
+        **images_of(samples),
     }
-    if images:
-        tiles = [normalise_tiles(image, CLIP_MEAN, CLIP_STD) for image in images]
-        batch["pixel_values"] = pad_sequence(tiles, batch_first=True)  # to the largest tile count of an image
-        batch["image_sizes"] = torch.tensor([[height, width] for width, height in sizes])
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def micro_batches(samples: list[Sample], size: int, device: torch.device) -> list[Batch]:
+def images_of(samples: list[Sample]) -> dict[str, torch.Tensor]:
+    """`pixel_values` [images, tiles, 3, size, size] and `image_sizes` [images, 2]; nothing if there are no images."""
+    sizes = [size for sample in samples for size in sample.document.image_sizes]
+    images = [image for sample in samples for image in sample.tiles.split(sample.tile_counts)]
+    if not images:
+        return {}
+    tiles = [normalise_tiles(image, CLIP_MEAN, CLIP_STD) for image in images]
+    return {
+        "pixel_values": pad_sequence(tiles, batch_first=True),  # to the largest tile count of an image
+        "image_sizes": torch.tensor([[height, width] for width, height in sizes]),
+    }
+
+
+def micro_batches(
+    samples: list[Sample], size: int, device: torch.device, collate: Callable[..., Batch] = collate
+) -> list[Batch]:
     """Split a step's samples, in their order, into micro-batches of `size`."""
     return [collate(samples[start : start + size], device) for start in range(0, len(samples), size)]
 
@@ -122,14 +134,20 @@ class Loop:
 
     def forward_backward(self, batches: list[Batch]) -> float:
         """Accumulate gradients of the mean loss over the step's supervised tokens; returns that mean."""
-        count = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)
+        count = torch.stack([(batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches]).sum()
         total = torch.zeros((), device=self.model.device)
         for batch in batches:
             with self.autocast:
-                outputs: Any = self.model(**batch, use_cache=False, num_items_in_batch=count)
-            outputs.loss.backward()
-            total += outputs.loss.detach()
+                loss = self.loss(batch, count)
+            loss.backward()
+            total += loss.detach()
         return float(total)
+
+    def loss(self, batch: Batch, count: torch.Tensor) -> torch.Tensor:
+        """Sum over the batch's supervised tokens, divided by the step's `count` of them; a scalar."""
+        outputs: Any = self.model(**batch, use_cache=False, num_items_in_batch=count)
+        loss: torch.Tensor = outputs.loss
+        return loss
 
     def step(self, batches: list[Batch]) -> float:
         """One optimizer step."""

@@ -25,7 +25,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_the_benchmark_runs(recipe: Path, tmp_path: Path) -> None:
     """The benchmark stops unless all loops have the same loss before training."""
     small = ["--config", str(recipe), "--rows", "1", "--rounds", "1", "--micro-batches", "4"]
-    launch_forked("-m", "benchmarks.real_size", *small, "--output", str(tmp_path), ranks=1, timeout=580)
+    done = launch_forked("-m", "benchmarks.real_size", *small, "--output", str(tmp_path), ranks=1, timeout=580)
     result = json.loads((tmp_path / "real_size-cpu.json").read_text())
     loops = {loop["name"]: loop for loop in result["loops"]}
     assert list(loops) == [
@@ -37,6 +37,9 @@ def test_the_benchmark_runs(recipe: Path, tmp_path: Path) -> None:
     losses = [loop["loss"] for loop in loops.values() if not loop["failed"]]
     kinds = result["seconds_by_kind"]["megatron-vlm, packed"]
     assert {"matrix products", "attention", "optimizer"} <= kinds.keys() and min(kinds.values()) >= 0
+    assert (
+        done.stdout.count("transformers, flash-attn and Liger: cannot run here: flash-attn 2 and liger-kernel not") == 1
+    )
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-4)
 
 

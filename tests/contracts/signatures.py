@@ -128,6 +128,13 @@ LIGER_LOSS = tuple(
         ("forward", "self, lin_weight, _input, target, bias=None"),
     )
 )  # fmt: skip
+LIGER_ROPE = Published(
+    "liger-kernel", "0.8.5", "liger_kernel/transformers/rope.py", "liger_rotary_pos_emb",
+    "q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None",
+)  # fmt: skip
+LIGER_SWIGLU = Published(
+    "liger-kernel", "0.8.5", "liger_kernel/transformers/swiglu.py", "LigerSwiGLUMLP.forward", "self, x"
+)
 ALL = (
     *FLASH_ATTN_2,
     *FLASH_ATTN_3,
@@ -139,6 +146,8 @@ ALL = (
     *TE_ADAM,
     *APEX_ADAM,
     *LIGER_LOSS,
+    LIGER_ROPE,
+    LIGER_SWIGLU,
 )
 
 
