@@ -1,14 +1,18 @@
 """Random initial weights that are the same in every parallel layout.
 
 megatron-core samples weights while it builds the model, so they depend on the number of stages and ranks. Here each
-tensor of the whole model has a generator of its own, seeded by (seed, name, layer), and each rank keeps its shard.
+tensor of the whole model has a generator of its own, seeded by (seed, name, layer), and each rank keeps its shard. So
+the tensors can be sampled in any order, and are by several threads.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -18,28 +22,29 @@ from megatron_vlm.config import Recipe
 from megatron_vlm.model.layers.lora import is_adapter
 from megatron_vlm.model.sharding import model_sharded_state_dict
 from megatron_vlm.model.vlm import VisionLanguageModel
+from megatron_vlm.runtime.launch import cores_per_rank
 
 _Initializer = Callable[[torch.Size, torch.Generator, int], torch.Tensor]
 
 
 def _normal(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.Tensor:
     """N(0, 1 / fan in): a standard deviation of 0.022 at the width of OLMo-1B, whose own initializer uses 0.02."""
-    return torch.randn(shape, generator=generator) * shape[1:].numel() ** -0.5
+    return torch.empty(shape).normal_(0.0, shape[1:].numel() ** -0.5, generator=generator)
 
 
 def _residual(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.Tensor:
     """Projections into the residual stream are scaled by 1 / sqrt(2 layers), as in GPT-2."""
-    return _normal(shape, generator, layers) * (2 * layers) ** -0.5
+    return _normal(shape, generator, layers).mul_((2 * layers) ** -0.5)
 
 
 def _small(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.Tensor:
     """Position embeddings: standard deviation 0.02, as in CLIP."""
-    return torch.randn(shape, generator=generator) * 0.02
+    return torch.empty(shape).normal_(0.0, 0.02, generator=generator)
 
 
 def _vector(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.Tensor:
     """The class embedding and the image newline: N(0, 1 / width)."""
-    return torch.randn(shape, generator=generator) * shape.numel() ** -0.5
+    return torch.empty(shape).normal_(0.0, shape.numel() ** -0.5, generator=generator)
 
 
 def _ones(shape: torch.Size, generator: torch.Generator, layers: int) -> torch.Tensor:
@@ -99,10 +104,17 @@ def initialize_weights(chunks: list[VisionLanguageModel], recipe: Recipe, *, ada
     state = {f"chunk{i}": model_sharded_state_dict(chunk) for i, chunk in enumerate(chunks)}
     apply_factories(state)
     sharded, _ = extract_sharded_tensors(state)
-    with torch.no_grad():
-        for tensor in all_sharded_tensors(sharded):
-            if is_adapter(tensor.key) or not adapters_only:
-                tensor.data.copy_(initial_value(tensor, recipe))
+    tensors = [tensor for tensor in all_sharded_tensors(sharded) if is_adapter(tensor.key) or not adapters_only]
+    # Sampling uses one core and releases the interpreter's lock. Large tensors first, so that threads end together.
+    tensors.sort(key=lambda tensor: math.prod(tensor.global_shape[tensor.prepend_axis_num :]), reverse=True)
+    with ThreadPoolExecutor(cores_per_rank(), thread_name_prefix="weights") as threads:
+        for _ in threads.map(partial(_initialize, recipe=recipe), tensors):
+            pass
+
+
+@torch.no_grad()
+def _initialize(tensor: ShardedTensor, recipe: Recipe) -> None:
+    tensor.data.copy_(initial_value(tensor, recipe))
 
 
 def all_sharded_tensors(state: object) -> list[ShardedTensor]:

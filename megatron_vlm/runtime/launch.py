@@ -27,6 +27,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def cores_per_rank() -> int:
+    """Cores that each process of this machine has for itself, by torchrun's LOCAL_WORLD_SIZE; at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 @contextlib.contextmanager
 def local_rank0_first(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run the block on local rank 0 of every machine, then on the other ranks. Every rank of the group calls this."""
