@@ -1,9 +1,9 @@
 """Prepares a process for megatron-core. Every module that imports `megatron.core` imports this one first.
 
 The import raises an ImportError if the extra `train` is not installed, filters megatron-core's warnings that are known
-noise, gives it an AdamW where neither Apex nor Transformer Engine is installed (fused_adam.py), and on a machine
-without a GPU patches torch so that megatron-core runs on the CPU: it asks CUDA for a device, streams, events and tensor
-types, and gets the CPU's own, or objects that do nothing.
+noise, gives it an AdamW and gradient clipping where neither Apex nor Transformer Engine is installed (fused_adam.py,
+gradient_clipping.py), and on a machine without a GPU patches torch so that megatron-core runs on the CPU: it asks CUDA
+for a device, streams, events and tensor types, and gets the CPU's own, or objects that do nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.utils._device
 
 from megatron_vlm.runtime.device import on_gpu
 from megatron_vlm.runtime.fused_adam import install_fused_adam
+from megatron_vlm.runtime.gradient_clipping import install_gradient_clipping
 
 CPU = torch.device("cpu")
 _FACTORIES = (
@@ -55,6 +56,7 @@ def install() -> None:
 
             megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
         install_fused_adam()
+        install_gradient_clipping()
 
 
 @contextlib.contextmanager

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vlm.runtime.fused_adam import FusedAdam
+from tests.support.operations import Operations
 
 
 def test_updates_are_those_of_torch_adamw() -> None:
@@ -32,16 +30,6 @@ def test_step_is_counted_without_gradients() -> None:
     assert optimizer.param_groups[0]["step"] == 1
 
 
-class _Operations(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_step_is_the_same_few_operations_for_any_number_of_parameters() -> None:
     """On a GPU each would be a launch, and a copy from the host would wait for the device."""
     counts = []
@@ -51,7 +39,7 @@ def test_a_step_is_the_same_few_operations_for_any_number_of_parameters() -> Non
         for parameter in parameters:
             parameter.grad = torch.ones(4)
         optimizer.step()  # allocates the moments
-        with _Operations() as mode:
+        with Operations() as mode:
             optimizer.step()
         counts.append(mode.names)
     assert counts[0] == counts[1]
