@@ -38,6 +38,8 @@ Prompts = list[list[int]]
 Runs = dict[str, Run]
 """Name -> figures."""
 GENERATE, SERVE = "transformers", "transformers serve"
+PROMPTS_PER_CLIENT = 4
+"""So that the time in which the batch fills and empties decides little."""
 UNLOADED, ARRIVALS = "engine, first tokens of one request at a time", "engine, at half of capacity"
 
 
@@ -84,7 +86,7 @@ def run_engine(engine: Engine, arguments: argparse.Namespace, new_tokens: int, s
     chance, runs = random.Random(new_tokens), Runs()
     closed_loop(ask, same[:1], 2, 1)  # warm-up
     for clients in arguments.clients:
-        asked = same if clients == 1 else random_prompts(chance, 2 * clients, *arguments.prompt_tokens)
+        asked = same if clients == 1 else random_prompts(chance, PROMPTS_PER_CLIENT * clients, *arguments.prompt_tokens)
         last = measured(closed_loop, asked, new_tokens, clients)
         runs[f"engine, {clients} client{'s' * (clients > 1)}"] = last
     asked = random_prompts(chance, 2 * max(arguments.clients), *arguments.prompt_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,18 @@ def test_incomplete_characters_are_shown_at_the_end(tokenizer: Tokenizer) -> Non
 
 def test_ids_beyond_the_tokenizer_have_no_text(tokenizer: Tokenizer) -> None:
     assert "".join(_stream(tokenizer, [*tokenizer.encode("ab"), len(tokenizer), len(tokenizer) + 7])[0]) == "ab"
+
+
+def test_no_token_needs_the_whole_vocabulary(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dict of OLMo's vocabulary takes longer to make than a step of a small model."""
+
+    class WithoutVocabulary:
+        def __init__(self, fast: Any) -> None:
+            self.decode = fast.decode
+
+    ids = tokenizer.encode(TEXT)
+    monkeypatch.setattr(tokenizer, "_fast", WithoutVocabulary(tokenizer._fast))  # type: ignore[attr-defined]
+    assert "".join(_stream(tokenizer, ids)[0]) == TEXT
 
 
 @pytest.mark.parametrize("stop", [("dog?",), ("STOP", "zzz"), ("cat. S", "cat"), ("größer",), ("!",)])

@@ -99,6 +99,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._fast.encode_special_tokens = True
         self._fast.no_truncation()
         self._fast.no_padding()
+        # Not the number of tokens: ids may have gaps. Once: a dict of the vocabulary takes milliseconds, and generation
+        # asks for each token.
+        self._length = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
         digest = hashlib.sha256(self.definition)
         digest.update(f"eos={self.eos_id} pad={self.pad_id}".encode())
         self.fingerprint = digest.hexdigest()
@@ -145,8 +148,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return str(self._fast.decode(ids, skip_special_tokens=False))
 
     def __len__(self) -> int:
-        # Not the number of tokens: ids may have gaps.
-        return max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+        return self._length
 
 
 def without_placeholders(definition: bytes) -> bytes:
