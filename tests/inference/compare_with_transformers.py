@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +133,15 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="folder of Megatron checkpoints")
     parser.add_argument("exported", type=Path, help="the same model, exported as llava_next")
     parser.add_argument("--most-words", type=int, default=555, help="words of the longest prompt")
+    parser.add_argument("--most-images", type=int, default=2, help="1 if only transformers tiles several images")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "megatron").symlink_to(options.checkpoint.resolve())
         (folder / "exported").symlink_to(options.exported.resolve())
-        lengths, found = compare(folder, random_specs(104, options.most_words))
+        specs = random_specs(104, options.most_words)
+        specs = [replace(spec, num_images=min(spec.num_images, options.most_images)) for spec in specs]
+        lengths, found = compare(folder, specs)
     print(f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens, {NEW_TOKENS} new tokens each")
     print("\n".join(found) or "one process, TP 2 and PP 2 give transformers' tokens and log-probabilities")
     sys.exit(bool(found))
