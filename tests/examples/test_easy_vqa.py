@@ -50,11 +50,11 @@ def test_facts_agree_with_all_published_answers(wheel: Path, split: str) -> None
     for text, answer, image in questions:
         if answer not in ("yes", "no") and image in facts:
             assert answer in (facts[image].colour, facts[image].shape), (text, image)
-        named = easy_vqa._NAMED.search(text)
+        named = easy_vqa.NAMED.search(text)
         if answer in ("yes", "no") and named:
             known = facts.get(image, Facts())
             seen = known.colour if named.group() in easy_vqa.COLOURS else known.shape
-            present = (answer == "yes") != bool(easy_vqa._NEGATION.search(text))
+            present = (answer == "yes") != bool(easy_vqa.NEGATION.search(text))
             assert (seen == named.group()) == present, (text, image)
 
 

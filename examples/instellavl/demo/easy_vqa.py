@@ -33,8 +33,8 @@ SHAPES = ("circle", "rectangle", "triangle")
 SHAPE_REQUEST, COLOUR_REQUEST = "describe the shape.", "describe the colour."
 MAX_TURNS = 3
 
-_NAMED = re.compile(rf"\b({'|'.join(COLOURS + SHAPES)})\b")
-_NEGATION = re.compile(r"\b(no|not)\b")
+NAMED = re.compile(rf"\b({'|'.join(COLOURS + SHAPES)})\b")
+NEGATION = re.compile(r"\b(no|not)\b")
 
 
 class Question(NamedTuple):
@@ -69,12 +69,12 @@ def facts_from_answers(questions: list[Question]) -> dict[int, Facts]:
     """Colour and shape of each image, as far as its questions and answers reveal them."""
     facts: defaultdict[int, Facts] = defaultdict(Facts)
     for text, answer, image in questions:
-        named = _NAMED.search(text)
+        named = NAMED.search(text)
         if question_type(answer) != "yes/no":
             facts[image].add(answer)
             if named:  # "what color is the circle?"
                 facts[image].add(named.group())
-        elif named and (answer == "yes") != bool(_NEGATION.search(text)):
+        elif named and (answer == "yes") != bool(NEGATION.search(text)):
             facts[image].add(named.group())
     return dict(facts)
 
@@ -91,13 +91,13 @@ def caption(facts: Facts) -> list[tuple[str, str]]:
     return [(request, word) for request, word in turns if word]
 
 
-def annotation(name: str, image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
-    """One LLaVA-style entry with the image in its first message."""
+def annotation(name: str, image: str | None, turns: list[tuple[str, str]], subject: str = "<image>") -> dict[str, Any]:
+    """One LLaVA-style entry; its first message begins with `subject`: the image, or text in its place."""
     messages = []
     for number, (question, answer) in enumerate(turns):
-        messages.append({"from": "human", "value": question if number else f"<image>\n{question}"})
+        messages.append({"from": "human", "value": question if number else f"{subject}\n{question}"})
         messages.append({"from": "gpt", "value": answer})
-    return {"id": name, "image": image, "conversations": messages}
+    return {"id": name} | ({"image": image} if image else {}) | {"conversations": messages}
 
 
 def caption_annotations(questions: list[Question]) -> list[dict[str, Any]]:

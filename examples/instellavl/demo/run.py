@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -24,12 +25,37 @@ ROOT = HERE.parents[2]
 OUTPUT = Path("runs/demo")
 SEED = 42
 PROCESSES = "2"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of the trainer."""
+
+    title: str
+    sources: tuple[str, ...]
+    """Names of its annotations and shards."""
+    seconds: float
+    """On two quiet cores."""
+    recipe: str = ""
+    """Default: the stage's name."""
+    flags: tuple[str, ...] = ()
+
+
 STAGES = {
-    "warmup": ("projector warm-up, tensor parallel size 2 with sequence parallelism", "captions", 25),
-    "pretrain": ("captions, data parallel size 2 with the distributed optimizer", "captions", 330),
-    "instruct": ("questions, pipeline parallel size 2", "questions", 560),
-}
-"""What each stage does, on which shards, and its seconds on two quiet cores."""
+    "language": Stage("the language model on text, data parallel size 2", ("words",), 35),
+    "negations": Stage(
+        "the language model on text with negations, data parallel size 2", ("negations",), 55,
+        "language", ("--train-iters", "350", "--lr-decay-style", "cosine"),
+    ),
+    "warmup": Stage(
+        "projector and tower warm-up on captions, data parallel size 2", ("captions",), 120
+    ),
+    "pretrain": Stage(
+        "captions and balanced questions, data parallel size 2 with the distributed optimizer",
+        ("captions", "balanced"), 60,
+    ),
+    "instruct": Stage("questions, pipeline parallel size 2", ("questions",), 150),
+}  # fmt: skip
 Command = list[str | Path | int]
 """Arguments of Python."""
 
@@ -38,11 +64,13 @@ def steps(output: Path, seed: int) -> Iterator[Step]:
     """All steps, in order."""
     data, tokenizer, shards, checkpoints = (output / name for name in ("data", "tokenizer", "shards", "checkpoints"))
     images, test = data / "images", data / "test.json"
-    annotations = {name: data / f"{name}.json" for name in ("captions", "questions")}
+    sources = dict.fromkeys(source for stage in STAGES.values() for source in stage.sources)
+    annotations = {name: data / f"{name}.json" for name in sources}
 
     yield _step(
-        "data", "easy-VQA: images, captions and questions", [data], 6,
+        "data", "easy-VQA: images, captions and questions", [data], 10,
         [HERE / "easy_vqa.py", "--output", data],
+        [HERE / "balanced.py", "--output", data],
     )  # fmt: skip
     yield _step(
         "tokenizer", "tokenizer", [tokenizer], 2,
@@ -55,16 +83,17 @@ def steps(output: Path, seed: int) -> Iterator[Step]:
     ]
     yield _step("shards", "shards", [shards], 25, *to_shards)
     previous: Command = []
-    for stage, (what, source, seconds) in STAGES.items():
-        recipe, save = HERE / f"{stage}.yaml", checkpoints / stage
-        paths: Command = ["--data-path", shards / source, "--tokenizer-model", tokenizer, "--save", save, *previous]
+    for name, stage in STAGES.items():
+        recipe, save = HERE / f"{stage.recipe or name}.yaml", checkpoints / name
+        paths: Command = ["--data-path", *(shards / source for source in stage.sources)]
+        paths += ["--tokenizer-model", tokenizer, "--save", save, *previous]
         step = _step(
-            stage, f"stage {stage}: {what}", [save], seconds,
+            name, f"stage {name}: {stage.title}", [save], stage.seconds,
             ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES,
-             "-m", "megatron_vlm.train", "--config", recipe, "--seed", seed, *paths],
+             "-m", "megatron_vlm.train", "--config", recipe, "--seed", seed, *paths, *stage.flags],
         )  # fmt: skip
         step.checkpoints = save
-        step.iterations = yaml.safe_load(recipe.read_text(encoding="utf-8"))["training"]["train_iters"]
+        step.iterations = _iterations(recipe, stage)
         yield step
         previous = ["--pretrained-checkpoint", save]
     hf, published = output / "hf", output / "instellavl"
@@ -88,6 +117,11 @@ def steps(output: Path, seed: int) -> Iterator[Step]:
         [HERE / "plots.py", "losses", "--checkpoints", checkpoints, "--output", output / "loss.png"],
         [HERE / "plots.py", "answers", *pictures, "--output", output / "answers.png"],
     )  # fmt: skip
+
+
+def _iterations(recipe: Path, stage: Stage) -> int:
+    flags = dict(zip(stage.flags[::2], stage.flags[1::2], strict=True))
+    return int(flags.get("--train-iters") or yaml.safe_load(recipe.read_text("utf-8"))["training"]["train_iters"])
 
 
 def _step(
