@@ -16,38 +16,50 @@ from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from tests.examples.conftest import EXAMPLES
 
 STAGES = ("warmup", "pretrain", "instruct")
+DEMO_STAGES = ("language", *STAGES)
 
 
-def recipes(folder: Path) -> list[Recipe]:
-    return [load_recipe(folder / f"{stage}.yaml") for stage in STAGES]
+def recipes(folder: Path, stages: tuple[str, ...] = STAGES) -> list[Recipe]:
+    return [load_recipe(folder / f"{stage}.yaml") for stage in stages]
 
 
-@pytest.mark.parametrize(("folder", "world"), [(EXAMPLES / "demo", 2), (EXAMPLES, 8)], ids=["demo", "real"])
-def test_stages_are_valid_and_consecutive(folder: Path, world: int) -> None:
-    stages = recipes(folder)
-    for recipe in stages:
+ALL_PARTS = ["vision", "projector", "language"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "stages", "world", "trainable"),
+    [
+        (EXAMPLES / "demo", DEMO_STAGES, 2, [["language"], ["vision", "projector"], ALL_PARTS, ALL_PARTS]),
+        (EXAMPLES, STAGES, 8, [["projector"], ALL_PARTS, ALL_PARTS]),
+    ],
+    ids=["demo", "real"],
+)
+def test_stages_are_valid_and_consecutive(
+    folder: Path, stages: tuple[str, ...], world: int, trainable: list[list[str]]
+) -> None:
+    loaded = recipes(folder, stages)
+    for recipe in loaded:
         check_recipe(recipe, world)
-        assert recipe_to_dict(recipe)["model"] == recipe_to_dict(stages[0])["model"]
-    for previous, stage in zip(stages, stages[1:], strict=False):
-        assert stage.training.pretrained_checkpoint == previous.training.save
-    assert [recipe.training.trainable for recipe in stages] == [
-        ["projector"],
-        *[["vision", "projector", "language"]] * 2,
-    ]
+        assert recipe_to_dict(recipe)["model"] == recipe_to_dict(loaded[0])["model"]
+    for previous, stage in zip(loaded, loaded[1:], strict=False):
+        # language.yaml is used twice: run.py saves the second time as `negations`.
+        saved = str(previous.training.save).replace("/language", "/negations")
+        assert stage.training.pretrained_checkpoint == saved
+    assert [recipe.training.trainable for recipe in loaded] == trainable
 
 
 def test_demo_stages_have_different_layouts() -> None:
     layouts = [
         (recipe.parallel.tensor_model_parallel_size, recipe.parallel.pipeline_model_parallel_size)
-        for recipe in recipes(EXAMPLES / "demo")
+        for recipe in recipes(EXAMPLES / "demo", DEMO_STAGES)
     ]
-    assert layouts == [(2, 1), (1, 1), (1, 2)]
+    assert layouts == [(1, 1), (1, 1), (1, 1), (1, 2)]
 
 
 def test_demo_model_matches_its_tokenizer_and_images(trained_tokenizer: Path) -> None:
-    for recipe in recipes(EXAMPLES / "demo"):
+    for recipe in recipes(EXAMPLES / "demo", DEMO_STAGES):
         model = recipe.model
-        assert model.image_token_index == len(load_tokenizer(trained_tokenizer)) < model.language.vocab_size
+        assert len(load_tokenizer(trained_tokenizer)) < model.language.vocab_size  # the next id is the image token's
         assert (
             0
             < num_image_tokens((64, 64), ImageGeometry.of(model, recipe.data.image_aspect_ratio))

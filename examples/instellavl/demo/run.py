@@ -42,19 +42,19 @@ class Stage:
 
 
 STAGES = {
-    "language": Stage("the language model on text, data parallel size 2", ("words",), 35),
+    "language": Stage("the language model on text, data parallel size 2", ("words",), 40),
     "negations": Stage(
-        "the language model on text with negations, data parallel size 2", ("negations",), 55,
-        "language", ("--train-iters", "350", "--lr-decay-style", "cosine"),
+        "the language model on text with negations, data parallel size 2", ("negations",), 62,
+        "language", ("--train-iters", "300", "--lr-decay-style", "cosine"),
     ),
     "warmup": Stage(
-        "projector and tower warm-up on captions, data parallel size 2", ("captions",), 120
+        "projector and tower on captions, data parallel size 2 with the distributed optimizer", ("captions",), 118
     ),
     "pretrain": Stage(
         "captions and balanced questions, data parallel size 2 with the distributed optimizer",
-        ("captions", "balanced"), 60,
+        ("captions", "balanced"), 100,
     ),
-    "instruct": Stage("questions, pipeline parallel size 2", ("questions",), 150),
+    "instruct": Stage("questions, pipeline parallel size 2", ("questions", "balanced"), 110),
 }  # fmt: skip
 Command = list[str | Path | int]
 """Arguments of Python."""
