@@ -63,10 +63,15 @@ def test_descriptions_are_answered_right_and_half_of_the_time_yes(training: list
 
 
 def test_questions_on_images_agree_with_the_published_answers(training: list[Question]) -> None:
-    published = {(easy_vqa.image_name("train", image), text): answer for text, answer, image in training}
+    published = {
+        (easy_vqa.image_name("train", image, copy), text): answer
+        for text, answer, image in training
+        for copy in range(easy_vqa.COPIES)
+    }
     entries = balanced.image_annotations(training)
     facts = easy_vqa.facts_from_answers(training)
-    assert len(entries) == sum(bool(known.colour and known.shape) for known in facts.values())
+    known = sum(bool(fact.colour and fact.shape) for fact in facts.values())
+    assert len(entries) == easy_vqa.COPIES * known
     compared = 0
     for entry in entries:
         for question, answer in turns(entry):
@@ -85,6 +90,6 @@ def test_written_files_are_the_same_on_every_machine(
         random.seed(name)
         (tmp_path / name).mkdir()
         counts = balanced.write(tmp_path / name, training)
-        assert counts == {"words.json": 50, "negations.json": 60, "balanced.json": 3542}
+        assert counts == {"words.json": 50, "negations.json": 60, "balanced.json": 7084}
         written.append({file: (tmp_path / name / file).read_bytes() for file in counts})
     assert written[0] == written[1]

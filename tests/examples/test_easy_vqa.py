@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import easy_vqa
 import pytest
+from augmentation import move_shape
 from easy_vqa import Facts, Question
+from PIL import Image, ImageDraw, ImageOps
 
 
 def all_turns(entries: list[dict[str, Any]]) -> Counter[tuple[str, str, str]]:
@@ -20,6 +24,14 @@ def all_turns(entries: list[dict[str, Any]]) -> Counter[tuple[str, str, str]]:
         for turns in [entry["conversations"]]
         for i in range(0, len(turns), 2)
     )
+
+
+@pytest.fixture(scope="module")
+def data(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the first step."""
+    folder = tmp_path_factory.mktemp("easy_vqa")
+    assert easy_vqa.write(folder, wheel)["test.json"] == 9673
+    return folder
 
 
 @pytest.mark.parametrize(("answer", "kind"), [("teal", "colour"), ("rectangle", "shape"), ("no", "yes/no")])
@@ -67,25 +79,56 @@ def test_captions_contain_the_known_facts() -> None:
 def test_each_training_question_occurs_once_in_short_conversations(training: list[Question]) -> None:
     entries = easy_vqa.question_annotations(training)
     asked = Counter((easy_vqa.image_name("train", image), text, answer) for text, answer, image in training)
-    assert all_turns(entries) == asked
+    turns = all_turns(entries)
+    assert sum(turns.values()) == len(training)
+    found: Counter[tuple[str, str, str]] = Counter()
+    for (image, text, answer), count in turns.items():
+        found[re.sub(r"-\d+\.png", ".png", image), text, answer] += count
+    assert found == asked
+    assert len({image for image, _, _ in turns}) > 1.8 * len({image for image, _, _ in asked})  # copies, too
     assert len({entry["id"] for entry in entries}) == len(entries)
     lengths = Counter(len(entry["conversations"]) // 2 for entry in entries)
     assert set(lengths) == set(range(1, easy_vqa.MAX_TURNS + 1))
     assert easy_vqa.question_annotations(training) == entries  # the same on every machine
 
 
-def test_training_data_contains_no_test_data(wheel: Path, tmp_path: Path) -> None:
-    counts = easy_vqa.write(tmp_path, wheel)
-    assert counts["test.json"] == 9673
+def test_a_moved_shape_is_the_same_or_mirrored_and_inside() -> None:
+    image = Image.new("RGB", (64, 64), (230, 240, 250))
+    ImageDraw.Draw(image).polygon([(0, 20), (12, 20), (0, 31)], fill=(0, 128, 128))  # in a corner of its own box
+    shape, rng, positions = image.crop((0, 20, 13, 32)), random.Random(0), set()
+    kinds = Counter[bool]()
+    for _ in range(50):
+        moved = move_shape(image, rng)
+        changed = [at for at in range(64 * 64) if moved.getpixel((at % 64, at // 64)) != (230, 240, 250)]
+        left, top = min(at % 64 for at in changed), min(at // 64 for at in changed)
+        found = moved.crop((left, top, left + 13, top + 12)).tobytes()
+        assert found in (shape.tobytes(), ImageOps.mirror(shape).tobytes())
+        kinds[found == shape.tobytes()] += 1
+        positions.add((left, top))
+    assert len(positions) > 40 and min(kinds.values()) > 10
+
+
+def test_every_copy_of_a_published_image_has_its_colours(data: Path) -> None:
+    for number in range(0, 4000, 400):
+        images = [
+            Image.open(data / "images" / easy_vqa.image_name("train", number, copy)).convert("RGB")
+            for copy in range(easy_vqa.COPIES)
+        ]
+        counts = [sorted(image.getcolors(4096) or []) for image in images]
+        assert all(count == counts[0] for count in counts), number
+        assert len({image.tobytes() for image in images}) == easy_vqa.COPIES
+
+
+def test_training_data_contains_no_test_data(wheel: Path, data: Path) -> None:
     captions, questions, test = (
-        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("captions", "questions", "test")
+        json.loads((data / f"{name}.json").read_text()) for name in ("captions", "questions", "test")
     )
     assert {entry["image"].split("/")[0] for entry in captions + questions} == {"train"}
     assert {entry["image"].split("/")[0] for entry in test} == {"test"}
-    assert all((tmp_path / "images" / entry["image"]).is_file() for entry in captions + questions + test)
-    assert len(list((tmp_path / "images" / "train").iterdir())) == 4000
-    test_bytes = {path.read_bytes() for path in (tmp_path / "images" / "test").iterdir()}
-    train_bytes = {path.read_bytes() for path in (tmp_path / "images" / "train").iterdir()}
+    assert all((data / "images" / entry["image"]).is_file() for entry in captions + questions + test)
+    assert len(list((data / "images" / "train").iterdir())) == 4000 * easy_vqa.COPIES
+    test_bytes = {path.read_bytes() for path in (data / "images" / "test").iterdir()}
+    train_bytes = {path.read_bytes() for path in (data / "images" / "train").iterdir()}
     assert not test_bytes & train_bytes
     published = easy_vqa.read_questions(wheel, "test")
     assert all_turns(test) == Counter(

@@ -29,6 +29,7 @@ from typing import Any
 from easy_vqa import (
     COLOUR_REQUEST,
     COLOURS,
+    COPIES,
     NAMED,
     NEGATION,
     SHAPE_REQUEST,
@@ -122,16 +123,17 @@ def description_annotations(
 
 
 def image_annotations(questions: list[Question], seed: int = 0) -> list[dict[str, Any]]:
-    """Two questions on each training image whose colour and shape are known."""
+    """Two questions on each copy of a training image whose colour and shape are known."""
     rng, kinds = random.Random(seed), wordings(questions)
     return [
         annotation(
-            f"balanced-{image}",
-            image_name("train", image),
+            f"balanced-{image}-{copy}",
+            image_name("train", image, copy),
             two_questions(rng, kinds, facts.colour, facts.shape, NEGATED_SHARE),
         )
         for image, facts in sorted(facts_from_answers(questions).items())
         if facts.colour and facts.shape
+        for copy in range(COPIES)
     ]
 
 

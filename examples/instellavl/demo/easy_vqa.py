@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import random
@@ -23,6 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from augmentation import move_shape
+from PIL import Image
+
 PACKAGE = "easy-vqa==1.0"
 WHEEL = "easy_vqa-1.0-py3-none-any.whl"
 SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"
@@ -32,6 +36,8 @@ COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 SHAPE_REQUEST, COLOUR_REQUEST = "describe the shape.", "describe the colour."
 MAX_TURNS = 3
+COPIES = 2
+"""Of each training image: the published one, and one with its shape elsewhere."""
 
 NAMED = re.compile(rf"\b({'|'.join(COLOURS + SHAPES)})\b")
 NEGATION = re.compile(r"\b(no|not)\b")
@@ -101,17 +107,21 @@ def annotation(name: str, image: str | None, turns: list[tuple[str, str]], subje
 
 
 def caption_annotations(questions: list[Question]) -> list[dict[str, Any]]:
-    """A caption for each training image whose colour or shape is known."""
+    """A caption for each copy of a training image whose colour or shape is known."""
     return [
-        annotation(f"caption-{image}", image_name("train", image), turns)
+        annotation(f"caption-{image}-{copy}", image_name("train", image, copy), turns)
         for image, facts in sorted(facts_from_answers(questions).items())
         if (turns := caption(facts))
+        for copy in range(COPIES)
     ]
 
 
 def question_annotations(questions: list[Question], seed: int = 0) -> list[dict[str, Any]]:
-    """Questions in short conversations; in long ones, earlier answers would reveal later ones without the image."""
-    rng = random.Random(seed)
+    """Questions in short conversations, each about a random copy of its image.
+
+    In long conversations, earlier answers would reveal later ones without the image.
+    """
+    rng, copies = random.Random(seed), random.Random(seed + 1)
     by_image: defaultdict[int, list[tuple[str, str]]] = defaultdict(list)
     for text, answer, image in questions:
         by_image[image].append((text, answer))
@@ -121,7 +131,8 @@ def question_annotations(questions: list[Question], seed: int = 0) -> list[dict[
         start = 0
         while start < len(turns):
             stop = start + rng.randint(1, MAX_TURNS)
-            entries.append(annotation(f"{image}-{start}", image_name("train", image), turns[start:stop]))
+            name = image_name("train", image, copies.randrange(COPIES))
+            entries.append(annotation(f"{image}-{start}", name, turns[start:stop]))
             start = stop
     return entries
 
@@ -134,9 +145,9 @@ def test_annotations(questions: list[Question]) -> list[dict[str, Any]]:
     ]
 
 
-def image_name(split: str, image: int) -> str:
-    """Path of an image relative to the image folder."""
-    return f"{split}/{image}.png"
+def image_name(split: str, image: int, copy: int = 0) -> str:
+    """Path of an image, or of a copy of it, relative to the image folder."""
+    return f"{split}/{image}-{copy}.png" if copy else f"{split}/{image}.png"
 
 
 def fetch_wheel(cache: Path = CACHE) -> Path:
@@ -168,16 +179,28 @@ def read_questions(wheel: Path, split: str) -> list[Question]:
         return [Question(*item) for item in json.loads(archive.read(f"easy_vqa/data/{split}/questions.json"))]
 
 
-def write(output: Path, wheel: Path) -> dict[str, int]:
-    """Write captions.json, questions.json, test.json and images/ into `output`; returns the entries of each file."""
-    folder = "easy_vqa/data"
+def write_images(folder: Path, wheel: Path) -> None:
+    """Write the published images, and copies of those of the training split."""
+    root = "easy_vqa/data"
     with zipfile.ZipFile(wheel) as archive:
         for split in ("train", "test"):
-            (output / "images" / split).mkdir(parents=True, exist_ok=True)
+            (folder / split).mkdir(parents=True, exist_ok=True)
         for name in archive.namelist():
-            if name.startswith(folder) and name.endswith(".png"):
-                split, _, file = name.removeprefix(f"{folder}/").split("/")
-                (output / "images" / split / file).write_bytes(archive.read(name))
+            if not (name.startswith(root) and name.endswith(".png")):
+                continue
+            split, _, file = name.removeprefix(f"{root}/").split("/")
+            published = archive.read(name)
+            (folder / split / file).write_bytes(published)
+            if split == "train":
+                number, image = int(Path(file).stem), Image.open(io.BytesIO(published)).convert("RGB")
+                rng = random.Random(number)
+                for copy in range(1, COPIES):
+                    move_shape(image, rng).save(folder / image_name(split, number, copy))
+
+
+def write(output: Path, wheel: Path) -> dict[str, int]:
+    """Write captions.json, questions.json, test.json and images/ into `output`; returns the entries of each file."""
+    write_images(output / "images", wheel)
     train, test = read_questions(wheel, "train"), read_questions(wheel, "test")
     files = {
         "captions.json": caption_annotations(train),
