@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples" / "instellavl"
 sys.path.append(str(EXAMPLES / "demo"))
 
+import balanced  # noqa: E402
 import easy_vqa  # noqa: E402
 import tokenizer as demo_tokenizer  # noqa: E402
 
@@ -28,11 +28,16 @@ def training(wheel: Path) -> list[easy_vqa.Question]:
 
 
 @pytest.fixture(scope="session")
-def trained_tokenizer(training: Sequence[easy_vqa.Question], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_tokenizer(training: list[easy_vqa.Question], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tokenizer folder of the demo."""
     folder = tmp_path_factory.mktemp("demo")
-    files = [folder / "captions.json", folder / "questions.json"]
-    files[0].write_text(json.dumps(easy_vqa.caption_annotations(training)))
-    files[1].write_text(json.dumps(easy_vqa.question_annotations(training)))
+    annotations = {
+        "captions": easy_vqa.caption_annotations(training),
+        "questions": easy_vqa.question_annotations(training),
+        "words": balanced.description_annotations(training, "words", 2000, balanced.NEGATED_SHARE),
+    }
+    for name, entries in annotations.items():
+        (folder / f"{name}.json").write_text(json.dumps(entries))
+    files = [folder / f"{name}.json" for name in annotations]
     demo_tokenizer.save(demo_tokenizer.train(demo_tokenizer.texts(files)), folder / "tokenizer")
     return folder / "tokenizer"

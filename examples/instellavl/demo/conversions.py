@@ -87,7 +87,7 @@ class Examples:
     def _captions(self) -> list[dict[str, Any]]:
         """Several captions per image, as in COCO and RICO."""
         rows = []
-        for entry in caption_annotations(self.questions):
+        for entry in caption_annotations(self.questions, copies=1):
             answers = [turn["value"] for turn in entry["conversations"] if turn["from"] == "gpt"]
             number = int(Path(entry["image"]).stem)
             rows.append({"image": self._file(number), "caption": [f"This picture shows: {a}." for a in answers]})
@@ -124,7 +124,7 @@ class Examples:
 
     def _single_turns(self) -> list[dict[str, Any]]:
         """LLaVA entries of one to three turns about an image, which merge into longer ones."""
-        entries = question_annotations(self.questions)
+        entries = question_annotations(self.questions, copies=1)
         return [{**entry, "image": self._file(int(Path(entry["image"]).stem))} for entry in entries]
 
 

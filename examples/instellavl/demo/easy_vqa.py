@@ -106,22 +106,22 @@ def annotation(name: str, image: str | None, turns: list[tuple[str, str]], subje
     return {"id": name} | ({"image": image} if image else {}) | {"conversations": messages}
 
 
-def caption_annotations(questions: list[Question]) -> list[dict[str, Any]]:
-    """A caption for each copy of a training image whose colour or shape is known."""
+def caption_annotations(questions: list[Question], copies: int = COPIES) -> list[dict[str, Any]]:
+    """A caption for each of the first copies of a training image whose colour or shape is known."""
     return [
         annotation(f"caption-{image}-{copy}", image_name("train", image, copy), turns)
         for image, facts in sorted(facts_from_answers(questions).items())
         if (turns := caption(facts))
-        for copy in range(COPIES)
+        for copy in range(copies)
     ]
 
 
-def question_annotations(questions: list[Question], seed: int = 0) -> list[dict[str, Any]]:
-    """Questions in short conversations, each about a random copy of its image.
+def question_annotations(questions: list[Question], seed: int = 0, copies: int = COPIES) -> list[dict[str, Any]]:
+    """Questions in short conversations, each about a random one of the first copies of its image.
 
     In long conversations, earlier answers would reveal later ones without the image.
     """
-    rng, copies = random.Random(seed), random.Random(seed + 1)
+    rng, copy_rng = random.Random(seed), random.Random(seed + 1)
     by_image: defaultdict[int, list[tuple[str, str]]] = defaultdict(list)
     for text, answer, image in questions:
         by_image[image].append((text, answer))
@@ -131,7 +131,7 @@ def question_annotations(questions: list[Question], seed: int = 0) -> list[dict[
         start = 0
         while start < len(turns):
             stop = start + rng.randint(1, MAX_TURNS)
-            name = image_name("train", image, copies.randrange(COPIES))
+            name = image_name("train", image, copy_rng.randrange(copies))
             entries.append(annotation(f"{image}-{start}", name, turns[start:stop]))
             start = stop
     return entries

@@ -42,19 +42,19 @@ class Stage:
 
 
 STAGES = {
-    "language": Stage("the language model on text, data parallel size 2", ("words",), 40),
+    "language": Stage("the language model on text, data parallel size 2", ("words",), 60),
     "negations": Stage(
-        "the language model on text with negations, data parallel size 2", ("negations",), 62,
+        "the language model on text with negations, data parallel size 2", ("negations",), 72,
         "language", ("--train-iters", "300", "--lr-decay-style", "cosine"),
     ),
     "warmup": Stage(
-        "projector and tower on captions, data parallel size 2 with the distributed optimizer", ("captions",), 118
+        "projector and tower on captions, data parallel size 2 with the distributed optimizer", ("captions",), 140
     ),
     "pretrain": Stage(
         "captions and balanced questions, data parallel size 2 with the distributed optimizer",
-        ("captions", "balanced"), 100,
+        ("captions", "balanced"), 60,
     ),
-    "instruct": Stage("questions, pipeline parallel size 2", ("questions", "balanced"), 110),
+    "instruct": Stage("questions, pipeline parallel size 2", ("questions", "balanced"), 85),
 }  # fmt: skip
 Command = list[str | Path | int]
 """Arguments of Python."""
@@ -68,12 +68,12 @@ def steps(output: Path, seed: int) -> Iterator[Step]:
     annotations = {name: data / f"{name}.json" for name in sources}
 
     yield _step(
-        "data", "easy-VQA: images, captions and questions", [data], 10,
+        "data", "easy-VQA: images, captions and questions", [data], 8,
         [HERE / "easy_vqa.py", "--output", data],
         [HERE / "balanced.py", "--output", data],
     )  # fmt: skip
     yield _step(
-        "tokenizer", "tokenizer", [tokenizer], 2,
+        "tokenizer", "tokenizer", [tokenizer], 4,
         [HERE / "tokenizer.py", "--annotations", *annotations.values(), "--output", tokenizer],
     )  # fmt: skip
     prepare = ROOT / "tools" / "prepare_shards.py"
@@ -81,7 +81,7 @@ def steps(output: Path, seed: int) -> Iterator[Step]:
         [prepare, "--annotations", file, "--image-folder", images, "--output", shards / name]
         for name, file in annotations.items()
     ]
-    yield _step("shards", "shards", [shards], 25, *to_shards)
+    yield _step("shards", "shards", [shards], 10, *to_shards)
     previous: Command = []
     for name, stage in STAGES.items():
         recipe, save = HERE / f"{stage.recipe or name}.yaml", checkpoints / name
@@ -101,11 +101,11 @@ def steps(output: Path, seed: int) -> Iterator[Step]:
         ["-m", "checkpoint_convert.megatron_to_hf", "--load", save, "--save", folder, "--format", hf_format]
         for folder, hf_format in ((hf, "llava_next"), (published, "instellavl"))
     ]
-    yield _step("export", "export to Hugging Face", [hf, published], 25, *exports)
+    yield _step("export", "export to Hugging Face", [hf, published], 8, *exports)
     answers, report = output / "answers.json", output / "report.txt"
     asked: Command = ["--model", hf, "--annotations", test, "--image-folder", images]
     step = _step(
-        "answers", "the 9,673 test questions, with stock transformers and the exported folder", [answers, report], 110,
+        "answers", "the 9,673 test questions, with stock transformers and the exported folder", [answers, report], 75,
         [HERE / "evaluate.py", *asked, "--output", answers, "--report", report],
     )  # fmt: skip
     step.threads = 2
@@ -113,7 +113,7 @@ def steps(output: Path, seed: int) -> Iterator[Step]:
     pictures: Command = ["--model", hf, "--answers", answers, "--image-folder", images]
     yield _step(
         "pictures", "loss curves, and answers with the attention over the image",
-        [output / "loss.png", output / "answers.png"], 20,
+        [output / "loss.png", output / "answers.png"], 6,
         [HERE / "plots.py", "losses", "--checkpoints", checkpoints, "--output", output / "loss.png"],
         [HERE / "plots.py", "answers", *pictures, "--output", output / "answers.png"],
     )  # fmt: skip
