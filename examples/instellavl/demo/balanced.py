@@ -67,7 +67,7 @@ class Wordings:
 
 def wordings(questions: list[Question]) -> tuple[Wordings, Wordings]:
     """Those about colours and those about shapes."""
-    colours, shapes = Wordings(COLOURS, [COLOUR_REQUEST], [], []), Wordings(SHAPES, [SHAPE_REQUEST], [], [])
+    colour, shape = Wordings(COLOURS, [COLOUR_REQUEST], [], []), Wordings(SHAPES, [SHAPE_REQUEST], [], [])
     asked = set()
     for question in questions:
         named, kind = NAMED.search(question.text), question_type(question.answer)
@@ -75,10 +75,10 @@ def wordings(questions: list[Question]) -> tuple[Wordings, Wordings]:
         about_shape = kind == "shape" if is_open else bool(named and named.group() in SHAPES)
         asked.add((NAMED.sub("{}", question.text), is_open, about_shape))
     for text, is_open, about_shape in sorted(asked):
-        kind_of_word = shapes if about_shape else colours
+        kind_of_word = shape if about_shape else colour
         group = kind_of_word.negated if NEGATION.search(text) else kind_of_word.plain
         (kind_of_word.open if is_open else group).append(text)
-    return colours, shapes
+    return colour, shape
 
 
 def ask(rng: random.Random, kind: Wordings, word: str, other: str, negated_share: float) -> tuple[str, str]:
@@ -103,8 +103,8 @@ def two_questions(
     rng: random.Random, kinds: tuple[Wordings, Wordings], colour: str, shape: str, negated_share: float
 ) -> list[tuple[str, str]]:
     """(question, answer) turns: one about the colour and one about the shape, in either order."""
-    colours, shapes = kinds
-    turns = [ask(rng, colours, colour, shape, negated_share), ask(rng, shapes, shape, colour, negated_share)]
+    of_colour, of_shape = kinds
+    turns = [ask(rng, of_colour, colour, shape, negated_share), ask(rng, of_shape, shape, colour, negated_share)]
     rng.shuffle(turns)
     return turns
 
