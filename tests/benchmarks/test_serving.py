@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.serving import PROMPTS_PER_CLIENT
 from benchmarks.support import serving_peers
 from benchmarks.support.serving_clients import closed_loop, random_arrivals
 from tests.support.forked_ranks import launch_forked
@@ -29,8 +30,8 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     for name, figures in runs.items():
         assert figures["tokens_per_second"] > 0
         assert figures["prefill_share"] is None if name == "transformers serve" else 0 < figures["prefill_share"] <= 1
-    for name in ("engine, 3 clients", "engine, at half of capacity"):
-        assert len(runs[name]["first_token_seconds"]) == 6
+    for name, prompts in (("engine, 3 clients", 3 * PROMPTS_PER_CLIENT), ("engine, at half of capacity", 6)):
+        assert len(runs[name]["first_token_seconds"]) == prompts
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:

@@ -34,10 +34,10 @@ def trained_tokenizer(training: list[easy_vqa.Question], tmp_path_factory: pytes
     annotations = {
         "captions": easy_vqa.caption_annotations(training),
         "questions": easy_vqa.question_annotations(training),
-        "words": balanced.description_annotations(training, "words", 2000, balanced.NEGATED_SHARE),
     }
     for name, entries in annotations.items():
         (folder / f"{name}.json").write_text(json.dumps(entries))
     files = [folder / f"{name}.json" for name in annotations]
+    files += [folder / name for name in balanced.write(folder, training)]
     demo_tokenizer.save(demo_tokenizer.train(demo_tokenizer.texts(files)), folder / "tokenizer")
     return folder / "tokenizer"

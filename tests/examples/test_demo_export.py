@@ -37,10 +37,12 @@ def image_of(archive: zipfile.ZipFile, name: str) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory, wheel: Path, trained_tokenizer: Path) -> Path:
+def exported(
+    tmp_path_factory: pytest.TempPathFactory, wheel: Path, training: list[easy_vqa.Question], trained_tokenizer: Path
+) -> Path:
     """Exports of the last stage's recipe, trained shortly in one process from random weights."""
     folder = tmp_path_factory.mktemp("demo")
-    entries = json.loads((trained_tokenizer.parent / "questions.json").read_text())[:TRAINED_ON]
+    entries = easy_vqa.question_annotations(training, copies=1)[:TRAINED_ON]
     (folder / "questions.json").write_text(json.dumps(entries))
     (folder / "images").mkdir()
     with zipfile.ZipFile(wheel) as archive:

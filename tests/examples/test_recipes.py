@@ -59,7 +59,7 @@ def test_demo_stages_have_different_layouts() -> None:
 def test_demo_model_matches_its_tokenizer_and_images(trained_tokenizer: Path) -> None:
     for recipe in recipes(EXAMPLES / "demo", DEMO_STAGES):
         model = recipe.model
-        assert len(load_tokenizer(trained_tokenizer)) < model.language.vocab_size  # the next id is the image token's
+        assert model.image_token_index == len(load_tokenizer(trained_tokenizer)) < model.language.vocab_size
         assert (
             0
             < num_image_tokens((64, 64), ImageGeometry.of(model, recipe.data.image_aspect_ratio))

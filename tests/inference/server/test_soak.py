@@ -92,7 +92,7 @@ async def _soak(server: RunningServer, numbers: range) -> Counter[str]:
 
 def _check(server: RunningServer, count: int) -> None:
     process = psutil.Process()
-    asyncio.run(_soak(server, range(count // 10)))  # warm-up: threads and caches come into being
+    asyncio.run(_soak(server, range(max(count // 10, 5 * CLIENTS))))  # warm-up: threads and caches come into being
     gc.collect()
     threads, files, memory = threading.active_count(), process.num_fds(), process.memory_info().rss
     finished = server.engine.stats().finished
