@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, replace
@@ -19,6 +17,7 @@ from typing import Any
 
 from tests.inference.tiny_model import PromptSpec, random_specs
 from tests.support.forked_ranks import launch_forked
+from tests.support.stock_transformers import ask_stock
 
 RUN_RANKS = Path(__file__).with_name("run_ranks.py")
 NEW_TOKENS = 128
@@ -74,28 +73,6 @@ print(json.dumps(answers))
 """
 
 
-def generate_with_transformers(folder: Path, specs: list[PromptSpec], new_tokens: int) -> list[dict[str, Any]]:
-    prompts = []
-    for spec in specs:
-        prompt = spec.prompt()
-        paths = [str(folder / f"{spec.seed}-{number}.png") for number in range(len(prompt.images))]
-        for image, path in zip(prompt.images, paths, strict=True):
-            image.save(path)
-        prompts.append({"messages": [{"role": "user", "content": prompt.turns[0].text}], "images": paths})
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK_SCRIPT, str(folder / "exported"), str(new_tokens)],
-        input=json.dumps(prompts),
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        cwd=folder,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    answers: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return answers
-
-
 def difference(stock: dict[str, Any], answer: dict[str, Any]) -> str | None:
     """Where tokens or log-probabilities differ, up to a step where transformers' top two are within MAX_MARGIN."""
     assert len(answer["tokens"]) == len(stock["tokens"]) == NEW_TOKENS
@@ -116,7 +93,8 @@ def compare(folder: Path, specs: list[PromptSpec]) -> tuple[list[int], list[str]
     Returns:
         Tokens of each prompt, and where an answer differs: of one process, of TP 2 and of PP 2.
     """
-    expected = generate_with_transformers(folder, specs, NEW_TOKENS)
+    prompts = [spec.prompt() for spec in specs]
+    expected = ask_stock(STOCK_SCRIPT, folder / "exported", prompts, NEW_TOKENS, folder, timeout=1500)
     results = generate(folder, specs, NEW_TOKENS, 1, "1x1x1x1")
     results |= generate(folder, specs, NEW_TOKENS, 2, "2x1x1x1", "1x2x1x1")
     found = []

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +14,7 @@ from megatron_vlm.data.processing.conversation import Turn
 from megatron_vlm.inference.engine import GenerationEngine, Prompt, load_engine, read_prompts
 from tests.checkpoint_convert.whole_model import SINGLE, TALL, WIDE, picture
 from tests.support.random_models import GROUPED_QUERY_SIZES, write_llava_next
+from tests.support.stock_transformers import ask_stock
 
 NEW_TOKENS = 12
 PROMPTS = [
@@ -69,36 +65,13 @@ print(json.dumps({
 """
 
 
-def _generate_with_transformers(folder: Path, prompts: list[Prompt]) -> dict[str, Any]:
-    roles = {"human": "user", "gpt": "assistant"}
-    requests = []
-    for number, prompt in enumerate(prompts):
-        paths = [str(folder.parent / f"{number}-{k}.png") for k in range(len(prompt.images))]
-        for image, path in zip(prompt.images, paths, strict=True):
-            image.save(path)
-        messages = [{"role": roles[turn.role], "content": turn.text} for turn in prompt.turns]
-        requests.append({"messages": messages, "images": paths})
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK_SCRIPT, str(folder), str(NEW_TOKENS)],
-        input=json.dumps(requests),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=folder,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def _until_end(ids: list[int], eos: int) -> list[int]:
     return ids[: ids.index(eos) + 1] if eos in ids else ids
 
 
 def test_a_batch_has_the_tokens_of_stock_transformers(engine_and_export: tuple[GenerationEngine, Path]) -> None:
     engine, folder = engine_and_export
-    stock = _generate_with_transformers(folder, PROMPTS)
+    stock = ask_stock(STOCK_SCRIPT, folder, PROMPTS, NEW_TOKENS, folder.parent, timeout=200)
     assert stock["classes"] == ["LlavaNextForConditionalGeneration", "LlavaNextProcessor"]
     assert not any(stock["not loaded"])
     assert not stock["our modules"]
