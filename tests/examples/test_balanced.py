@@ -55,7 +55,7 @@ def test_descriptions_are_answered_right_and_half_of_the_time_yes(training: list
                 assert named
                 answers[named.group() in COLOURS, bool(NEGATION.search(question)), answer] += 1
     negated = sum(count for (_, is_negated, _), count in answers.items() if is_negated)
-    # Shares of random draws from a fixed seed: within 3.5 and 2.7 standard deviations, of 3,000 and at least 500 draws.
+    # Shares among random questions, from a fixed seed: within 3.5 and 2.7 standard deviations, of 3,000 and 500.
     assert negated / answers.total() == pytest.approx(share, abs=0.03)
     for colour_named in (True, False):
         for is_negated in (True, False) if share else (False,):
