@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import statistics
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,11 @@ def largest_difference(losses: list[float], reference: list[float]) -> float:
     return max(abs(ours / theirs - 1) for ours, theirs in zip(*averages, strict=True))
 
 
-def train(recipe: Recipe, rows: list[RankBatch]) -> dict[str, Run | None]:
-    """A run of each kind; None where it cannot run on this machine."""
+def train(recipe: Recipe, rows: list[RankBatch], kinds: Iterable[str]) -> dict[str, Run | None]:
+    """A run of each of these KINDS; None where it cannot run on this machine."""
     runs: dict[str, Run | None] = {}
-    for kind, settings in KINDS.items():
-        training = replace(recipe.training, **settings)
+    for kind in kinds:
+        training = replace(recipe.training, **KINDS[kind])
         try:
             run = from_memory(replace(recipe, training=training), rows, warmup=min(3, len(rows) - 2))
         except ConfigError as error:
@@ -63,13 +64,17 @@ def train(recipe: Recipe, rows: list[RankBatch]) -> dict[str, Run | None]:
 
 
 def main() -> None:
-    arguments = shards_parser(__doc__, "iterations of each kind, one row each", steps=200).parse_args()
+    parser = shards_parser(__doc__, "iterations of each kind, one row each", steps=200)
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="default: all; the first is the reference"
+    )
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of_shards(arguments.config, Path(folder), arguments.samples)
         recipe.data.num_workers = arguments.workers
         recipe.training.train_iters = arguments.steps
         with distributed(recipe.parallel, seed=recipe.training.seed):
-            runs = train(recipe, rows_of(recipe))
+            runs = train(recipe, rows_of(recipe), arguments.kinds)
     reference = next(run for run in runs.values() if run is not None)
     lines, results = [], []
     for kind, run in runs.items():

@@ -110,6 +110,13 @@ class Trials:
         return result
 
 
+def spread(ladder: list[Rung], count: int | None) -> list[Rung]:
+    """`count` rungs at equal distances, the first and the last among them; all if there are no more or it is None."""
+    if count is None or count >= len(ladder):
+        return ladder
+    return [ladder[round(number * (len(ladder) - 1) / (count - 1))] for number in range(count)]
+
+
 def run_rungs(ladder: list[Rung], shape: RowShape, trials: Trials | None) -> list[Line]:
     """Each choice of the ladder, cheapest first."""
     return [
@@ -135,12 +142,15 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=CONFIG, help="recipe that gives the model and the row length")
     parser.add_argument("--rows", type=int, default=2, help="rows; each is one optimizer step")
     parser.add_argument("--rounds", type=int, default=2, help="timed rounds over all rows; medians are reported")
+    parser.add_argument("--rungs", type=int, help="choices to report and train with, at equal distances; default: all")
     parser.add_argument("--budgets", type=int, nargs="*", default=list(BUDGETS), help="GB to choose for")
     parser.add_argument(
         "--measure", action=argparse.BooleanOptionalAction, default=on_gpu(), help="train, too; default: on a GPU"
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
     arguments = parser.parse_args()
+    if arguments.rungs is not None and arguments.rungs < 2:
+        parser.error("--rungs must be at least 2, the first and the last")
     recipe = load_recipe(arguments.config)
     recipe.parallel = ParallelConfig()
     recipe.training = replace(recipe.training, global_batch_size=1, recompute_granularity="auto")
@@ -149,7 +159,7 @@ def main() -> None:
     ladder, shape = recompute_ladder(recipe, 1), shape_of(work)
     with distributed(recipe.parallel):
         trials = Trials(recipe, work, arguments.rounds) if arguments.measure else None
-        lines = run_rungs(ladder, shape, trials)
+        lines = run_rungs(spread(ladder, arguments.rungs), shape, trials)
         choices = run_budgets(ladder, arguments.budgets, trials)
     if trials:
         check_same_loss(trials.results, recipe)

@@ -40,7 +40,7 @@ from megatron_vlm.runtime.device import on_gpu
 from megatron_vlm.runtime.launch import distributed
 from megatron_vlm.training.finite_update import update
 from megatron_vlm.training.optimizer import build_optimizer, build_schedule, wrap_for_data_parallel
-from megatron_vlm.training.step import forward_backward, global_loss
+from megatron_vlm.training.step import forward_backward, mean_loss, sum_over_ranks
 from megatron_vlm.training.trainer import Trainer
 
 LOSS_TOLERANCE = {True: 2e-2, False: 1e-4}
@@ -95,10 +95,10 @@ def from_memory(recipe: Recipe, rows: list[RankBatch], warmup: int) -> Run:
     schedule, losses = build_schedule(optimizer, recipe), []
 
     def step(row: RankBatch) -> None:
-        loss, _ = global_loss(forward_backward(wrapped, [iter([row])], recipe))
-        update(optimizer, loss)
+        totals = sum_over_ranks(forward_backward(wrapped, [iter([row])], recipe))
+        update(optimizer, lambda: mean_loss(totals)[0])
         schedule.step(increment=1)
-        losses.append(loss)
+        losses.append(mean_loss(totals)[0])
 
     seconds = [time_call(lambda row=row: step(row)) for row in rows]  # type: ignore[misc]
     return Run(seconds[1 + warmup :], losses)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -108,13 +109,15 @@ def measure(name: str, build: Callable[[], tuple[Any, list[Any]]], rounds: int) 
         times = [[time_call(partial(loop.step, step)) for step in steps] for _ in range(rounds)]
         medians = [statistics.median(row) for row in zip(*times, strict=True)]
         result = Measured(name, medians, torch.cuda.max_memory_allocated() if on_gpu() else 0, losses[0])
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        result = Measured(name, [], 0, float("nan"), OUT_OF_MEMORY)
     except ConfigError as error:  # Transformer Engine is not here
         print(error, flush=True)
         result = Measured(name, [], 0, float("nan"), NOT_HERE)
+    except Exception as error:  # of one loop: the others are measured all the same
+        if is_out_of_memory(error):
+            result = Measured(name, [], 0, float("nan"), OUT_OF_MEMORY)
+        else:
+            traceback.print_exc()
+            result = Measured(name, [], 0, float("nan"), f"failed: {type(error).__name__}")
     loop, steps = None, []
     free_memory()
     return result

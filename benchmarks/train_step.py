@@ -41,7 +41,7 @@ from megatron_vlm.runtime.device import current_device, on_gpu
 from megatron_vlm.runtime.launch import distributed
 from megatron_vlm.training.finite_update import update
 from megatron_vlm.training.optimizer import build_optimizer, wrap_for_data_parallel
-from megatron_vlm.training.step import forward_backward, global_loss
+from megatron_vlm.training.step import forward_backward, global_loss, mean_loss, sum_over_ranks
 
 LOSS_TOLERANCE = 1e-4
 """Relative difference allowed between the two loops' fp32 losses on the same samples."""
@@ -86,14 +86,13 @@ class PackedLoop:
 
     def forward_backward(self, rows: Sequence[AnyBatch]) -> float:
         """Accumulate gradients of the mean loss over the step's supervised tokens; returns that mean."""
-        loss, _ = global_loss(forward_backward(self.chunks, [iter(rows)], self.recipe))
-        return loss
+        return global_loss(forward_backward(self.chunks, [iter(rows)], self.recipe))[0]
 
     def step(self, rows: Sequence[AnyBatch]) -> float:
         """One optimizer step."""
-        loss = self.forward_backward(rows)
-        update(self.optimizer)
-        return loss
+        totals = sum_over_ranks(forward_backward(self.chunks, [iter(rows)], self.recipe))
+        update(self.optimizer, lambda: mean_loss(totals)[0])
+        return mean_loss(totals)[0]
 
 
 def time_call(step: Callable[[], Any]) -> float:

@@ -16,11 +16,10 @@ from megatron_vlm.config import Recipe, TrainingConfig
 from megatron_vlm.config.training import DEFAULT_RECOMPUTE_MODULES
 from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.planner.balance import layers_per_stage
-from megatron_vlm.runtime.device import current_device, fused, on_gpu
+from megatron_vlm.runtime.device import current_device, on_gpu
 from megatron_vlm.runtime.process_groups import vision_groups
 
 
-@fused
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """CLIP's activation, x * sigmoid(1.702 x). megatron-core's own would be compiled on a CPU too."""
     return x * torch.sigmoid(1.702 * x)
@@ -46,8 +45,8 @@ def _shared_settings(recipe: Recipe) -> dict[str, Any]:
         "perform_initialization": False,
         "use_cpu_initialization": not on_gpu(),
         "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,  # mlp.py fuses them
         "persist_layer_norm": False,
-        "bias_dropout_fusion": False,
         "apply_rope_fusion": False,
     }
 
@@ -96,8 +95,8 @@ def language_transformer_config(recipe: Recipe) -> TransformerConfig:
         layernorm_epsilon=language.layer_norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
-        bias_activation_fusion=on_gpu(),  # SwiGLU as one compiled kernel that saves only its input
         add_bias_linear=False,
+        bias_dropout_fusion=False,  # there are no biases, and a residual's addition is one kernel as it is
         add_qkv_bias=language.attention_bias,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
@@ -131,7 +130,7 @@ def vision_transformer_config(recipe: Recipe) -> TransformerConfig:
         num_attention_heads=vision.num_attention_heads,
         layernorm_epsilon=vision.layer_norm_eps,
         activation_func=_ACTIVATIONS[vision.hidden_act],
-        bias_activation_fusion=False,
+        bias_dropout_fusion=on_gpu(),  # bias and residual added in one kernel
         add_bias_linear=True,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size if tensor_parallel else 1,
         sequence_parallel=tensor_parallel and parallel.sequence_parallel,

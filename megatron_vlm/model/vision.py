@@ -20,6 +20,7 @@ from megatron_vlm.config import VisionConfig
 from megatron_vlm.data.rows.document_layout import DocumentLayout
 from megatron_vlm.model.layers.attention_kernels import Kernel
 from megatron_vlm.model.layers.layer_spec import block_spec
+from megatron_vlm.model.layers.linear_layers import LinearLayers
 from megatron_vlm.model.layers.norm import LayerNorm
 from megatron_vlm.model.layers.packed_sequence import packed_sequence
 from megatron_vlm.model.sharding import set_tensor_replica_ids
@@ -46,9 +47,8 @@ class VisionTower(MegatronModule):
             self.pre_norm = LayerNorm(config, width, vision.layer_norm_eps)
             for parameter in self.pre_norm.parameters():
                 parameter.sequence_parallel = False  # type: ignore[attr-defined]
-        self.decoder = TransformerBlock(
-            config, block_spec(LayerNorm, config.num_layers, kernel), post_layer_norm=False, pg_collection=groups
-        )
+        spec = block_spec(LayerNorm, config.num_layers, kernel, LinearLayers(), groups.tp)
+        self.decoder = TransformerBlock(config, spec, post_layer_norm=False, pg_collection=groups)
         self.unused = UnusedLayers(vision, dtype)
         self.replicated = False
 

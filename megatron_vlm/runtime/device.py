@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
-_Function = TypeVar("_Function", bound=Callable[..., torch.Tensor])
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def device_kind() -> str:

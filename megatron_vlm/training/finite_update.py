@@ -7,6 +7,7 @@ the next checkpoint would save them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
@@ -23,10 +24,14 @@ class NonFiniteError(RuntimeError):
     """Too many updates in a row had a loss or a gradient that is NaN or infinite."""
 
 
-def update(optimizer: MegatronOptimizer, loss: float = 0.0) -> tuple[bool, float]:
+def update(optimizer: MegatronOptimizer, loss: float | Callable[[], float] = 0.0) -> tuple[bool, float]:
     """Clip and step. Weights and optimizer state stay as they are if the gradient norm or `loss` is not finite.
 
     Both are the same on every rank, so all ranks decide alike.
+
+    Args:
+        optimizer: of the model.
+        loss: of the step. A function is called after the norm was read: the host then waits for the device once.
 
     Returns:
         Whether the weights were updated, and the gradient norm before clipping.
@@ -41,7 +46,8 @@ def update(optimizer: MegatronOptimizer, loss: float = 0.0) -> tuple[bool, float
         return measured
 
     def step_with_ready_grads() -> bool:
-        return bool(math.isfinite(loss) and math.isfinite(norm) and apply())
+        finite = math.isfinite(norm) and math.isfinite(loss() if callable(loss) else loss)
+        return bool(finite and apply())
 
     # Between these two calls of its step, megatron-core clips; nothing else of the step needs repeating here.
     optimizer.get_grad_norm, optimizer.step_with_ready_grads = get_grad_norm, step_with_ready_grads

@@ -24,7 +24,7 @@ class _StepWeight:
     """Sums the token weights of a step, by which its gradients are divided.
 
     megatron-core's schedule sums what the loss function returns as integers, but weights are not integers. So it is
-    given nothing to count, and gets this sum when it finalizes the gradients.
+    given nothing to count, and this class divides.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,14 @@ class _StepWeight:
         return model(row), partial(self.loss, row)
 
     def finalize(self, chunks: list[Any], _: torch.Tensor, **more: Any) -> None:
-        finalize_model_grads(chunks, self.total, **more)
+        """Reduce the gradients and divide them by the sum of all ranks, without waiting for the device."""
+        finalize_model_grads(chunks, None, **more)
+        last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(self.total, last_stage, group=parallel_state.get_pipeline_model_parallel_group())
+        dist.all_reduce(self.total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        factor = torch.where(self.total > 0, 1 / self.total, 1.0).float()  # in fp64 the product takes twice as long
+        for chunk in chunks:
+            chunk.scale_gradients(factor)
 
 
 def rows_for_chunks(rows: Iterator[AnyBatch], chunks: int) -> list[Iterator[AnyBatch]]:
@@ -118,7 +125,12 @@ def global_loss(totals: torch.Tensor) -> tuple[float, int]:
 
     `totals` are those of forward_backward.
     """
-    loss, weight, count = sum_over_ranks(totals).tolist()
+    return mean_loss(sum_over_ranks(totals))
+
+
+def mean_loss(summed: torch.Tensor) -> tuple[float, int]:
+    """As global_loss, from sums over ranks. The host waits for the device here, and not in sum_over_ranks."""
+    loss, weight, count = summed.tolist()
     return loss / weight if weight else 0.0, int(count)
 
 

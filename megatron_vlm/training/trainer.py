@@ -52,7 +52,7 @@ from megatron_vlm.training.optimizer import (
 )
 from megatron_vlm.training.run_files import RunFiles, run_folder
 from megatron_vlm.training.run_length import batch_size, resolve_epochs
-from megatron_vlm.training.step import forward_backward, global_loss, rows_for_chunks
+from megatron_vlm.training.step import forward_backward, mean_loss, rows_for_chunks, sum_over_ranks
 from megatron_vlm.training.stop import StopRequest
 from megatron_vlm.training.validation import Validator
 from megatron_vlm.training.watchdog import Watchdog
@@ -258,9 +258,10 @@ class Trainer:
         with timer.phase("forward_backward"):
             totals = forward_backward(self.chunks, self.rows, self.recipe, rows_per_step=rows)
         self.metrics.measure_gradients(self.chunks, progress.iteration + 1)
-        loss, supervised_tokens = global_loss(totals)
+        totals = sum_over_ranks(totals)
         with timer.phase("optimizer"):
-            updated, grad_norm = update(self.optimizer, loss)
+            updated, grad_norm = update(self.optimizer, lambda: mean_loss(totals)[0])
+        loss, supervised_tokens = mean_loss(totals)
 
         progress.iteration += 1
         progress.consumed_rows += rows

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.memory_ladder import Line, Measured, limited_to, shape_of
+from benchmarks.memory_ladder import Line, Measured, limited_to, shape_of, spread
 from benchmarks.real_size import Workload
 from megatron_vlm.planner.recompute import Rung
 from tests.benchmarks.small_recipe import write_small_recipe
@@ -70,3 +70,9 @@ def test_the_row_with_most_tiles_counts() -> None:
     assert vars(shape_of(work)) == {
         "tokens": 4, "tiles": 8, "document_tokens": 2.5, "supervised_tokens": 2,
     }  # fmt: skip
+
+
+def test_some_rungs_at_equal_distances() -> None:
+    ladder = [Rung(None, work, 0) for work in range(24)]  # type: ignore[arg-type]
+    assert [rung.work for rung in spread(ladder, 4)] == [0, 8, 15, 23]
+    assert spread(ladder, 24) == spread(ladder, 40) == spread(ladder, None) == ladder

@@ -15,4 +15,4 @@ def test_the_message_reports_the_memory_of_the_gpu() -> None:
         torch.empty(2**50, dtype=torch.uint8, device="cuda")
     assert is_out_of_memory(raised.value)
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
-    assert f"has {total:.1f} GiB; torch holds" in describe_out_of_memory(raised.value)
+    assert f"has {total:.1f} GiB; torch has reserved" in describe_out_of_memory(raised.value)

@@ -56,11 +56,14 @@ def test_attention_keeps_no_more_than_query_key_and_value_for_backward(one_proce
     from tests.parallel.rows import tiny_recipe
 
     (model,) = build_model(tiny_recipe(ParallelConfig()))
-    attention = model.language_model.decoder.layers[0].self_attention.core_attention
-    tokens, heads, dim = 30, 8, 6
-    qkv = torch.randn(tokens, heads, 3 * dim, requires_grad=True)
-    cos, sin = rotary_tables(torch.arange(tokens), dim, 1e4)
+    attention = model.language_model.decoder.layers[0].self_attention
+    tokens, language = 30, model.recipe.model.language
+    hidden = torch.randn(tokens, 1, language.hidden_size, requires_grad=True)
+    cos, sin = rotary_tables(torch.arange(tokens), language.head_width, 1e4)
     layout = document_layout([0, tokens], causal=True, grouped=True)
+    others = {x.untyped_storage().data_ptr() for x in [hidden, cos, sin, *attention.parameters()]}
+    mixed: list[torch.Tensor] = []
+    attention.linear_qkv.register_forward_hook(lambda module, inputs, outputs: mixed.append(outputs[0].detach()))
     storages: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -68,7 +71,9 @@ def test_attention_keeps_no_more_than_query_key_and_value_for_backward(one_proce
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        attention(*qkv.split(dim, dim=2), packed_seq_params=packed_sequence(layout, cos=cos, sin=sin))
+        attention(hidden, None, packed_seq_params=packed_sequence(layout, cos=cos, sin=sin))
+    (qkv,) = mixed
     assert qkv.untyped_storage().data_ptr() not in storages
-    # Query, key, value and output, and the kernel's statistics and rotary tables, which are smaller.
-    assert sum(storages.values()) < 5 * tokens * heads * dim * 4
+    # Query, key, value and output, and the kernel's statistics, which are smaller.
+    width = language.num_attention_heads * language.head_width
+    assert sum(size for where, size in storages.items() if where not in others) < 5 * tokens * width * 4

@@ -44,7 +44,9 @@ CASES = [
     (("cuda",), "torch_varlen", "torch_varlen"),
     # Measured: faster on packed rows, slower on tiles.
     (("cuda", "transformer_engine"), "transformer_engine", "torch_varlen"),
-    (("cuda", "flash_attn_2", "flash_attn_3"), "torch_varlen", "torch_varlen"),
+    (("cuda", "flash_attn_2"), "torch_varlen", "torch_varlen"),
+    # Measured: faster on both.
+    (("cuda", "transformer_engine", "flash_attn_3"), "flash_attn_3", "flash_attn_3"),
     (("rocm",), "torch_varlen", "torch_varlen"),
     (("rocm", "flash_attn_2", "aiter", "transformer_engine"), "flash_attn_2", "flash_attn_2"),
     (("cpu", "transformer_engine"), "sdpa", "sdpa"),
@@ -73,7 +75,7 @@ def test_auto_without_half_precision_or_with_odd_heads(machine: Any) -> None:
     recipe = recipe_with()
     recipe.model.language.head_dim = 12
     assert choose_attention(recipe, "language").backend == "sdpa"
-    assert choose_attention(recipe, "vision").backend == "torch_varlen"
+    assert choose_attention(recipe, "vision").backend == "flash_attn_3"
 
 
 def test_each_part_may_have_its_own(machine: Any) -> None:
@@ -123,6 +125,9 @@ def test_the_line_at_the_start_says_where_a_number_was_measured(machine: Any) ->
     line = describe_attention(recipe_with())
     assert line.startswith("attention: vision torch_varlen (138 TFLOP/s on one NVIDIA H200")
     assert "language transformer_engine (379 TFLOP/s on" in line
+    machine("cuda", "transformer_engine", "flash_attn_3")
+    line = describe_attention(recipe_with())
+    assert "vision flash_attn_3 (232 TFLOP/s on" in line and "language flash_attn_3 (498 TFLOP/s on" in line
     machine("rocm")
     assert "not measured" in describe_attention(recipe_with())
 

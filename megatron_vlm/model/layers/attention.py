@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.model.layers.attention_kernels import Kernel
 from megatron_vlm.model.layers.packed_sequence import PackedSequence
-from megatron_vlm.runtime.device import fused
+from megatron_vlm.model.layers.rotary import rotate_both
 
 
 def _to_heads(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> tuple[torch.Tensor, ...]:
@@ -33,13 +33,6 @@ def _to_heads(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> tupl
 def _to_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The inverse for one tensor: [s, h / cp, d] -> [s / cp, h, d]."""
     return tensor_parallel.all_to_all(group, x.unflatten(0, (group.size(), -1))).transpose(0, 1).flatten(1, 2)
-
-
-@fused
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x [s, h, d] in fp32; cos and sin are [s, 1, d / 2]. Halves are paired as in transformers."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 class PackedAttention(MegatronModule):
@@ -58,6 +51,8 @@ class PackedAttention(MegatronModule):
         self.layer_number = layer_number
         self.context_group = pg_collection.cp
         self.kernel, self.scale = kernel, softmax_scale
+        self.rotates = True
+        """False: query and key come rotated."""
 
     def forward(
         self,
@@ -88,8 +83,8 @@ class PackedAttention(MegatronModule):
             if repeats > 1:  # every rank needs a key/value head: where ranks outnumber heads, heads are repeated
                 key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
             query, key, value = _to_heads((query, key, value), self.context_group)
-        if packed.cos is not None and packed.sin is not None:
-            query, key = rotate(query, packed.cos, packed.sin), rotate(key, packed.cos, packed.sin)
+        if self.rotates and packed.cos is not None and packed.sin is not None:
+            query, key = rotate_both(query, key, packed.cos, packed.sin)
             # A slice of qkv would keep all of qkv until the backward pass, for the value alone.
             value = value.contiguous()
         if packed.cache is not None:
