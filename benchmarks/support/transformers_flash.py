@@ -1,4 +1,4 @@
-"""The transformers loop as its users make it fast: flash-attn 2, Liger's kernels, and samples without padding.
+"""The transformers loop as its users make it fast: flash-attn, Liger's kernels, and samples without padding.
 
 Samples are flattened into one sequence with position ids that begin again at each of them, as transformers'
 DataCollatorWithFlattening does. Liger has no patch for LlavaNext or OLMo-1. So its kernels are put where its patch for
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlavaNextForConditionalGeneration
 from transformers.models.olmo import modeling_olmo
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from benchmarks.support.samples import Sample
 from benchmarks.support.transformers_loop import Batch, Loop, images_of
@@ -23,9 +23,16 @@ from megatron_vlm.config import Recipe
 from megatron_vlm.data.rows.batch import IGNORE_INDEX
 
 
+def attention_implementation() -> str | None:
+    """transformers' name of the newest FlashAttention that is installed."""
+    if is_flash_attn_3_available():
+        return "flash_attention_3"
+    return "flash_attention_2" if is_flash_attn_2_available() else None
+
+
 def why_not() -> str | None:
     """Why this loop cannot run here; None if it can."""
-    found = {"flash-attn 2": is_flash_attn_2_available(), "liger-kernel": importlib.util.find_spec("liger_kernel")}
+    found = {"flash-attn": attention_implementation(), "liger-kernel": importlib.util.find_spec("liger_kernel")}
     absent = [package for package, is_there in found.items() if not is_there]
     return f"{' and '.join(absent)} not installed for a GPU" if absent else None
 
@@ -56,7 +63,7 @@ class FlashLoop(Loop):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerSwiGLUMLP, liger_rotary_pos_emb
 
         super().__init__(model, recipe)
-        model.set_attn_implementation("flash_attention_2")
+        model.set_attn_implementation(attention_implementation())
         modeling_olmo.apply_rotary_pos_emb = liger_rotary_pos_emb
         for module in model.modules():
             if isinstance(module, modeling_olmo.OlmoMLP):

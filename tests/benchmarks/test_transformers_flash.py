@@ -92,6 +92,7 @@ def test_flattened_samples_have_the_loss_and_gradients_of_padded_ones(
 
     asked: list[str] = []
     monkeypatch.setattr(model, "set_attn_implementation", asked.append, raising=False)
+    monkeypatch.setattr(transformers_flash, "is_flash_attn_2_available", lambda: True)
     loop = transformers_flash.FlashLoop(model, recipe)
     batches = transformers_loop.micro_batches(samples, size, CPU, transformers_flash.flatten)
     assert asked == ["flash_attention_2"] and len(batches) == len(padded)
