@@ -178,6 +178,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="rows; each is one optimizer step")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds over all rows; medians are reported")
     parser.add_argument("--micro-batches", type=int, nargs="*", default=[1, 4], help="transformers' micro-batch sizes")
+    parser.add_argument(
+        "--loops", nargs="+", metavar="NAME", help="only these, by the names in the table; default: all"
+    )
     parser.add_argument("--profile", type=Path, help="write one of our steps' kernels, by time, to this file")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
     arguments = parser.parse_args()
@@ -197,6 +200,8 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     results: list[Measured] = []
     kinds: dict[str, dict[str, float]] = {}
     for name, build in loops(recipe, work, model, arguments.micro_batches):
+        if arguments.loops and name not in arguments.loops:
+            continue
         results.append(measure(name, build, arguments.rounds))
         print(f"{name}: {results[-1].failed or results[-1].seconds}", flush=True)
         if not results[-1].failed and name in PROFILED:

@@ -18,6 +18,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
+from megatron_vlm.runtime.fused_weight_gradient import is_supported, multiply_into
+
 MAX_LOGITS_PER_CHUNK = 2**26
 """fp32 logits of a chunk on a rank, 256 MB: large enough for full speed, small next to the activations."""
 _CHUNKS, _MIN_CHUNK = 16, 256
@@ -62,7 +64,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[start : start + chunk] = grad_logits @ weight
                 if grad_weight is not None:
-                    _add_product(grad_weight, grad_logits.t(), chunk_hidden)
+                    _product(grad_weight, grad_logits.t(), chunk_hidden, add=True)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -105,12 +107,14 @@ def _logits_buffer(tokens: int, weight: torch.Tensor) -> torch.Tensor:
     return torch.empty(chunk, vocabulary, dtype=torch.float32, device=weight.device)
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right, in place; without a second tensor of its size if the dtypes are the same."""
-    if left.dtype == total.dtype:
-        torch.addmm(total, left, right, out=total)
+def _product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, add: bool = False) -> None:
+    """out = left @ right, or with `add` out += left @ right, in fp32; where torch can, without a second tensor."""
+    if left.dtype == out.dtype or is_supported(left.dtype):
+        multiply_into(out, left, right, add=add)
+    elif add:
+        out += left @ right
     else:
-        total += left @ right
+        out.copy_(left @ right)
 
 
 def _cross_entropy(
@@ -123,10 +127,7 @@ def _cross_entropy(
         rank's shard of the vocabulary; whether they are in it [n].
     """
     logits = buffer[: len(hidden)]
-    if weight.dtype == logits.dtype:
-        torch.mm(hidden, weight.t(), out=logits)
-    else:
-        logits.copy_(hidden @ weight.t())
+    _product(logits, hidden, weight.t())
     target = targets - group.rank() * len(weight)
     in_shard = (target >= 0) & (target < len(weight))
     target = target.clamp(0, len(weight) - 1)[:, None]

@@ -1,4 +1,4 @@
-"""Weight gradients of megatron-core's linear layers accumulated into fp32 by the matrix product itself.
+"""Weight gradients accumulated into fp32 by the matrix product itself, in megatron-core's linear layers too.
 
 Otherwise each product writes a bf16 gradient, which is then read, converted and added to the fp32 gradient buffer.
 megatron-core does this with a CUDA extension (`gradient_accumulation_fusion`); where that is not installed, torch's
@@ -7,6 +7,7 @@ megatron-core does this with a CUDA extension (`gradient_accumulation_fusion`); 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -15,12 +16,15 @@ from megatron.core.tensor_parallel import layers
 from megatron_vlm.runtime.device import current_device
 
 
+def multiply_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, add: bool) -> None:
+    """out = left @ right, or with `add` out += left @ right, in fp32; factors that are not fp32 need `is_supported`."""
+    dtype = {} if left.dtype == out.dtype else {"out_dtype": torch.float32}
+    torch.addmm(out, left, right, beta=float(add), out=out, **dtype)  # type: ignore[call-overload]
+
+
 def accumulate_weight_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
     """main_grad [out, in] += grad_output [n, out]^T inputs [n, in], in place; main_grad is fp32."""
-    if inputs.dtype == main_grad.dtype:
-        main_grad.addmm_(grad_output.t(), inputs)
-    else:
-        torch.addmm(main_grad, grad_output.t(), inputs, out_dtype=torch.float32, out=main_grad)
+    multiply_into(main_grad, grad_output.t(), inputs, add=True)
 
 
 class _TorchExtension:
@@ -29,6 +33,7 @@ class _TorchExtension:
     wgrad_gemm_accum_fp32 = staticmethod(accumulate_weight_gradient)
 
 
+@functools.cache
 def is_supported(dtype: torch.dtype) -> bool:
     """Whether this torch multiplies matrices of `dtype` into fp32 on this device (from 2.11 on, on GPUs)."""
     main_grad = torch.zeros(8, 8, device=current_device())

@@ -1,4 +1,4 @@
-"""Self-attention of a layer on packed rows: qkv's bias, the split into heads and rotary embedding as one kernel."""
+"""Self-attention of a layer on packed rows: the split into heads and rotary embedding as one kernel."""
 
 from __future__ import annotations
 
@@ -10,36 +10,61 @@ from megatron.core.transformer.attention import SelfAttention
 
 from megatron_vlm.model.layers.packed_sequence import PackedSequence
 from megatron_vlm.model.layers.rotary import rotate
-from megatron_vlm.runtime.device import fused
+from megatron_vlm.runtime.device import fused, on_gpu
 
 
 @fused
+def _add(mixed: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return mixed + bias
+
+
+class _SplitAndRotate(torch.autograd.Function):
+    """Keeps the rotary tables alone: neither qkv's output nor query and key from before they were rotated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, groups: int, head_dim: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        from megatron_vlm.model.layers.split_heads_kernel import split_and_rotate
+
+        ctx.save_for_backward(cos, sin)
+        return split_and_rotate(mixed.contiguous(), cos, sin, groups, head_dim)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        from megatron_vlm.model.layers.split_heads_kernel import split_and_rotate_backward
+
+        return split_and_rotate_backward(*gradients, *ctx.saved_tensors), None, None, None, None
+
+
 def split_heads(
-    mixed: torch.Tensor,
-    bias: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    groups: int,
-    head_dim: int,
+    mixed: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, groups: int, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query [s, 1, h, d], key and value [s, 1, groups, d] of qkv's output, without keeping that.
+    """Query [s, 1, h, d], key and value [s, 1, groups, d] of qkv's output.
 
     Args:
         mixed: [s, 1, (h + 2 * groups) * d]; a group is some heads of query, then one of key and one of value.
-        bias: added to it, if there is one.
-        cos: [s, 1, d / 2]; query and key are rotated if there are tables.
+        cos: [s, 1, d / 2] in fp32; query and key are rotated if there are tables.
         sin: likewise.
         groups: query groups on this tensor rank.
         head_dim: d.
     """
-    if bias is not None:
-        mixed = mixed + bias
+    if cos is None or sin is None:
+        return _split(mixed, groups, head_dim)
+    if on_gpu():
+        parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _SplitAndRotate.apply(
+            mixed, cos, sin, groups, head_dim
+        )
+        return parts
+    query, key, value = _split(mixed, groups, head_dim)
+    # A slice of qkv would keep all of qkv until the backward pass, for the value alone.
+    return rotate(query, cos[:, None], sin[:, None]), rotate(key, cos[:, None], sin[:, None]), value.contiguous()
+
+
+def _split(mixed: torch.Tensor, groups: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     by_group = mixed.unflatten(-1, (groups, -1))
     query, key, value = by_group.split([by_group.shape[-1] - 2 * head_dim, head_dim, head_dim], dim=-1)
-    query = query.flatten(-2).unflatten(-1, (-1, head_dim))
-    if cos is not None and sin is not None:
-        query, key = rotate(query, cos[:, None], sin[:, None]), rotate(key, cos[:, None], sin[:, None])
-    return query.contiguous(), key.contiguous(), value.contiguous()
+    return query.flatten(-2).unflatten(-1, (-1, head_dim)), key, value
 
 
 class PackedSelfAttention(SelfAttention):
@@ -75,5 +100,7 @@ class PackedSelfAttention(SelfAttention):
         packed = self._packed
         assert packed is not None
         mixed, bias = self.linear_qkv(hidden_states)
+        if bias is not None:
+            mixed = _add(mixed, bias)
         groups, head_dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        return split_heads(mixed, bias, packed.cos, packed.sin, groups, head_dim)
+        return split_heads(mixed, packed.cos, packed.sin, groups, head_dim)
