@@ -101,7 +101,12 @@ def measure(shape: Shape, dtype: torch.dtype, repeats: int) -> list[Measured]:
         def forward_and_backward(attention: Attention = attention) -> torch.Tensor:
             return _forward_and_backward(attention, inputs, packed, upstream)
 
-        difference = float((forward_and_backward().float() - reference).norm() / reference.norm())
+        try:
+            output = forward_and_backward()
+        except RuntimeError as error:  # the other backends are measured all the same
+            print(f"{shape.name}: {backend} fails: {error}", flush=True)
+            continue
+        difference = float((output.float() - reference).norm() / reference.norm())
         if not difference <= TOLERANCE[dtype == torch.bfloat16]:
             raise SystemExit(f"{shape.name}: {backend} differs from sdpa by {difference:.1e}")
         times = [time_call(forward_and_backward) for _ in range(repeats + 2)][2:]

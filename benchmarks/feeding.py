@@ -57,7 +57,14 @@ def recipe_of_shards(config: Path, folder: Path, samples: int) -> Recipe:
     """The recipe's model and row length, with shards of synthetic images written below `folder`."""
     recipe = load_recipe(config)
     recipe.parallel = ParallelConfig()
-    recipe.training = replace(recipe.training, global_batch_size=1, recompute_granularity=None)
+    recipe.training = replace(
+        recipe.training,
+        global_batch_size=1,
+        recompute_granularity=None,
+        pretrained_checkpoint=None,
+        save=None,
+        load=None,
+    )
     shards, tokenizer, recipe.model.image_token_index = write_image_shards(folder, samples)
     recipe.data = DataConfig(
         data_path=[str(shards)],

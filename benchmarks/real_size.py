@@ -178,9 +178,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="rows; each is one optimizer step")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds over all rows; medians are reported")
     parser.add_argument("--micro-batches", type=int, nargs="*", default=[1, 4], help="transformers' micro-batch sizes")
-    parser.add_argument(
-        "--loops", nargs="+", metavar="NAME", help="only these, by the names in the table; default: all"
-    )
+    parser.add_argument("--loops", nargs="+", metavar="NAME", help="only these of the table; default: all")
     parser.add_argument("--profile", type=Path, help="write one of our steps' kernels, by time, to this file")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
     arguments = parser.parse_args()

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.feeding import CONFIG, recipe_of_shards
 from benchmarks.real_run import Run, busy_fraction, check_same_losses
+from megatron_vlm.config.recipe import load_recipe
 from tests.benchmarks.small_recipe import write_small_recipe
 from tests.support.forked_ranks import launch_forked
 
@@ -22,6 +24,13 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert len(result["command_seconds"]) == len(result["memory_seconds"]) == 3
     assert result["device_idle"] is None
     assert "python -m megatron_vlm.train" in done.stdout and "device idle: not measured on a CPU" in done.stdout
+
+
+def test_the_reference_recipe_needs_no_files(tmp_path: Path) -> None:
+    """Its weights are random: the checkpoint that it starts from is not on the machine that is measured."""
+    recipe = recipe_of_shards(CONFIG, tmp_path, samples=2)
+    assert load_recipe(CONFIG).training.pretrained_checkpoint and recipe.training.pretrained_checkpoint is None
+    assert recipe.training.save is None and recipe.training.load is None
 
 
 def test_overlapping_kernels_count_once() -> None:

@@ -111,6 +111,13 @@ def test_flash_attention_gets_the_documents(samples: list[Sample]) -> None:
     assert transformers_loop.padded_tokens([batch]) == sum(lengths)
 
 
+def test_the_newest_flash_attention_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert transformers_flash.attention_implementation() is None
+    for version in (2, 3):
+        monkeypatch.setattr(transformers_flash, f"is_flash_attn_{version}_available", lambda: True)
+        assert transformers_flash.attention_implementation() == f"flash_attention_{version}"
+
+
 def test_it_says_what_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers_flash, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
