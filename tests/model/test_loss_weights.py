@@ -102,6 +102,27 @@ def test_gradients_are_those_of_the_loss(build: Any, normalization: str) -> None
     assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(squared, rel=1e-3)
 
 
+def test_weights_count_relative_to_each_other(build: Any) -> None:
+    """megatron-core 0.19 would divide by 1 where a step's weights sum to less."""
+    from megatron_vlm.data.rows.rank_batch import rank_batch
+    from megatron_vlm.model.rank_view import rank_view
+    from megatron_vlm.training.step import forward_backward
+
+    recipe, chunks = build("sample")
+    rows = [rank_batch(make_row(index), rank_view(recipe)) for index in range(ROWS)]
+    smaller = [
+        replace(row, token_weights=row.token_weights / 1024, loss_weight=row.loss_weight / 1024)
+        for row in rows
+        if row.token_weights is not None
+    ]
+    assert len(smaller) == ROWS and sum(row.loss_weight for row in smaller) < 1
+    gradients = []
+    for step in (rows, smaller):
+        forward_backward(chunks, [iter(step)], recipe)
+        gradients.append(torch.cat([parameter.main_grad.flatten() for parameter in chunks[0].parameters()]).clone())
+    assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 1e-6
+
+
 @pytest.mark.parametrize(("normalization", "total"), [("token", 6), ("sample", 2), ("sqrt", math.sqrt(2) + 2)])
 def test_weights_of_a_row(normalization: Any, total: float) -> None:
     labels = torch.full((12,), IGNORE_INDEX)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _kernel(  # type: ignore[no-untyped-def]
+def triton_split_heads(  # type: ignore[no-untyped-def]
     mixed, query, key, value, cos, sin, groups,
     HEADS: tl.constexpr, HALF: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def _launch(
     query, key, value = parts
     groups, half = key.shape[-2], key.shape[-1] // 2
     if len(mixed):
-        _kernel[(len(mixed),)](
+        triton_split_heads[(len(mixed),)](
             mixed, query, key, value, cos, sin, groups,
             HEADS=query.shape[-2] // groups, HALF=half, GROUPS=triton.next_power_of_2(groups),
             WIDTH=triton.next_power_of_2(half), BACKWARD=backward,

@@ -15,7 +15,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _kernel(gradient, gate_up, output, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def triton_swiglu_backward(gradient, gate_up, output, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -35,5 +35,5 @@ def swiglu_backward(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tens
     output, width = torch.empty_like(gate_up), gradient.shape[-1]
     rows = gradient.numel() // width
     if rows:
-        _kernel[(rows, triton.cdiv(width, _BLOCK))](gradient, gate_up, output, width, BLOCK=_BLOCK)
+        triton_swiglu_backward[(rows, triton.cdiv(width, _BLOCK))](gradient, gate_up, output, width, BLOCK=_BLOCK)
     return output
