@@ -48,7 +48,7 @@ STAGES = {
         "language", ("--train-iters", "300", "--lr-decay-style", "cosine"),
     ),
     "warmup": Stage(
-        "projector and tower on captions, data parallel size 2 with the distributed optimizer", ("captions",), 140
+        "projector and tower on captions, data parallel size 2 with the distributed optimizer", ("captions",), 185
     ),
     "pretrain": Stage(
         "captions and balanced questions, data parallel size 2 with the distributed optimizer",
