@@ -57,8 +57,10 @@ def split_heads(
         )
         return parts
     query, key, value = _split(mixed, groups, head_dim)
-    # A slice of qkv would keep all of qkv until the backward pass, for the value alone.
-    return rotate(query, cos[:, None], sin[:, None]), rotate(key, cos[:, None], sin[:, None]), value.contiguous()
+    if torch.is_grad_enabled():
+        # A slice of qkv would keep all of qkv until the backward pass, for the value alone.
+        value = value.contiguous()
+    return rotate(query, cos[:, None], sin[:, None]), rotate(key, cos[:, None], sin[:, None]), value
 
 
 def _split(mixed: torch.Tensor, groups: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
