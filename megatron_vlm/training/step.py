@@ -51,9 +51,7 @@ class _StepWeight:
         last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(self.total, last_stage, group=parallel_state.get_pipeline_model_parallel_group())
         dist.all_reduce(self.total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        factor = torch.where(
-            self.total > 0, 1 / self.total, 1.0
-        ).float()  # as the gradients: with fp64 the product is slower
+        factor = torch.where(self.total > 0, 1 / self.total, 1.0).float()  # with fp64 the product is slower
         for chunk in chunks:
             chunk.scale_gradients(factor)
 
