@@ -12,7 +12,7 @@ keeps
 
 A frozen layer keeps no input of a linear layer, unless a LoRA adapter beside it is trained. With m adapters of rank r,
 the layer keeps r m b more per token, and their As stacked. A CPU has no fused kernels: keys and values are repeated to
-the number of query heads, attention runs per group of documents, and SwiGLU keeps two more tensors of size f.
+the number of query heads, attention runs per group of documents, and SwiGLU keeps one more tensor of size f.
 """
 
 from __future__ import annotations
@@ -140,8 +140,9 @@ def _attention(recipe: Recipe, size: _Sizes, fused: bool, recomputed: bool) -> i
     queries = language.num_attention_heads * language.head_width // size.tensor
     heads = max(1, language.num_key_value_heads // size.tensor)
     keys = heads * language.head_width
-    if recomputed:  # query, key and value as they come from the linear layer, and what the next one needs
-        grouped = heads > 1 and keys != queries
+    if recomputed:  # query, key and value, and what the next linear layer needs
+        splits_heads = context == 1 and language.num_key_value_heads >= size.tensor
+        grouped = heads > 1 and keys != queries and not splits_heads  # then query is copied beside qkv's output
         kept = queries + 2 * keys + (queries if grouped else 0) + (queries if trained else 0)
         return size.g * size.b * kept + adapters
     if context > heads:
@@ -159,7 +160,7 @@ def _mlp(recipe: Recipe, size: _Sizes, fused: bool, recomputed: bool) -> int:
         return 0 if _keeps_input(recipe, "linear_fc1") else size.s * language.hidden_size * size.b
     width = language.intermediate_size // size.tensor
     adapters = _adapters(recipe, size, "linear_fc1") + _adapters(recipe, size, "linear_fc2")
-    kept = 2 + (0 if fused else 2) + (1 if _keeps_input(recipe, "linear_fc2") else 0)
+    kept = 2 + (0 if fused else 1) + (1 if _keeps_input(recipe, "linear_fc2") else 0)
     return size.g * width * size.b * kept + adapters
 
 
