@@ -58,10 +58,10 @@ fi
 if [[ $stage == all ]]; then stages=(warmup pretrain instruct); else stages=("$stage"); fi
 for stage in "${stages[@]}"; do set_train_arguments "$stage" "$recipes" "$data_root" "$checkpoints"; done
 
-agent='' stopped=''
+agent='' stopped='' interrupted=''
 # pass_on SIGNAL SENT: the agent is in a process group of its own, so that Ctrl-C reaches it here only.
 pass_on() {
-    stopped=$1
+    stopped=$1 interrupted=yes
     [[ -z $agent ]] || kill -s "$2" "$agent" 2>/dev/null || true
 }
 trap 'pass_on TERM TERM' TERM
@@ -69,16 +69,18 @@ trap 'pass_on INT TERM' INT
 trap 'pass_on USR1 USR1' USR1
 set -m
 
-# run_agent ARGUMENTS: sets code. A trapped signal ends `wait` before the agent has ended.
+# run_agent ARGUMENTS: sets code. A trapped signal ends `wait` with a code of its own, even when the agent ends at once.
 run_agent() {
+    local again
     python -m megatron_vlm.launch "$@" &
     agent=$!
     [[ -z $stopped ]] || kill -s TERM "$agent"
-    code=0
+    interrupted='' code=0
     wait "$agent" || code=$?
-    while kill -0 "$agent" 2>/dev/null; do
-        code=0
-        wait "$agent" || code=$?
+    while [[ -n $interrupted ]]; do
+        interrupted='' again=0
+        wait "$agent" || again=$?
+        ((again == 127)) || code=$again # 127: the wait before had the agent's code already
     done
     agent=''
 }
