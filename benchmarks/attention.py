@@ -80,8 +80,11 @@ class Measured:
     """Of the output from sdpa's, relative to its norm."""
 
 
-def measure(shape: Shape, dtype: torch.dtype, repeats: int) -> list[Measured]:
-    """All backends that work here; raises SystemExit if one computes something else than sdpa."""
+def measure(shape: Shape, dtype: torch.dtype, repeats: int, failed: list[str]) -> list[Measured]:
+    """All backends that work here; raises SystemExit if one computes something else than sdpa.
+
+    One that ends with an error is added to `failed`, and the others are measured all the same.
+    """
     device = current_device()
     generator = torch.Generator(device).manual_seed(0)
     tokens = shape.cu_seqlens[-1]
@@ -103,8 +106,8 @@ def measure(shape: Shape, dtype: torch.dtype, repeats: int) -> list[Measured]:
 
         try:
             output = forward_and_backward()
-        except RuntimeError as error:  # the other backends are measured all the same
-            print(f"{shape.name}: {backend} fails: {error}", flush=True)
+        except RuntimeError as error:
+            failed.append(f"{shape.name}: {backend} failed: {error}")
             continue
         difference = float((output.float() - reference).norm() / reference.norm())
         if not difference <= TOLERANCE[dtype == torch.bfloat16]:
@@ -132,7 +135,8 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.config)
     dtype = torch.bfloat16 if recipe.training.bf16 else torch.float32
-    results = [result for shape in shapes_of(recipe) for result in measure(shape, dtype, arguments.repeats)]
+    failed: list[str] = []
+    results = [result for shape in shapes_of(recipe) for result in measure(shape, dtype, arguments.repeats, failed)]
     about = machine()
     print(f"\n{about['device']}, torch {about['torch']}; forward and backward, median of {arguments.repeats}\n")
     lines = [
@@ -143,6 +147,8 @@ def main() -> None:
     name = f"attention-{about['device'].lower().replace(' ', '-')}"
     path = save(arguments.output, name, {"repeats": arguments.repeats, "backends": [asdict(r) for r in results]})
     print(f"written to {path}")
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":

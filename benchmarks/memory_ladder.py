@@ -22,7 +22,16 @@ from typing import Any
 import torch
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
-from benchmarks.real_size import CONFIG, Measured, Workload, build_workload, check_same_loss, measure, packed_loop
+from benchmarks.real_size import (
+    CONFIG,
+    Measured,
+    Workload,
+    build_workload,
+    check_none_failed,
+    check_same_loss,
+    measure,
+    packed_loop,
+)
 from benchmarks.support import transformers_loop
 from benchmarks.support.report import RESULTS, machine, save, table
 from megatron_vlm.config import ParallelConfig, Recipe
@@ -164,6 +173,8 @@ def main() -> None:
     if trials:
         check_same_loss(trials.results, recipe)
     report(arguments, recipe, shape, lines, choices)
+    if trials:
+        check_none_failed(trials.results)
 
 
 def report(

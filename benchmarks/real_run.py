@@ -38,9 +38,9 @@ from megatron_vlm.model.initialize import initialize_weights
 from megatron_vlm.model.rank_view import rank_view
 from megatron_vlm.runtime.device import on_gpu
 from megatron_vlm.runtime.launch import distributed
-from megatron_vlm.training.finite_update import update
+from megatron_vlm.training.finite_update import update_and_loss
 from megatron_vlm.training.optimizer import build_optimizer, build_schedule, wrap_for_data_parallel
-from megatron_vlm.training.step import forward_backward, mean_loss, sum_over_ranks
+from megatron_vlm.training.step import forward_backward, sum_over_ranks
 from megatron_vlm.training.trainer import Trainer
 
 LOSS_TOLERANCE = {True: 2e-2, False: 1e-4}
@@ -96,9 +96,9 @@ def from_memory(recipe: Recipe, rows: list[RankBatch], warmup: int) -> Run:
 
     def step(row: RankBatch) -> None:
         totals = sum_over_ranks(forward_backward(wrapped, [iter([row])], recipe))
-        update(optimizer, lambda: mean_loss(totals)[0])
+        _, _, loss, _ = update_and_loss(optimizer, totals)
         schedule.step(increment=1)
-        losses.append(mean_loss(totals)[0])
+        losses.append(loss)
 
     seconds = [time_call(lambda row=row: step(row)) for row in rows]  # type: ignore[misc]
     return Run(seconds[1 + warmup :], losses)

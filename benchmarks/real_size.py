@@ -44,7 +44,7 @@ from megatron_vlm.runtime.peak_rate import datasheet_peak, measured_gemm_rate
 CONFIG = Path(__file__).parent.parent / "examples/instellavl/instruct.yaml"
 LOSS_TOLERANCE = {True: 2e-2, False: 1e-4}
 """Relative difference allowed between the loops' losses on the same samples, by bf16."""
-OUT_OF_MEMORY, NOT_HERE = "out of memory", "cannot run here"
+OUT_OF_MEMORY, NOT_HERE, FAILED = "out of memory", "cannot run here", "failed with"
 RECOMPUTE: dict[str, dict[str, Any]] = {"": {}, ", full recompute": {"recompute_granularity": "full"}}
 _TE = {"transformer_impl": "transformer_engine"}
 LINEAR_LAYERS: dict[str, dict[str, Any]] = {
@@ -117,10 +117,16 @@ def measure(name: str, build: Callable[[], tuple[Any, list[Any]]], rounds: int) 
             result = Measured(name, [], 0, float("nan"), OUT_OF_MEMORY)
         else:
             traceback.print_exc()
-            result = Measured(name, [], 0, float("nan"), f"failed: {type(error).__name__}")
+            result = Measured(name, [], 0, float("nan"), f"{FAILED} {type(error).__name__}")
     loop, steps = None, []
     free_memory()
     return result
+
+
+def check_none_failed(results: list[Measured]) -> None:
+    """Raises SystemExit if a loop ended with an error, after the others were reported."""
+    if failed := [f"{result.name} {result.failed}" for result in results if result.failed.startswith(FAILED)]:
+        raise SystemExit(f"{'; '.join(failed)}: see above")
 
 
 def free_memory() -> None:
@@ -206,7 +212,10 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
             kinds[name] = profile_step(name, arguments.profile if not kinds else None, build)
             free_memory()
     check_same_loss(results, recipe)
+    if all(result.failed for result in results):
+        raise SystemExit(f"no loop ran: {[result.name for result in results] or arguments.loops}")
     report(arguments, recipe, work, results, peak, kinds)
+    check_none_failed(results)
 
 
 def check_same_loss(results: list[Measured], recipe: Recipe) -> None:

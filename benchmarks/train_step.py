@@ -39,9 +39,9 @@ from megatron_vlm.model.build import build_model
 from megatron_vlm.model.rank_view import rank_view
 from megatron_vlm.runtime.device import current_device, on_gpu
 from megatron_vlm.runtime.launch import distributed
-from megatron_vlm.training.finite_update import update
+from megatron_vlm.training.finite_update import update_and_loss
 from megatron_vlm.training.optimizer import build_optimizer, wrap_for_data_parallel
-from megatron_vlm.training.step import forward_backward, global_loss, mean_loss, sum_over_ranks
+from megatron_vlm.training.step import forward_backward, global_loss, sum_over_ranks
 
 LOSS_TOLERANCE = 1e-4
 """Relative difference allowed between the two loops' fp32 losses on the same samples."""
@@ -91,8 +91,8 @@ class PackedLoop:
     def step(self, rows: Sequence[AnyBatch]) -> float:
         """One optimizer step."""
         totals = sum_over_ranks(forward_backward(self.chunks, [iter(rows)], self.recipe))
-        update(self.optimizer, lambda: mean_loss(totals)[0])
-        return mean_loss(totals)[0]
+        _, _, loss, _ = update_and_loss(self.optimizer, totals)
+        return loss
 
 
 def time_call(step: Callable[[], Any]) -> float:

@@ -6,16 +6,19 @@ the next checkpoint would save them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_vlm.config import Recipe
 from megatron_vlm.runtime.logging import log_rank0
 from megatron_vlm.training.run_files import run_folder
 from megatron_vlm.training.sample_report import append_record, describe_samples, gather_samples
+from megatron_vlm.training.step import mean_loss
 
 SKIPPED_FILE = "skipped_updates.jsonl"
 
@@ -59,6 +62,21 @@ def update(optimizer: MegatronOptimizer, loss: float | Callable[[], float] = 0.0
     # the next backward would then count its first micro-batch twice.
     optimizer.zero_grad()
     return bool(updated), norm
+
+
+def update_and_loss(optimizer: MegatronOptimizer, totals: torch.Tensor) -> tuple[bool, float, float, int]:
+    """`update` with the loss of `totals`, which are read after the norm, so that the host waits for the device once.
+
+    Args:
+        optimizer: of the model.
+        totals: of the step, from sum_over_ranks.
+
+    Returns:
+        Whether the weights were updated, the gradient norm before clipping, the loss, and the supervised tokens.
+    """
+    read = functools.cache(lambda: mean_loss(totals))
+    updated, norm = update(optimizer, lambda: read()[0])
+    return updated, norm, *read()
 
 
 class SkippedUpdates:

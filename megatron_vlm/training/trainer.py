@@ -41,7 +41,7 @@ from megatron_vlm.training.checkpoint import (
     recipe_differences,
     require_checkpoint,
 )
-from megatron_vlm.training.finite_update import NonFiniteError, SkippedUpdates, update
+from megatron_vlm.training.finite_update import NonFiniteError, SkippedUpdates, update_and_loss
 from megatron_vlm.training.loss_spikes import LossSpikes
 from megatron_vlm.training.metrics import MetricsProcessor, ProfilerWindow
 from megatron_vlm.training.optimizer import (
@@ -52,7 +52,7 @@ from megatron_vlm.training.optimizer import (
 )
 from megatron_vlm.training.run_files import RunFiles, run_folder
 from megatron_vlm.training.run_length import batch_size, resolve_epochs
-from megatron_vlm.training.step import forward_backward, mean_loss, rows_for_chunks, sum_over_ranks
+from megatron_vlm.training.step import forward_backward, rows_for_chunks, sum_over_ranks
 from megatron_vlm.training.stop import StopRequest
 from megatron_vlm.training.validation import Validator
 from megatron_vlm.training.watchdog import Watchdog
@@ -260,8 +260,7 @@ class Trainer:
         self.metrics.measure_gradients(self.chunks, progress.iteration + 1)
         totals = sum_over_ranks(totals)
         with timer.phase("optimizer"):
-            updated, grad_norm = update(self.optimizer, lambda: mean_loss(totals)[0])
-        loss, supervised_tokens = mean_loss(totals)
+            updated, grad_norm, loss, supervised_tokens = update_and_loss(self.optimizer, totals)
 
         progress.iteration += 1
         progress.consumed_rows += rows

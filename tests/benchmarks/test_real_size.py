@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.real_size import step_flops
+from benchmarks.real_size import Measured, check_none_failed, measure, step_flops
 from benchmarks.support.instruct_samples import InstructRows
 from megatron_vlm.config.recipe import load_recipe
 from megatron_vlm.data.rows.batch import IGNORE_INDEX
@@ -52,3 +53,14 @@ def test_rows_contain_their_samples(recipe: Path) -> None:
     assert row.tiles is not None and len(row.tiles) == row.num_tiles == sum(sum(s.tile_counts) for s in samples)
     assert 0.2 < float((row.labels != IGNORE_INDEX).float().mean()) < 0.5
     assert step_flops(settings, samples) > step_flops(settings, samples[1:]) > 0
+
+
+def test_a_loop_that_fails_is_reported_after_the_others() -> None:
+    def build() -> Any:
+        raise ValueError("no such layer")
+
+    failed = measure("ours", build, rounds=1)
+    assert failed.failed == "failed with ValueError"
+    check_none_failed([Measured("theirs", [1.0], 0, 0.0), Measured("absent", [], 0, 0.0, "cannot run here")])
+    with pytest.raises(SystemExit, match="ours failed with ValueError"):
+        check_none_failed([failed])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,36 @@ def test_the_command_stops_with_a_message_and_keeps_the_older_checkpoint(tmp_pat
     assert len(skipped) == 3
     assert all(line["lm_loss"] is None or line["grad_norm"] is None for line in skipped)
     assert (save / "iter_0000001").is_dir()
+
+
+@pytest.mark.parametrize("loss", [6.0, math.nan])
+def test_the_loss_is_read_once_after_the_norm(loss: float) -> None:
+    """Until then the host launches work without waiting for the device."""
+    from megatron_vlm.training.finite_update import update_and_loss
+
+    done: list[str] = []
+
+    class Optimizer:
+        def get_grad_norm(self) -> float:
+            done.append("norm")
+            return 2.0
+
+        def step_with_ready_grads(self) -> bool:
+            done.append("step")
+            return True
+
+        def step(self) -> tuple[bool, float, None]:
+            norm = self.get_grad_norm()
+            return self.step_with_ready_grads(), norm, None
+
+        def zero_grad(self) -> None: ...
+
+    class Totals:
+        def tolist(self) -> list[float]:
+            done.append("loss")
+            return [loss, 3.0, 5.0]
+
+    updated, norm, mean, count = update_and_loss(Optimizer(), Totals())  # type: ignore[arg-type]
+    finite = math.isfinite(loss)
+    assert done == ["norm", "loss", "step"][: 2 + finite]
+    assert (updated, norm, count) == (finite, 2.0, 5) and (mean == 2.0 or not finite)
