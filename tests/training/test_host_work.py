@@ -105,7 +105,7 @@ def test_a_training_step_computes_nothing_row_long_outside_the_model(
 
     monkeypatch.setattr(VisionLanguageModel, "forward", uncounted(VisionLanguageModel.forward))
     monkeypatch.setattr(schedules, "backward_step", uncounted(schedules.backward_step))
-    monkeypatch.setattr(trainer_module, "update", uncounted(trainer_module.update))
+    monkeypatch.setattr(trainer_module, "update_and_loss", uncounted(trainer_module.update_and_loss))
     with RowLongHostWork({trainer.recipe.data.seq_length}) as mode:
         trainer.train_step()
     assert mode.found == []
