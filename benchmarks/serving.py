@@ -38,7 +38,7 @@ Prompts = list[list[int]]
 Runs = dict[str, Run]
 """Name -> figures."""
 GENERATE, SERVE = "transformers", "transformers serve"
-PROMPTS_PER_CLIENT = 4
+PROMPTS_PER_CLIENT = 8
 """So that the time in which the batch fills and empties decides little."""
 UNLOADED, ARRIVALS = "engine, first tokens of one request at a time", "engine, at half of capacity"
 
@@ -49,24 +49,30 @@ def random_prompts(chance: random.Random, count: int, shortest: int, longest: in
     return [[chance.randrange(2, 4000) for _ in range(length)] for length in chance.sample(lengths, count)]
 
 
-def run_peers(theirs: Any, export: Path, prompts: dict[int, Prompts]) -> tuple[dict[int, Runs], str | None]:
-    """Measure the model `theirs`, which is also in the folder `export`.
+def generate_before_and_after(theirs: Any, asked: Prompts, new_tokens: int, between: Callable[[], Runs]) -> Runs:
+    """transformers' `generate` before and after other runs, as one run, and those: a machine's speed changes."""
 
-    Returns:
-        New tokens -> runs of transformers, and the reason why its server could not be measured, if so.
-    """
-    results: dict[int, Runs] = {}
-    for new_tokens, asked in prompts.items():
+    def generate() -> Run:
         serving_peers.generate_one_by_one(theirs, asked[:1], 2)  # warm-up
-        results[new_tokens] = {GENERATE: serving_peers.generate_one_by_one(theirs, asked, new_tokens)}
+        return serving_peers.generate_one_by_one(theirs, asked, new_tokens)
+
+    before, others, after = generate(), between(), generate()
+    first = before.first_token_seconds + after.first_token_seconds
+    tokens_per_second = 2 / (1 / before.tokens_per_second + 1 / after.tokens_per_second)
+    prefill_share = sum(first) * tokens_per_second / (2 * len(asked) * new_tokens)
+    return {GENERATE: Run(tokens_per_second, first, before.tokens, prefill_share)} | others
+
+
+def run_server(results: dict[int, Runs], export: Path, prompts: dict[int, Prompts]) -> str | None:
+    """Add the runs of `transformers serve` to the results; returns the reason if it could not be measured."""
     try:
         with serving_peers.transformers_serve(export, torch.get_num_threads()) as ask:
             for new_tokens, asked in prompts.items():
                 closed_loop(ask, asked[:1], 2, 1)
                 results[new_tokens][SERVE] = closed_loop(ask, asked, new_tokens, len(asked))
     except serving_peers.PeerDidNotStart as reason:
-        return results, str(reason)
-    return results, None
+        return str(reason)
+    return None
 
 
 def run_engine(engine: Engine, arguments: argparse.Namespace, new_tokens: int, same: Prompts) -> Runs:
@@ -140,11 +146,18 @@ def run(arguments: argparse.Namespace, folder: Path) -> tuple[dict[int, Runs], s
         new_tokens: random_prompts(chance, arguments.baseline_prompts, *arguments.prompt_tokens)
         for new_tokens in arguments.new_tokens
     }
-    results, problem = run_peers(theirs, folder / "export", prompts)
     config = InferenceConfig(enable_prefix_caching=False, inference_dynamic_batching_max_tokens=arguments.max_tokens)
-    with Engine(same_weights(theirs, recipe), tokenizer, config) as engine:
-        for new_tokens, runs in results.items():
-            runs.update(run_engine(engine, arguments, new_tokens, prompts[new_tokens]))
+    ours = same_weights(theirs, recipe)
+    results = {}
+    for new_tokens, asked in prompts.items():
+
+        def of_engine(new_tokens: int = new_tokens, asked: Prompts = asked) -> Runs:
+            # Not open while others are measured: a second thread's OpenMP threads would slow them down.
+            with Engine(ours, tokenizer, config, only_inference=True) as engine:
+                return run_engine(engine, arguments, new_tokens, asked)
+
+        results[new_tokens] = generate_before_and_after(theirs, asked, new_tokens, of_engine)
+    problem = run_server(results, folder / "export", prompts)
     words = range(vocab_size - serving_peers.NUM_SPECIAL)
     for runs in results.values():
         expected = runs[GENERATE].tokens
@@ -163,7 +176,12 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[8, 128], help="generated tokens per prompt")
     parser.add_argument("--prompt-tokens", type=int, nargs=2, default=[200, 1500], help="shortest and longest prompt")
     parser.add_argument("--baseline-prompts", type=int, default=6, help="prompts of transformers and of one client")
-    parser.add_argument("--max-tokens", type=int, default=128, help="tokens of a step of the engine at most")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=InferenceConfig.inference_dynamic_batching_max_tokens,
+        help="tokens of a step of the engine at most",
+    )
     parser.add_argument("--threads", type=int, default=0, help="threads; 0: one per core")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
     arguments = parser.parse_args()

@@ -51,6 +51,7 @@ from megatron_vlm.model.build import build_model
 from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.runtime.device import on_gpu
 from megatron_vlm.runtime.launch import distributed
+from megatron_vlm.runtime.openmp import release_threads
 from megatron_vlm.training.checkpoint import load_checkpoint, read_recipe, require_checkpoint
 
 
@@ -63,6 +64,7 @@ class Engine:
         tokenizer: Tokenizer,
         config: InferenceConfig | None = None,
         channel: PlanChannel | None = None,
+        only_inference: bool = False,
     ) -> None:
         """Start the engine's thread. Process groups must exist (runtime.launch).
 
@@ -71,6 +73,7 @@ class Engine:
             tokenizer: the model's.
             config: sizes of the engine.
             channel: of an earlier engine on these ranks; default: a new one.
+            only_inference: no model is trained in these process groups; steps are faster then. The same on all ranks.
 
         Raises:
             ConfigError: wrong settings.
@@ -79,7 +82,7 @@ class Engine:
         check_inference(self.config)
         chunks = [model] if isinstance(model, VisionLanguageModel) else list(model)
         self.model, self.tokenizer, self.recipe = chunks[0], tokenizer, chunks[0].recipe
-        self._channel, self._runner, num_blocks = prepare_rank(chunks, self.config, channel)
+        self._channel, self._runner, num_blocks = prepare_rank(chunks, self.config, channel, only_inference)
         parallel = self.recipe.parallel
         slices = parallel.tensor_model_parallel_size * parallel.context_parallel_size
         self._scheduler = Scheduler(self.config, BlockAllocator(num_blocks), slices)
@@ -93,6 +96,7 @@ class Engine:
         self._closing, self._drain = False, True
         self._failure: BaseException | None = None
         self._counters = EngineCounters()
+        release_threads()  # this thread has loaded the model; the engine's computes from now on
         self._thread = threading.Thread(target=self._loop, name="generation engine", daemon=True)
         self._thread.start()
 
@@ -363,10 +367,10 @@ def engine_on_ranks(
         chunks = build_model(recipe)
         load_weights(chunks)
         if torch.distributed.get_rank() == engine_rank():
-            with Engine(chunks, tokenizer, config) as engine:
+            with Engine(chunks, tokenizer, config, only_inference=True) as engine:
                 yield engine
         else:
-            serve_rank(chunks, config)
+            serve_rank(chunks, config, only_inference=True)
             yield None
 
 

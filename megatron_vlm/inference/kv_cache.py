@@ -12,7 +12,7 @@ from megatron_vlm.inference.step_plan import Span, StepPlan
 from megatron_vlm.model.layers.packed_sequence import PackedSequence
 
 Slots = slice | torch.Tensor
-"""Positions in the cache: a slice where they are contiguous, as a CPU reads and writes them without indices."""
+"""Positions in the cache or in a row: a slice where they are contiguous, because a CPU is faster without indices."""
 
 
 @dataclass
@@ -45,10 +45,12 @@ class PagedKVCache:
         self._chunks: list[_Chunk] = []
         self._single: list[Slots] = []
         """For each request with one token in the step, the slots of all its tokens."""
-        self._single_rows = torch.empty(0, dtype=torch.int64)
-        """[n]: where these tokens are in the row of the step."""
-        self._written_rows = self._written_slots = torch.empty(0, dtype=torch.int64)
-        """[n + padding]: these tokens and the row's padding, and the slots that they are written to."""
+        self._single_rows: Slots = slice(0, 0)
+        """Where these tokens are in the row of the step."""
+        self._written_rows: Slots = slice(0, 0)
+        """These tokens and the row's padding."""
+        self._written_slots = torch.empty(0, dtype=torch.int64)
+        """The slots that they are written to."""
 
     def start_step(self, plan: StepPlan, device: torch.device, dtype: torch.dtype) -> None:
         """Prepare what all layers need; `dtype` is that of the scores."""
@@ -65,9 +67,9 @@ class PagedKVCache:
                 self._chunks.append(_chunk(span, slots, device, dtype))
             stop = span.start + span.length
         padding = range(stop, len(plan.tokens))
-        self._written_rows = torch.tensor([*rows, *padding], dtype=torch.int64, device=device)
         self._written_slots = torch.tensor(written + [0] * len(padding), dtype=torch.int64, device=device)
-        self._single_rows = self._written_rows[: len(rows)]
+        self._written_rows = _contiguous(np.array([*rows, *padding], np.int64), device)
+        self._single_rows = _contiguous(np.array(rows, np.int64), device)
 
     def _slots_of(self, span: Span) -> np.ndarray:
         blocks = np.asarray(span.blocks, np.int64)[:, None] * self.block_size
@@ -94,9 +96,9 @@ class PagedKVCache:
                 is_causal=chunk.mask is None,
             )
             out[chunk.rows] = attended[0].transpose(0, 1)
-        if len(self._written_rows):
+        if len(self._written_slots):
             for cached, new in ((keys, key), (values, value)):
-                cached[0, :, self._written_slots] = new[self._written_rows].transpose(0, 1)
+                cached[0].index_copy_(1, self._written_slots, new[self._written_rows].transpose(0, 1))
         if self._single:
             queries = query[self._single_rows].unsqueeze(2).split(1)  # [1, h, 1, d] each
             attended_all = [
@@ -108,6 +110,9 @@ class PagedKVCache:
 
 
 def _contiguous(used: np.ndarray, device: torch.device) -> Slots:
+    """Positions in ascending order, as a slice if they are contiguous."""
+    if not len(used):
+        return slice(0, 0)
     first, last = int(used[0]), int(used[-1])
     if last - first + 1 == len(used) and bool((np.diff(used) == 1).all()):
         return slice(first, last + 1)

@@ -81,7 +81,10 @@ def max_sequence_length(model: VisionLanguageModel, config: InferenceConfig) -> 
 
 
 def prepare_rank(
-    chunks: Sequence[VisionLanguageModel], config: InferenceConfig, channel: PlanChannel | None = None
+    chunks: Sequence[VisionLanguageModel],
+    config: InferenceConfig,
+    channel: PlanChannel | None = None,
+    only_inference: bool = False,
 ) -> tuple[PlanChannel, ModelRunner, int]:
     """What every rank needs for generation, and the number of blocks of the cache; every rank calls this.
 
@@ -89,6 +92,7 @@ def prepare_rank(
         chunks: the model chunks of this rank.
         config: sizes of the engine.
         channel: an earlier one; default: a new one.
+        only_inference: no model is trained in this process group; see ModelRunner.
 
     Raises:
         ConfigError: the cache is too small for a block.
@@ -101,7 +105,7 @@ def prepare_rank(
             f"{config.inference_dynamic_batching_buffer_size_gb}: too small for two blocks of "
             f"{config.inference_dynamic_batching_block_size} tokens. Make it larger, or the blocks smaller."
         )
-    return channel, ModelRunner(chunks, config, num_blocks, engine_rank()), num_blocks
+    return channel, ModelRunner(chunks, config, num_blocks, engine_rank(), only_inference), num_blocks
 
 
 def block_bytes(chunks: Sequence[VisionLanguageModel], block_size: int) -> int:
@@ -125,9 +129,12 @@ def _num_blocks(chunks: Sequence[VisionLanguageModel], config: InferenceConfig) 
 
 
 def serve_rank(
-    chunks: Sequence[VisionLanguageModel], config: InferenceConfig, channel: PlanChannel | None = None
+    chunks: Sequence[VisionLanguageModel],
+    config: InferenceConfig,
+    channel: PlanChannel | None = None,
+    only_inference: bool = False,
 ) -> None:
     """Run the engine's plans on another rank of its copy of the model, until the engine is closed."""
-    channel, runner, _ = prepare_rank(chunks, config, channel)
+    channel, runner, _ = prepare_rank(chunks, config, channel, only_inference)
     while (plan := channel.broadcast()) is not None:
         runner.run(plan)

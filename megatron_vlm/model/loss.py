@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
+from megatron_vlm.model.layers.inference_linear import product
 from megatron_vlm.runtime.fused_weight_gradient import is_supported, multiply_into
 
 MAX_LOGITS_PER_CHUNK = 2**26
@@ -205,7 +206,7 @@ class LossHead(MegatronModule):
         """fp32 logits [n, V] at the positions `where` [n] of this context rank's slice, on every tensor rank."""
         weight = self.weight if self.weight is not None else tied
         assert weight is not None
-        shard = (self._gather_sequence(hidden)[where] @ weight.t()).float().contiguous()
+        shard = product(self._gather_sequence(hidden)[where], weight).float().contiguous()
         if self.group.size() == 1:
             return shard
         shards = [torch.empty_like(shard) for _ in range(self.group.size())]

@@ -26,7 +26,8 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert written["transformers_serve_problem"] is None
     runs = written["results"]["5"]
     engine = [f"engine, {what}" for what in ("1 client", "3 clients", "first tokens of one request at a time")]
-    assert list(runs) == ["transformers", "transformers serve", *engine, "engine, at half of capacity"]
+    assert list(runs) == ["transformers", *engine, "engine, at half of capacity", "transformers serve"]
+    assert len(runs["transformers"]["first_token_seconds"]) == 4  # two prompts, before and after the engine
     for name, figures in runs.items():
         assert figures["tokens_per_second"] > 0
         assert figures["prefill_share"] is None if name == "transformers serve" else 0 < figures["prefill_share"] <= 1

@@ -246,6 +246,16 @@ def test_a_cache_for_one_request_at_a_time_serves_all(engine: Engine) -> None:
         assert small.stats().free_blocks == 19
 
 
+def test_a_thread_that_starts_an_engine_keeps_no_openmp_threads(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more of them than cores, GNU's runtime makes those of the engine's thread wait for the operating system."""
+    released: list[int] = []
+    monkeypatch.setattr("megatron_vlm.inference.engine.release_threads", lambda: released.append(threading.get_ident()))
+    Engine(engine.model, engine.tokenizer, CONFIG).close()
+    assert released == [threading.get_ident()]
+
+
 def test_closing_cancels_or_finishes_requests(engine: Engine) -> None:
     for drain, reason in ((True, "length"), (False, "cancelled")):
         other = Engine(engine.model, engine.tokenizer, CONFIG)

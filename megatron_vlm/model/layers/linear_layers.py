@@ -16,6 +16,7 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from megatron_vlm.config import ConfigError, Recipe
+from megatron_vlm.model.layers.inference_linear import InferenceColumnParallelLinear, InferenceRowParallelLinear
 from megatron_vlm.model.layers.lora import ColumnAdapters, RowAdapters, layer_adapters, with_adapters
 from megatron_vlm.runtime.device import on_gpu
 
@@ -56,7 +57,10 @@ def _with_lora(linears: LinearLayers, recipe: Recipe) -> LinearLayers:
 
 def _linear_layers(recipe: Recipe) -> LinearLayers:
     if recipe.training.transformer_impl == "local":
-        return LinearLayers()
+        if on_gpu():
+            return LinearLayers()
+        column, row = InferenceColumnParallelLinear, InferenceRowParallelLinear
+        return LinearLayers(column, row, column, row)
     problem = "needs a GPU" if not on_gpu() else _import_problem()
     if problem is not None:
         raise ConfigError(
