@@ -24,6 +24,8 @@ SHORT     := -m "not full and not gpu" -n $(WORKERS) --dist loadfile
 BENCHMARKS := train_step packing loader
 # In this order; each runs also if one before it has failed.
 GPU_BENCHMARKS := attention loss_head real_size memory_ladder feeding real_run fp8_losses
+# The size of OLMo-1B.
+GPU_SERVING := --bf16 --hidden-size 2048 --num-layers 16 --vocab-size 50304
 
 .DEFAULT_GOAL := help
 .PHONY: help .venv demo test test-full coverage lint docs gpu-check bench clean
@@ -65,7 +67,7 @@ test-full: lint  ## the same and the tests that take minutes
 docs: $(READY)  ## the documentation site, into site/; every link is checked
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-gpu-check: $(READY)  ## on a machine with a GPU: the tests that need one, then attention, the step, its loader and the real command
+gpu-check: $(READY)  ## on a machine with a GPU: the tests that need one, then attention, the step, its loader, the real command and generation
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 	    echo "make gpu-check: torch finds no GPU here. Nothing was checked."; exit 1; }
 	@failed=; \
@@ -73,6 +75,7 @@ gpu-check: $(READY)  ## on a machine with a GPU: the tests that need one, then a
 	for benchmark in $(GPU_BENCHMARKS); do \
 	    $(PY) -W ignore -m benchmarks.$$benchmark || failed="$$failed $$benchmark"; \
 	done; \
+	$(PY) -W ignore -m benchmarks.serving $(GPU_SERVING) || failed="$$failed serving"; \
 	test -z "$$failed" || { echo "make gpu-check: failed: $$failed"; exit 1; }
 
 bench: $(READY)  ## the benchmarks; tables here, JSON in benchmarks/results

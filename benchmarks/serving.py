@@ -16,20 +16,21 @@ import random
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
-from benchmarks.support import serving_peers, transformers_loop
+from benchmarks.support import decode_step, serving_peers, transformers_loop
 from benchmarks.support.report import RESULTS, save, table
 from benchmarks.support.serving_clients import Run, closed_loop, random_arrivals
 from benchmarks.support.serving_model import recipe_of, same_weights
 from megatron_vlm.config import InferenceConfig
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from megatron_vlm.inference.engine import Engine
+from megatron_vlm.inference.ranks import block_bytes
 from megatron_vlm.inference.request import SamplingParams, TokenPrompt
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.launch import distributed
@@ -63,10 +64,10 @@ def generate_before_and_after(theirs: Any, asked: Prompts, new_tokens: int, betw
     return {GENERATE: Run(tokens_per_second, first, before.tokens, prefill_share)} | others
 
 
-def run_server(results: dict[int, Runs], export: Path, prompts: dict[int, Prompts]) -> str | None:
+def run_server(results: dict[int, Runs], export: Path, prompts: dict[int, Prompts], bf16: bool) -> str | None:
     """Add the runs of `transformers serve` to the results; returns the reason if it could not be measured."""
     try:
-        with serving_peers.transformers_serve(export, torch.get_num_threads()) as ask:
+        with serving_peers.transformers_serve(export, torch.get_num_threads(), bf16) as ask:
             for new_tokens, asked in prompts.items():
                 closed_loop(ask, asked[:1], 2, 1)
                 results[new_tokens][SERVE] = closed_loop(ask, asked, new_tokens, len(asked))
@@ -131,23 +132,41 @@ def first_token_line(new_tokens: int, runs: Runs) -> str:
     )
 
 
-def run(arguments: argparse.Namespace, folder: Path) -> tuple[dict[int, Runs], str | None]:
-    """All runs, and why there are none of `transformers serve`; SystemExit if two generate different tokens."""
-    recipe = recipe_of(arguments.hidden_size, arguments.num_layers)
+@dataclass
+class Results:
+    """Everything that was measured."""
+
+    runs: dict[int, Runs]
+    """By the number of new tokens."""
+    decode: decode_step.DecodeStep
+    problems: list[str]
+    """Who generated other tokens, and why `transformers serve` could not be measured."""
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> Results:
+    """All runs, with the folder for files."""
+    recipe = recipe_of(arguments.hidden_size, arguments.num_layers, arguments.vocab_size, arguments.bf16)
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     vocab_size = recipe.model.language.vocab_size
     serving_peers.write_word_tokenizer(folder, vocab_size)
     tokenizer = load_tokenizer(folder)
     torch.manual_seed(0)
-    theirs = transformers_loop.build(recipe).to(current_device()).eval()
+    theirs = transformers_loop.build(recipe).to(current_device(), dtype).eval()
     theirs.generation_config.eos_token_id = None
-    serving_peers.write_model(theirs, recipe.model, tokenizer, folder / "export")
+    serving_peers.write_model(theirs, recipe.model, tokenizer, folder / "export", dtype)
     chance = random.Random(0)
     prompts = {
         new_tokens: random_prompts(chance, arguments.baseline_prompts, *arguments.prompt_tokens)
         for new_tokens in arguments.new_tokens
     }
-    config = InferenceConfig(enable_prefix_caching=False, inference_dynamic_batching_max_tokens=arguments.max_tokens)
     ours = same_weights(theirs, recipe)
+    longest = arguments.prompt_tokens[1] + max(arguments.new_tokens) + decode_step.STEPS + 64
+    config = InferenceConfig(
+        enable_prefix_caching=False,
+        inference_dynamic_batching_max_tokens=arguments.max_tokens,
+        # So that no client waits for blocks.
+        inference_dynamic_batching_buffer_size_gb=2 * max(arguments.clients) * longest * block_bytes([ours], 1) / 2**30,
+    )
     results = {}
     for new_tokens, asked in prompts.items():
 
@@ -157,21 +176,33 @@ def run(arguments: argparse.Namespace, folder: Path) -> tuple[dict[int, Runs], s
                 return run_engine(engine, arguments, new_tokens, asked)
 
         results[new_tokens] = generate_before_and_after(theirs, asked, new_tokens, of_engine)
-    problem = run_server(results, folder / "export", prompts)
-    words = range(vocab_size - serving_peers.NUM_SPECIAL)
-    for runs in results.values():
+    with Engine(ours, tokenizer, config, only_inference=True) as engine:
+        length = sum(arguments.prompt_tokens) // 2
+        decode = decode_step.measure(engine, random_prompts(chance, max(arguments.clients), length, length))
+    problem = run_server(results, folder / "export", prompts, arguments.bf16)
+    problems = [] if problem is None else [f"{SERVE} could not be measured: {problem}"]
+    if not arguments.bf16:  # otherwise roundings decide
+        problems += different_tokens(results, range(vocab_size - serving_peers.NUM_SPECIAL))
+    return Results(results, decode, problems)
+
+
+def different_tokens(results: dict[int, Runs], words: range) -> list[str]:
+    """Who generated other tokens than transformers' `generate`, as messages. The server's answers have `words` only."""
+    problems = []
+    for new_tokens, runs in results.items():
         expected = runs[GENERATE].tokens
         if "engine, 1 client" in runs and runs["engine, 1 client"].tokens != expected:
-            raise SystemExit("the engine and transformers' generate give different tokens")
+            problems.append(f"{new_tokens} new tokens: the engine and transformers' generate differ")
         if SERVE in runs and runs[SERVE].tokens != [[token for token in ids if token in words] for ids in expected]:
-            raise SystemExit("transformers serve and transformers' generate give different tokens")
-    return results, problem
+            problems.append(f"{new_tokens} new tokens: {SERVE} and transformers' generate differ")
+    return problems
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden-size", type=int, default=512, help="width of the model, a multiple of 64")
     parser.add_argument("--num-layers", type=int, default=8, help="layers of the model")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="size of its vocabulary, at least 4,096")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="clients at the same time")
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[8, 128], help="generated tokens per prompt")
     parser.add_argument("--prompt-tokens", type=int, nargs=2, default=[200, 1500], help="shortest and longest prompt")
@@ -182,28 +213,30 @@ def main() -> None:
         default=InferenceConfig.inference_dynamic_batching_max_tokens,
         help="tokens of a step of the engine at most",
     )
+    parser.add_argument("--bf16", action="store_true", help="weights in bf16; tokens are not compared then")
     parser.add_argument("--threads", type=int, default=0, help="threads; 0: one per core")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    recipe = recipe_of(arguments.hidden_size, arguments.num_layers)
+    recipe = recipe_of(arguments.hidden_size, arguments.num_layers, arguments.vocab_size, arguments.bf16)
     with distributed(recipe.parallel), tempfile.TemporaryDirectory() as folder:
-        results, problem = run(arguments, Path(folder))
-    print(table_of(results))
-    for new_tokens, runs in results.items():
+        results = run(arguments, Path(folder))
+    print(table_of(results.runs))
+    for new_tokens, runs in results.runs.items():
         print(first_token_line(new_tokens, runs))
-    if problem is not None:
-        print(f"{SERVE} could not be measured: {problem}")
+    print(results.decode)
     figures = {
         str(new_tokens): {
             name: {key: value for key, value in vars(run).items() if key != "tokens"} for name, run in runs.items()
         }
-        for new_tokens, runs in results.items()
+        for new_tokens, runs in results.runs.items()
     }
     settings = {name: value for name, value in vars(arguments).items() if name != "output"}
-    content = {"settings": settings, "results": figures, "transformers_serve_problem": problem}
+    content = {"settings": settings, "results": figures, "decode": vars(results.decode), "problems": results.problems}
     print(f"\nwrote {save(arguments.output, 'serving', content)}")
+    if results.problems:
+        raise SystemExit("\n".join(results.problems))
 
 
 if __name__ == "__main__":

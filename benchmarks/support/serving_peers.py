@@ -22,6 +22,7 @@ from checkpoint_convert.huggingface.llava_next import write_configs
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.data.processing.tokenizer import Tokenizer
 from megatron_vlm.data.processing.tokenizer_training import save_tokenizer
+from megatron_vlm.runtime.device import current_device
 
 NUM_SPECIAL = 3
 """Special tokens at the end of the vocabulary: end of sequence, padding, image."""
@@ -62,15 +63,15 @@ def write_word_tokenizer(folder: Path, vocab_size: int) -> None:
     save_tokenizer(tokenizer, folder, eos=eos, pad=pad)
 
 
-def write_model(theirs: Any, model: ModelConfig, tokenizer: Tokenizer, folder: Path) -> None:
+def write_model(theirs: Any, model: ModelConfig, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -> None:
     """Write the transformers model `theirs` with its processor into the new `folder`."""
     folder.mkdir()
-    write_configs(folder, model, tokenizer, torch.float32)
+    write_configs(folder, model, tokenizer, dtype)
     theirs.save_pretrained(folder)  # with its own configs
 
 
 @contextlib.contextmanager
-def transformers_serve(folder: Path, threads: int) -> Iterator[Ask]:
+def transformers_serve(folder: Path, threads: int, bf16: bool = False) -> Iterator[Ask]:
     """`transformers serve` with the model that write_model wrote, in a process of its own, which the block's end stops.
 
     Answers lack special tokens. Raises PeerDidNotStart.
@@ -79,7 +80,8 @@ def transformers_serve(folder: Path, threads: int) -> Iterator[Ask]:
         listener.bind(("127.0.0.1", 0))
         port = int(listener.getsockname()[1])
     kept = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
-    arguments = ["serve", str(folder), "--device", "cpu", "--dtype", "float32", "--port", str(port)]
+    device, dtype = current_device().type, "bfloat16" if bf16 else "float32"
+    arguments = ["serve", str(folder), "--device", device, "--dtype", dtype, "--port", str(port)]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [sys.executable, "-c", _SERVE, *arguments],

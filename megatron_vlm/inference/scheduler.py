@@ -21,9 +21,8 @@ from megatron_vlm.inference.request import Handle, SamplingParams
 from megatron_vlm.inference.step_plan import ImageMerge, ImageToEncode, Span, StepPlan
 
 ROW_MULTIPLE = 8
-"""With MKL in fp32, the result of a row of a matrix product is bitwise the same for all products whose number of rows
-is a multiple of this. A single token is not padded: a matrix-vector product is several times faster, and differs in the
-last bits."""
+"""With MKL in fp32, the result of a row is bitwise the same for 8, 16, 24 and 32 rows (layers.inference_linear). A
+single token is not padded: a matrix-vector product is several times faster, and differs in the last bits."""
 
 
 @dataclass(eq=False)

@@ -2,7 +2,7 @@
 
 Every Python thread that runs an operation of torch has OpenMP threads of its own, and keeps them. GNU's runtime counts
 all of them. If there are more than cores, none waits actively for its next piece of work any more, and the operating
-system has to wake it each time. That made a step of the generation engine 1.3 to 1.6 x as long, because the main thread
+system has to wake it each time. That made steps of the generation engine 1.1 to 1.3 x as long, because the main thread
 had loaded the model.
 """
 

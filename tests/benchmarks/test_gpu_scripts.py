@@ -15,14 +15,16 @@ from tests.support.launch import ROOT
 
 
 def _gpu_benchmarks() -> list[str]:
-    (listed,) = re.findall(r"^GPU_BENCHMARKS := (.+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    return str(listed).split()
+    makefile = (ROOT / "Makefile").read_text()
+    (listed,) = re.findall(r"^GPU_BENCHMARKS := (.+)$", makefile, flags=re.MULTILINE)
+    with_settings: list[str] = re.findall(r"-m benchmarks\.(\w+) \$\(GPU_\w+\)", makefile)
+    return str(listed).split() + with_settings
 
 
 def test_every_benchmark_of_gpu_check_has_a_test_on_a_cpu() -> None:
     """One that `make test` runs."""
     names = _gpu_benchmarks()
-    assert {"attention", "real_size", "memory_ladder", "feeding", "real_run"} <= set(names)
+    assert {"attention", "real_size", "memory_ladder", "feeding", "real_run", "serving"} <= set(names)
     for name in names:
         test = (ROOT / "tests" / "benchmarks" / f"test_{name}.py").read_text()
         assert f'"benchmarks.{name}"' in test and "pytest.mark.full" not in test, name

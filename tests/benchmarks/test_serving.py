@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.serving import PROMPTS_PER_CLIENT
+from benchmarks.serving import GENERATE, PROMPTS_PER_CLIENT, SERVE, different_tokens
 from benchmarks.support import serving_peers
-from benchmarks.support.serving_clients import closed_loop, random_arrivals
+from benchmarks.support.serving_clients import Run, closed_loop, random_arrivals
 from tests.support.forked_ranks import launch_forked
 
 
@@ -23,7 +23,10 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert "| engine, 3 clients, 5 new tokens" in done.stdout
     assert "5 new tokens: the median first token at half of capacity takes" in done.stdout
     written = json.loads((tmp_path / "serving.json").read_text())
-    assert written["transformers_serve_problem"] is None
+    assert written["problems"] == []
+    decode = written["decode"]
+    assert "3 requests in decode, " in done.stdout and decode["context"] >= 55
+    assert decode["bytes_read"] > 3 * 55 * 2 * 64 * 4 and decode["memory_bytes_per_second"] > 0 < decode["seconds"]
     runs = written["results"]["5"]
     engine = [f"engine, {what}" for what in ("1 client", "3 clients", "first tokens of one request at a time")]
     assert list(runs) == ["transformers", *engine, "engine, at half of capacity", "transformers serve"]
@@ -33,6 +36,26 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
         assert figures["prefill_share"] is None if name == "transformers serve" else 0 < figures["prefill_share"] <= 1
     for name, prompts in (("engine, 3 clients", 3 * PROMPTS_PER_CLIENT), ("engine, at half of capacity", 6)):
         assert len(runs[name]["first_token_seconds"]) == prompts
+
+
+def test_it_runs_in_bf16(tmp_path: Path) -> None:
+    """As `make gpu-check` does; tokens may differ."""
+    sizes = ["--hidden-size", "64", "--num-layers", "1", "--clients", "2", "--new-tokens", "5", "--bf16"]
+    sizes += ["--prompt-tokens", "20", "90", "--baseline-prompts", "1", "--max-tokens", "32", "--threads", "1"]
+    done = launch_forked("-m", "benchmarks.serving", *sizes, "--output", tmp_path, ranks=1, timeout=100)
+    assert "| engine, 2 clients, 5 new tokens" in done.stdout and "| transformers serve, 5 new tokens" in done.stdout
+
+
+def test_other_tokens_are_reported() -> None:
+    def run(*tokens: list[int]) -> Run:
+        return Run(1.0, [], list(tokens))
+
+    runs = {GENERATE: run([1, 9]), "engine, 1 client": run([1, 2]), SERVE: run([1])}
+    assert different_tokens({8: runs}, range(8)) == ["8 new tokens: the engine and transformers' generate differ"]
+    runs |= {"engine, 1 client": run([1, 9]), SERVE: run([1, 9])}
+    assert different_tokens({8: runs}, range(8)) == [
+        "8 new tokens: transformers serve and transformers' generate differ"
+    ]
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
