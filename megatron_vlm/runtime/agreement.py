@@ -115,10 +115,22 @@ def _warn_of_clocks() -> None:
     dist.barrier()
     clocks: list[tuple[str, float]] = [("", 0.0)] * dist.get_world_size()
     dist.all_gather_object(clocks, (socket.gethostname(), time.time()))
+    for difference in clock_differences(clocks):
+        log_rank0(
+            f"WARNING: the clock of {difference}: times in a node's log are wrong, and object stores reject requests "
+            "of a clock that is far off"
+        )
+
+
+def clock_differences(clocks: list[tuple[str, float]]) -> list[str]:
+    """Which clocks are a minute or more off, given every rank's host and time in seconds.
+
+    More than half of the ranks are right. If no such group agrees, as with two nodes, it is not known who is wrong.
+    """
     middle = sorted(clock for _, clock in clocks)[len(clocks) // 2]
     wrong = {host: clock - middle for host, clock in clocks if abs(clock - middle) >= _CLOCK_SECONDS}
-    for host, difference in wrong.items():
-        log_rank0(
-            f"WARNING: the clock of {host} is {abs(difference):.0f} s {'ahead' if difference > 0 else 'behind'}: times "
-            "in its log are wrong, and object stores reject requests of a clock that is far off"
-        )
+    right = sum(abs(clock - middle) < _CLOCK_SECONDS for _, clock in clocks)
+    if 2 * right > len(clocks):
+        return [f"{host} is {abs(off):.0f} s {'ahead' if off > 0 else 'behind'}" for host, off in wrong.items()]
+    (early, first), (late, last) = (chosen(clocks, key=lambda item: item[1]) for chosen in (min, max))
+    return [f"{late} is {last - first:.0f} s ahead of that of {early}"]

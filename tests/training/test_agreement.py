@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_vlm.runtime.agreement import clock_differences
 from tests.data.helpers import tiny_tokenizer_folder
 from tests.support.forked_ranks import launch_forked
 from tests.training.run_agreement import CASES, ODD_RANK, SHORT
@@ -50,6 +51,18 @@ def test_equal_ranks_agree_and_caches_may_differ(output: tuple[list[dict[str, An
     assert [rank["nothing"]["message"] for rank in results] == [""] * 4
     assert [rank["clocks"]["message"] for rank in results] == [""] * 4
     assert "600 s behind" in text
+
+
+def test_which_clock_is_wrong() -> None:
+    def named(*clocks: float) -> list[str]:
+        return clock_differences([(f"node{number}", clock) for number, clock in enumerate(clocks)])
+
+    assert named(100) == named(100, 159) == named(100, 130, 159) == []
+    assert named(100, 100, 4000) == ["node2 is 3900 s ahead"]
+    assert named(100, 4000, 4000) == ["node0 is 3900 s behind"]
+    assert named(100, 100, 100, 0, 4000) == ["node3 is 100 s behind", "node4 is 3900 s ahead"]
+    assert named(100, 4000) == ["node1 is 3900 s ahead of that of node0"]
+    assert named(4000, 4000, 100, 100) == ["node0 is 3900 s ahead of that of node2"]
 
 
 def test_measuring_may_take_longer_than_a_collective_of_training(

@@ -178,4 +178,4 @@ def test_a_node_whose_clock_is_wrong_is_named(tmp_path: Path) -> None:
             (tmp_path / name / "rank_of_this_node.py").write_text(ENTRY.format(ahead=ahead, name=name))
             agents.append(node.start(*command, log=log, head=head, meeting=MEETING, cwd=tmp_path / name))
         assert {agent.wait(timeout=PATIENCE) for agent in agents} == {FINISHED}, log.read_text()[-5000:]
-    assert "WARNING: the clock of second is 3600 s behind" in log.read_text()
+    assert "WARNING: the clock of first is 3600 s ahead of that of second" in log.read_text()
