@@ -110,7 +110,7 @@ class PagedKVCache:
 
 
 def _contiguous(used: np.ndarray, device: torch.device) -> Slots:
-    """Positions in ascending order, as a slice if they are contiguous."""
+    """Positions, as a slice if they are contiguous."""
     if not len(used):
         return slice(0, 0)
     first, last = int(used[0]), int(used[-1])

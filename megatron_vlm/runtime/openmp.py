@@ -8,6 +8,7 @@ had loaded the model.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import re
@@ -31,6 +32,9 @@ def _pause_functions() -> list[Callable[[int], int]]:
     """Of each OpenMP runtime in this process: torch's, and those that other packages bring. None outside Linux."""
     maps = Path("/proc/self/maps")
     libraries = sorted(set(_LIBRARY.findall(maps.read_text()))) if maps.exists() else []
-    loaded = [ctypes.CDLL(library) for library in libraries]
+    loaded = []
+    for library in libraries:
+        with contextlib.suppress(OSError):  # its file was replaced since
+            loaded.append(ctypes.CDLL(library))
     # Not in runtimes from before OpenMP 5.0.
     return [library.omp_pause_resource_all for library in loaded if hasattr(library, "omp_pause_resource_all")]

@@ -13,6 +13,8 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 
+from megatron_vlm.runtime.device import on_gpu
+
 _MOST_ROWS = 32
 """As many as inference_max_requests is by default."""
 
@@ -20,7 +22,7 @@ _MOST_ROWS = 32
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """[..., k] and a weight [m, k] -> [..., m], whose memory may have the order [m, ...]; for use without gradients."""
     rows = x.numel() // x.shape[-1]
-    if x.is_cuda or not 1 < rows <= _MOST_ROWS:
+    if on_gpu() or not 1 < rows <= _MOST_ROWS:
         return torch.matmul(x, weight.t())
     return (weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
 
