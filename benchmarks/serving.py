@@ -1,4 +1,4 @@
-"""Throughput and latency of the generation engine, of transformers' `generate` and of `transformers serve`.
+"""Throughput and latency of the generation engine and `megatron-vlm serve`, of transformers' `generate` and its server.
 
     python -m benchmarks.serving
 
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import megatron_vlm.runtime.megatron_patches  # noqa: F401  (must run before megatron.core is imported)
-from benchmarks.support import decode_step, serving_peers, transformers_loop
+from benchmarks.support import decode_step, http_servers, serving_peers, transformers_loop
 from benchmarks.support.report import RESULTS, save, table
 from benchmarks.support.serving_clients import Run, closed_loop, random_arrivals
 from benchmarks.support.serving_model import recipe_of, same_weights
@@ -64,16 +64,30 @@ def generate_before_and_after(theirs: Any, asked: Prompts, new_tokens: int, betw
     return {GENERATE: Run(tokens_per_second, first, before.tokens, prefill_share)} | others
 
 
-def run_server(results: dict[int, Runs], export: Path, prompts: dict[int, Prompts], bf16: bool) -> str | None:
+def run_transformers_serve(
+    results: dict[int, Runs], export: Path, prompts: dict[int, Prompts], bf16: bool
+) -> str | None:
     """Add the runs of `transformers serve` to the results; returns the reason if it could not be measured."""
     try:
-        with serving_peers.transformers_serve(export, torch.get_num_threads(), bf16) as ask:
+        with http_servers.transformers_serve(export, torch.get_num_threads(), bf16) as ask:
             for new_tokens, asked in prompts.items():
                 closed_loop(ask, asked[:1], 2, 1)
                 results[new_tokens][SERVE] = closed_loop(ask, asked, new_tokens, len(asked))
-    except serving_peers.PeerDidNotStart as reason:
+    except http_servers.ServerDidNotStart as reason:
         return str(reason)
     return None
+
+
+def run_our_server(
+    results: dict[int, Runs], export: Path, config: InferenceConfig, arguments: argparse.Namespace
+) -> None:
+    """Add the runs of `megatron-vlm serve` with the most clients to the results."""
+    clients, chance = max(arguments.clients), random.Random(1)
+    with http_servers.megatron_vlm_serve(export, config, torch.get_num_threads()) as ask:
+        for new_tokens, runs in results.items():
+            asked = random_prompts(chance, PROMPTS_PER_CLIENT * clients, *arguments.prompt_tokens)
+            closed_loop(ask, asked[:1], 2, 1)
+            runs[f"megatron-vlm serve, {clients} clients"] = closed_loop(ask, asked, new_tokens, clients)
 
 
 def run_engine(engine: Engine, arguments: argparse.Namespace, new_tokens: int, same: Prompts) -> Runs:
@@ -179,7 +193,8 @@ def run(arguments: argparse.Namespace, folder: Path) -> Results:
     with Engine(ours, tokenizer, config, only_inference=True) as engine:
         length = sum(arguments.prompt_tokens) // 2
         decode = decode_step.measure(engine, random_prompts(chance, max(arguments.clients), length, length))
-    problem = run_server(results, folder / "export", prompts, arguments.bf16)
+    run_our_server(results, folder / "export", config, arguments)
+    problem = run_transformers_serve(results, folder / "export", prompts, arguments.bf16)
     problems = [] if problem is None else [f"{SERVE} could not be measured: {problem}"]
     if not arguments.bf16:  # otherwise roundings decide
         problems += different_tokens(results, range(vocab_size - serving_peers.NUM_SPECIAL))

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.serving import GENERATE, PROMPTS_PER_CLIENT, SERVE, different_tokens
-from benchmarks.support import serving_peers
+from benchmarks.support import http_servers
 from benchmarks.support.serving_clients import Run, closed_loop, random_arrivals
 from tests.support.forked_ranks import launch_forked
+
+OURS = "megatron-vlm serve, 3 clients"
 
 
 def test_the_benchmark_runs(tmp_path: Path) -> None:
@@ -29,12 +31,20 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert decode["bytes_read"] > 3 * 55 * 2 * 64 * 4 and decode["memory_bytes_per_second"] > 0 < decode["seconds"]
     runs = written["results"]["5"]
     engine = [f"engine, {what}" for what in ("1 client", "3 clients", "first tokens of one request at a time")]
-    assert list(runs) == ["transformers", *engine, "engine, at half of capacity", "transformers serve"]
+    assert list(runs) == ["transformers", *engine, "engine, at half of capacity", OURS, "transformers serve"]
     assert len(runs["transformers"]["first_token_seconds"]) == 4  # two prompts, before and after the engine
     for name, figures in runs.items():
         assert figures["tokens_per_second"] > 0
-        assert figures["prefill_share"] is None if name == "transformers serve" else 0 < figures["prefill_share"] <= 1
-    for name, prompts in (("engine, 3 clients", 3 * PROMPTS_PER_CLIENT), ("engine, at half of capacity", 6)):
+        assert (
+            figures["prefill_share"] is None
+            if name in (OURS, "transformers serve")
+            else 0 < figures["prefill_share"] <= 1
+        )
+    for name, prompts in (
+        (OURS, 3 * PROMPTS_PER_CLIENT),
+        ("engine, 3 clients", 3 * PROMPTS_PER_CLIENT),
+        ("engine, at half of capacity", 6),
+    ):
         assert len(runs[name]["first_token_seconds"]) == prompts
 
 
@@ -60,8 +70,8 @@ def test_other_tokens_are_reported() -> None:
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     with (
-        pytest.raises(serving_peers.PeerDidNotStart, match="Unrecognized processing class"),
-        serving_peers.transformers_serve(tmp_path, 1),
+        pytest.raises(http_servers.ServerDidNotStart, match="Unrecognized processing class"),
+        http_servers.transformers_serve(tmp_path, 1),
     ):
         pass
 
