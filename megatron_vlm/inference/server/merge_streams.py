@@ -11,6 +11,10 @@ Item = TypeVar("Item")
 
 async def merge(streams: Sequence[AsyncIterator[Item]]) -> AsyncIterator[tuple[int, Item]]:
     """(index of the stream, item); an exception of one stream ends all."""
+    if len(streams) == 1:  # as most requests have: no task for each item
+        async for item in streams[0]:
+            yield 0, item
+        return
     pending = {asyncio.ensure_future(anext(stream)): index for index, stream in enumerate(streams)}
     try:
         while pending:

@@ -144,10 +144,12 @@ class _Answer:
         offsets = [len(self._echo(index)) for index in range(len(streams))]
         async for index, output in merge(streams):
             completion_tokens += output.token_id is not None
-            if output.text_delta or output.finish_reason or body.logprobs is not None:
-                logprobs = None if body.logprobs is None else self._logprobs(_tokens([output]), offsets[index])
+            logprobs = None
+            if body.logprobs is not None:
+                logprobs = self._logprobs(_tokens([output]), offsets[index])
+                offsets[index] += sum(map(len, logprobs["tokens"]))
+            if output.text_delta or output.finish_reason or logprobs is not None:
                 yield self._chunk(index, output.text_delta, logprobs, output.finish_reason)
-            offsets[index] += sum(len(token_text(self._tokenizer, token)) for token, _, _ in _tokens([output]))
         if body.stream_options is not None and body.stream_options.include_usage:
             yield {**self._head, "choices": [], "usage": self._usage(completion_tokens)}
 
@@ -157,7 +159,7 @@ class _Answer:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**self._head, "choices": [choice]}
 
-    def _logprobs(self, tokens: Sequence[Token], offset: int = 0) -> Any:
+    def _logprobs(self, tokens: Sequence[Token], offset: int = 0) -> dict[str, Any]:
         """In the shape of OpenAI's text completions; offsets are those of the tokens' own texts."""
         texts = [token_text(self._tokenizer, token) for token, _, _ in tokens]
         offsets = []
