@@ -13,7 +13,8 @@ from checkpoint_convert.mapping.param_map import MegatronTensors, param_map
 from checkpoint_convert.megatron.files import fill_model, imported_recipe
 from checkpoint_convert.model_source import MEGATRON, open_source
 from megatron_vlm.config import InferenceConfig, ParallelConfig
-from megatron_vlm.inference.engine import Engine, engine_on_ranks, load_engine
+from megatron_vlm.inference.engine import Engine
+from megatron_vlm.inference.load import engine_on_ranks, load_engine
 from megatron_vlm.runtime.device import on_gpu
 
 

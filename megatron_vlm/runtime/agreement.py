@@ -132,5 +132,6 @@ def clock_differences(clocks: list[tuple[str, float]]) -> list[str]:
     right = sum(abs(clock - middle) < _CLOCK_SECONDS for _, clock in clocks)
     if 2 * right > len(clocks):
         return [f"{host} is {abs(off):.0f} s {'ahead' if off > 0 else 'behind'}" for host, off in wrong.items()]
-    (early, first), (late, last) = (chosen(clocks, key=lambda item: item[1]) for chosen in (min, max))
+    early, first = min(clocks, key=lambda rank: rank[1])
+    late, last = max(clocks, key=lambda rank: rank[1])
     return [f"{late} is {last - first:.0f} s ahead of that of {early}"]

@@ -13,7 +13,8 @@ import torch
 
 from megatron_vlm.config import InferenceConfig
 from megatron_vlm.data.processing.conversation import Turn
-from megatron_vlm.inference.engine import Engine, load_engine, read_prompts
+from megatron_vlm.inference.engine import Engine, read_prompts
+from megatron_vlm.inference.load import load_engine
 from megatron_vlm.inference.request import (
     EngineError,
     Handle,

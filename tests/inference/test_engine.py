@@ -11,7 +11,8 @@ import torch
 
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
 from megatron_vlm.data.processing.conversation import Turn
-from megatron_vlm.inference.engine import GenerationEngine, Prompt, load_engine, read_prompts
+from megatron_vlm.inference.engine import GenerationEngine, Prompt, read_prompts
+from megatron_vlm.inference.load import load_engine
 from tests.checkpoint_convert.whole_model import SINGLE, TALL, WIDE, picture
 from tests.support.random_models import GROUPED_QUERY_SIZES, write_llava_next
 from tests.support.stock_transformers import ask_stock

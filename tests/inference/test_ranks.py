@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.inference.engine import load_engine
+from megatron_vlm.inference.load import load_engine
 from tests.inference.compare_with_transformers import compare, generate
 from tests.inference.run_ranks import CONFIG, generate_at_random_times
 from tests.inference.tiny_model import random_specs, write_tiny_model

@@ -11,7 +11,7 @@ from PIL import Image
 
 from megatron_vlm import train as train_command
 from megatron_vlm.data.processing.conversation import Turn
-from megatron_vlm.inference.engine import load_engine
+from megatron_vlm.inference.load import load_engine
 from megatron_vlm.inference.request import Prompt
 from megatron_vlm.runtime.launch import process_group
 from megatron_vlm.text_generation import ask

@@ -18,7 +18,8 @@ from megatron_vlm.data.processing.conversation import Turn
 from megatron_vlm.data.processing.image_tokens import num_image_tokens
 from megatron_vlm.data.processing.tiling import ImageGeometry, image_to_tiles, normalise_tiles
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
-from megatron_vlm.inference.engine import Prompt, load_engine, read_prompts
+from megatron_vlm.inference.engine import Prompt, read_prompts
+from megatron_vlm.inference.load import load_engine
 from megatron_vlm.training.checkpoint import read_recipe
 from tests.checkpoint_convert.whole_model import our_logits, picture
 from tests.support.random_models import LANGUAGE_SIZES, QWEN2_SIZES, SIGLIP_SIZES, VISION_SIZES, randomize

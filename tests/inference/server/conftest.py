@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.inference.engine import load_engine
+from megatron_vlm.inference.load import load_engine
 from tests.inference.server.running import CONFIG, RunningServer, run_server
 from tests.inference.tiny_model import write_tiny_model
 
