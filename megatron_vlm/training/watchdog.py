@@ -1,7 +1,8 @@
 """Ends a rank that makes no progress, after printing where each of its threads is.
 
 If one rank hangs, the others wait for it in a collective. So every rank is late at about the same time, and each prints
-its own stacks: the one that differs shows what hangs.
+its own stacks: the one that differs shows what hangs. The ranks of a machine write to the same log, and faulthandler writes
+in many small pieces, so each rank takes its turn.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ import faulthandler
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from megatron_vlm.runtime.launch import local_rank
+
 _STDERR = 2
 """The descriptor: sys.stderr may have been replaced by an object without one."""
+_TURN_SECONDS = 0.25
+"""By which a rank is later than the one before it on the machine; torchrun ends the others after 30 s."""
 
 
 class Watchdog:
@@ -23,7 +28,7 @@ class Watchdog:
         Args:
             minutes: without progress, after which the process prints its stacks to stderr and exits with 1.
         """
-        self._seconds = 60 * minutes
+        self._seconds = 60 * minutes + _TURN_SECONDS * local_rank()
 
     def progress(self) -> None:
         """The rank has made progress: the time starts again."""

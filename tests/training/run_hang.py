@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 
 import torch
@@ -16,6 +17,7 @@ def a_disk_that_does_not_answer() -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: None)  # as in training, where it is noted and read after the iteration
     with process_group(timeout_minutes=2):
         watchdog = Watchdog(0.07)
         for step in range(2):
