@@ -1,8 +1,8 @@
 """Ends a rank that makes no progress, after printing where each of its threads is.
 
 If one rank hangs, the others wait for it in a collective. So every rank is late at about the same time, and each prints
-its own stacks: the one that differs shows what hangs. The ranks of a machine write to the same log, and faulthandler writes
-in many small pieces, so each rank takes its turn.
+its own stacks: the one that differs shows what hangs. The ranks of a machine write to the same log, and faulthandler
+writes in many small pieces, so each rank takes its turn.
 """
 
 from __future__ import annotations
