@@ -17,6 +17,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ from benchmarks.support import decode_step, http_servers, serving_peers, transfo
 from benchmarks.support.report import RESULTS, save, table
 from benchmarks.support.serving_clients import Run, closed_loop, random_arrivals
 from benchmarks.support.serving_model import recipe_of, same_weights
-from megatron_vlm.config import InferenceConfig
+from megatron_vlm.config import ConfigError, InferenceConfig
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from megatron_vlm.inference.engine import Engine
 from megatron_vlm.inference.ranks import block_bytes
 from megatron_vlm.inference.request import SamplingParams, TokenPrompt
-from megatron_vlm.runtime.device import current_device
+from megatron_vlm.runtime.device import current_device, on_gpu
 from megatron_vlm.runtime.launch import distributed
 
 Prompts = list[list[int]]
@@ -90,13 +91,17 @@ def run_our_server(
             runs[f"megatron-vlm serve, {clients} clients"] = closed_loop(ask, asked, new_tokens, clients)
 
 
+def ask_engine(engine: Engine, prompt: list[int], count: int) -> Iterator[int]:
+    """The tokens of an answer, as they are generated."""
+    for output in engine.submit(TokenPrompt(prompt), SamplingParams(count, ignore_eos=True)):
+        assert output.token_id is not None
+        yield output.token_id
+
+
 def run_engine(engine: Engine, arguments: argparse.Namespace, new_tokens: int, same: Prompts) -> Runs:
     """All runs of the engine with a number of new tokens; a single client gets the prompts `same`."""
 
-    def ask(prompt: list[int], count: int) -> Iterator[int]:
-        for output in engine.submit(TokenPrompt(prompt), SamplingParams(count, ignore_eos=True)):
-            assert output.token_id is not None
-            yield output.token_id
+    ask = partial(ask_engine, engine)
 
     def measured(run: Callable[..., Run], *settings: Any) -> Run:
         before, figures, after = engine.stats(), run(ask, *settings), engine.stats()
@@ -152,7 +157,10 @@ class Results:
 
     runs: dict[int, Runs]
     """By the number of new tokens."""
-    decode: decode_step.DecodeStep
+    decode: dict[str, decode_step.DecodeStep]
+    """By how the steps were launched."""
+    without_graphs: str | None
+    """Why CUDA graphs were not measured."""
     problems: list[str]
     """Who generated other tokens, and why `transformers serve` could not be measured."""
 
@@ -178,6 +186,10 @@ def run(arguments: argparse.Namespace, folder: Path) -> Results:
     config = InferenceConfig(
         enable_prefix_caching=False,
         inference_dynamic_batching_max_tokens=arguments.max_tokens,
+        # flash_attn_2 reads no smaller ones.
+        inference_dynamic_batching_block_size=256
+        if on_gpu()
+        else InferenceConfig.inference_dynamic_batching_block_size,
         # So that no client waits for blocks.
         inference_dynamic_batching_buffer_size_gb=2 * max(arguments.clients) * longest * block_bytes([ours], 1) / 2**30,
     )
@@ -190,15 +202,27 @@ def run(arguments: argparse.Namespace, folder: Path) -> Results:
                 return run_engine(engine, arguments, new_tokens, asked)
 
         results[new_tokens] = generate_before_and_after(theirs, asked, new_tokens, of_engine)
+    length, clients = sum(arguments.prompt_tokens) // 2, max(arguments.clients)
+    same_length = random_prompts(chance, clients, length, length)
     with Engine(ours, tokenizer, config, only_inference=True) as engine:
-        length = sum(arguments.prompt_tokens) // 2
-        decode = decode_step.measure(engine, random_prompts(chance, max(arguments.clients), length, length))
+        decode = {"one kernel at a time": decode_step.measure(engine, same_length)}
+    without_graphs = None
+    try:
+        with Engine(ours, tokenizer, replace(config, cuda_graph_impl="local"), only_inference=True) as engine:
+            decode["CUDA graphs"] = decode_step.measure(engine, same_length)
+            for new_tokens, runs in results.items():
+                asked = random_prompts(random.Random(2), PROMPTS_PER_CLIENT * clients, *arguments.prompt_tokens)
+                runs[f"engine with CUDA graphs, {clients} clients"] = closed_loop(
+                    partial(ask_engine, engine), asked, new_tokens, clients
+                )
+    except ConfigError as error:
+        without_graphs = "; ".join(error.problems)
     run_our_server(results, folder / "export", config, arguments)
     problem = run_transformers_serve(results, folder / "export", prompts, arguments.bf16)
     problems = [] if problem is None else [f"{SERVE} could not be measured: {problem}"]
     if not arguments.bf16:  # otherwise roundings decide
         problems += different_tokens(results, range(vocab_size - serving_peers.NUM_SPECIAL))
-    return Results(results, decode, problems)
+    return Results(results, decode, without_graphs, problems)
 
 
 def different_tokens(results: dict[int, Runs], words: range) -> list[str]:
@@ -240,15 +264,19 @@ def main() -> None:
     print(table_of(results.runs))
     for new_tokens, runs in results.runs.items():
         print(first_token_line(new_tokens, runs))
-    print(results.decode)
+    for launched, decode in results.decode.items():
+        print(f"{launched}: {decode}")
+    if results.without_graphs:
+        print(f"CUDA graphs were not measured: {results.without_graphs}")
     figures = {
         str(new_tokens): {
             name: {key: value for key, value in vars(run).items() if key != "tokens"} for name, run in runs.items()
         }
         for new_tokens, runs in results.runs.items()
     }
+    decode_figures = {launched: vars(decode) for launched, decode in results.decode.items()}
     settings = {name: value for name, value in vars(arguments).items() if name != "output"}
-    content = {"settings": settings, "results": figures, "decode": vars(results.decode), "problems": results.problems}
+    content = {"settings": settings, "results": figures, "decode": decode_figures, "problems": results.problems}
     print(f"\nwrote {save(arguments.output, 'serving', content)}")
     if results.problems:
         raise SystemExit("\n".join(results.problems))

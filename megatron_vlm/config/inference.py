@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
@@ -32,4 +33,11 @@ class InferenceConfig:
     )
     max_cached_images: int = field(
         default=32, metadata={"help": "Images whose features are kept for later requests at most."}
+    )
+    cuda_graph_impl: Literal["none", "local"] = field(
+        default="none",
+        metadata={
+            "help": "local: launch the kernels of a decode step together, as a CUDA graph. Needs a GPU, one process "
+            "per copy of the model, and flash_attn_3, or flash_attn_2 with blocks of a multiple of 256 tokens."
+        },
     )

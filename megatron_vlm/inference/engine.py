@@ -22,14 +22,10 @@ from megatron_vlm.data.processing.tokenizer import Tokenizer
 from megatron_vlm.inference.block_allocator import BlockAllocator
 from megatron_vlm.inference.counters import EngineCounters
 from megatron_vlm.inference.detokenizer import Detokenizer
+from megatron_vlm.inference.model_runner import max_sequence_length
 from megatron_vlm.inference.prompts import EncodedPrompt, encode
 from megatron_vlm.inference.prompts import read_prompts as read_prompts
-from megatron_vlm.inference.ranks import (
-    PlanChannel,
-    is_lost_rank,
-    max_sequence_length,
-    prepare_rank,
-)
+from megatron_vlm.inference.ranks import PlanChannel, is_lost_rank, prepare_rank
 from megatron_vlm.inference.request import (
     AnyPrompt,
     EngineError,
@@ -82,7 +78,7 @@ class Engine:
         self._geometry = ImageGeometry.of(
             self.recipe.model, self.recipe.data.image_aspect_ratio, self.recipe.data.multi_image_aspect_ratio
         )
-        self.max_sequence_length = max_sequence_length(self.model, self.config)
+        self.max_sequence_length = max_sequence_length(self.recipe, self.config)
         """Prompt and generated tokens of a request at most."""
         self._condition = threading.Condition()
         self._incoming: deque[Request] = deque()

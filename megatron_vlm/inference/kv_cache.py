@@ -32,9 +32,9 @@ class _Chunk:
 class PagedKVCache:
     """Keys and values of this rank's layers and heads in blocks of tokens; PackedSequence.cache refers to it.
 
-    Call `start_step` before the layers run. Each request is attended by itself, so its result does not depend on the
-    other requests of the step. All that layers have in common is computed once per step, because in decode on a CPU the
-    time of small operations counts.
+    For CPUs, and where no kernel attends all requests at once (batched_kv_cache). Call `start_step` before the layers
+    run. Each request is attended by itself, so its result does not depend on the other requests of the step. All that
+    layers have in common is computed once per step, because in decode on a CPU the time of small operations counts.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:

@@ -5,8 +5,8 @@
 Under context parallelism the row of a step is sliced as in training: attention exchanges slices of the row for slices
 of the heads, so that each context rank caches whole sequences of its heads.
 
-Every image is encoded by itself, every request is attended by itself, and matrix products have a number of rows for
-which BLAS computes each row alike (ROW_MULTIPLE). So what else is in a step changes logits by rounding at most.
+Every image is encoded by itself, no request attends to another, and matrix products have a number of rows for which
+BLAS computes each row alike (ROW_MULTIPLE). So what else is in a step changes logits by rounding at most.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_vlm.config.inference import InferenceConfig
+from megatron_vlm.config import ConfigError, InferenceConfig, Recipe
 from megatron_vlm.data.processing.image_tokens import RowFeatures
 from megatron_vlm.data.processing.tiling import ImageGeometry
 from megatron_vlm.data.rows.batch import IGNORE_INDEX, PackedBatch, tile_range
 from megatron_vlm.data.rows.rank_batch import rank_batch
+from megatron_vlm.inference.batched_kv_cache import BatchedKVCache
+from megatron_vlm.inference.decode_graphs import CudaGraphs, DecodeGraphs
 from megatron_vlm.inference.kv_cache import PagedKVCache
+from megatron_vlm.inference.paged_kernels import paged_kernel
 from megatron_vlm.inference.scheduler import ROW_MULTIPLE
 from megatron_vlm.inference.step_plan import ImageToEncode, StepPlan
 from megatron_vlm.model.image_merge import encode_tiles, merge_image_features
@@ -31,6 +34,11 @@ from megatron_vlm.model.layers.packed_sequence import PackedSequence, rotary_tab
 from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.process_groups import tile_shard_rank
+
+
+def max_sequence_length(recipe: Recipe, config: InferenceConfig) -> int:
+    """Prompt and generated tokens of a request at most."""
+    return config.inference_max_seq_length or recipe.model.language.max_position_embeddings
 
 
 class ModelRunner:
@@ -45,13 +53,22 @@ class ModelRunner:
         only_inference: bool = False,
     ) -> None:
         """`only_inference`: steps run in torch.inference_mode, which takes a tenth off the time of a single token on a
-        CPU. Tensors made in it can't be used in training; megatron-core keeps some, such as its memory buffer."""
+        CPU. Tensors made in it can't be used in training; megatron-core keeps some, such as its memory buffer.
+
+        Raises:
+            ConfigError: CUDA graphs are asked for, and cannot be used here.
+        """
         self._no_gradients = torch.inference_mode if only_inference else torch.no_grad
         self._chunks = [chunk.eval() for chunk in chunks]
         self.model, self.recipe = chunks[0], chunks[0].recipe
         self._engine_rank = engine_rank
         self.device = current_device()
-        self._cache = PagedKVCache(num_blocks, config.inference_dynamic_batching_block_size)
+        block_size = config.inference_dynamic_batching_block_size
+        kernel = paged_kernel(self.recipe, block_size)
+        self._cache: PagedKVCache | BatchedKVCache = (
+            PagedKVCache(num_blocks, block_size) if kernel is None else BatchedKVCache(num_blocks, block_size, kernel)
+        )
+        self._graphs = self._decode_graphs(config) if config.cuda_graph_impl == "local" else None
         self._geometry = ImageGeometry.of(
             self.recipe.model, self.recipe.data.image_aspect_ratio, self.recipe.data.multi_image_aspect_ratio
         )
@@ -62,14 +79,41 @@ class ModelRunner:
         self._context_rank = parallel_state.get_context_parallel_rank()
         self._context_ranks = parallel_state.get_context_parallel_world_size()
 
+    def _decode_graphs(self, config: InferenceConfig) -> DecodeGraphs:
+        cache, problem = self._cache, None
+        if not (len(self._chunks) == 1 and self.model.pre_process and self.model.post_process):
+            problem = "is for a model without pipeline parallelism"
+        elif parallel_state.get_tensor_and_context_parallel_world_size() > 1:
+            problem = "is for a model without tensor and context parallelism"
+        elif not isinstance(cache, BatchedKVCache) or not cache.kernel.reads_blocks:
+            problem = (
+                "needs a GPU, bf16, and flash_attn_3, or flash_attn_2 with inference_dynamic_batching_block_size = 256"
+            )
+        if problem is not None:
+            raise ConfigError(f"cuda_graph_impl = local: {problem}. Use none.")
+        assert isinstance(cache, BatchedKVCache)
+        most_blocks = -(-max_sequence_length(self.recipe, config) // cache.block_size)
+        return DecodeGraphs(self._all_logits, cache, most_blocks, self.device, CudaGraphs())
+
     def run(self, plan: StepPlan) -> torch.Tensor | None:
-        """Compute a step. On the engine's rank, returns the fp32 logits [n, V] at plan.logit_positions."""
+        """Compute a step. On the engine's rank, returns the fp32 logits [n, V] at plan.logit_positions; they are valid
+        until the next step."""
+        for digest in plan.forget if self.model.pre_process else ():
+            del self._features[digest]
         with self._no_gradients():
+            if self._graphs is not None and self._graphs.can_run(plan):
+                return self._graphs.run(plan)
             return self._run(plan)
+
+    def _all_logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """fp32 logits [s, V] of all tokens [s] of a row without images."""
+        language_model = self.model.language_model
+        hidden = language_model.decode(language_model.embed(tokens), self._packed_sequence(positions))
+        return language_model.logits(hidden, torch.arange(len(tokens), device=self.device))
 
     def _run(self, plan: StepPlan) -> torch.Tensor | None:
         self._cache.start_step(plan, self.device, self._dtype)
-        packed = self._packed_sequence(plan)
+        packed = self._packed_sequence(torch.from_numpy(plan.positions).to(self.device))
         for chunk in self._chunks:
             if chunk.pre_process:
                 hidden = self._embed(plan)
@@ -89,9 +133,8 @@ class ModelRunner:
             return None
         return logits
 
-    def _packed_sequence(self, plan: StepPlan) -> PackedSequence:
+    def _packed_sequence(self, positions: torch.Tensor) -> PackedSequence:
         language = self.recipe.model.language
-        positions = torch.from_numpy(plan.positions).to(self.device)
         cos, sin = rotary_tables(positions, language.head_width, language.rope_theta)
         return PackedSequence(qkv_format="thd", cos=cos, sin=sin, cache=self._cache)
 
@@ -130,8 +173,6 @@ class ModelRunner:
 
     def _embed(self, plan: StepPlan) -> torch.Tensor:
         """Embeddings of this rank's slice of the row with image features, [s / (cp * tp), 1, H]."""
-        for digest in plan.forget:
-            del self._features[digest]
         for image in plan.encode:
             self._features[image.digest] = self._encode(image)
         length = len(plan.tokens) // self._context_ranks

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 
 from megatron_vlm.config import ConfigError
 from megatron_vlm.config.inference import InferenceConfig
-from megatron_vlm.inference.model_runner import ModelRunner
+from megatron_vlm.inference.model_runner import ModelRunner, max_sequence_length
 from megatron_vlm.inference.step_plan import StepPlan
 from megatron_vlm.model.vlm import VisionLanguageModel
 
@@ -75,11 +75,6 @@ class PlanChannel:
         return int(smallest)
 
 
-def max_sequence_length(model: VisionLanguageModel, config: InferenceConfig) -> int:
-    """Prompt and generated tokens of a request at most."""
-    return config.inference_max_seq_length or model.recipe.model.language.max_position_embeddings
-
-
 def prepare_rank(
     chunks: Sequence[VisionLanguageModel],
     config: InferenceConfig,
@@ -95,7 +90,7 @@ def prepare_rank(
         only_inference: no model is trained in this process group; see ModelRunner.
 
     Raises:
-        ConfigError: the cache is too small for a block.
+        ConfigError: the cache is too small for a block, or CUDA graphs cannot be used here.
     """
     channel = channel or PlanChannel()
     num_blocks = channel.minimum(_num_blocks(chunks, config))
@@ -124,7 +119,7 @@ def _num_blocks(chunks: Sequence[VisionLanguageModel], config: InferenceConfig) 
     """Blocks that fit into this rank's buffer; at most twice those of a full batch of the longest sequences."""
     block_size = config.inference_dynamic_batching_block_size
     fitting = int(config.inference_dynamic_batching_buffer_size_gb * 2**30) // block_bytes(chunks, block_size)
-    per_request = -(-max_sequence_length(chunks[0], config) // block_size)
+    per_request = -(-max_sequence_length(chunks[0].recipe, config) // block_size)
     return min(fitting, 2 * config.inference_max_requests * per_request + 1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import MISSING, fields
+from typing import get_args, get_type_hints
 
 from megatron_vlm.config import ConfigError, InferenceConfig, ParallelConfig
 
@@ -15,6 +16,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         text = f"{size.partition('_')[0]}-parallel ranks; start the command with torchrun [1]"
         group.add_argument(_flag(size), type=int, default=1, metavar="N", help=text)
+    types = get_type_hints(InferenceConfig)
     for setting in fields(InferenceConfig):
         assert setting.default is not MISSING
         kind = type(setting.default)
@@ -24,8 +26,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
                 _flag(setting.name), action=argparse.BooleanOptionalAction, default=setting.default, help=text
             )
         else:
-            metavar = "N" if kind is int else "X"
-            group.add_argument(_flag(setting.name), type=kind, default=setting.default, metavar=metavar, help=text)
+            choices = get_args(types[setting.name]) or None
+            metavar = None if choices else "N" if kind is int else "X"
+            group.add_argument(
+                _flag(setting.name), type=kind, choices=choices, default=setting.default, metavar=metavar, help=text
+            )
 
 
 def engine_settings(options: argparse.Namespace) -> tuple[InferenceConfig, ParallelConfig]:

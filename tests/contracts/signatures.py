@@ -58,6 +58,16 @@ FLASH_ATTN_3 = (
         "pack_gqa=None, deterministic=False, sm_margin=0",
     ),
 )  # fmt: skip
+FLASH_ATTN_3_CACHE = (
+    Published(
+        "flash-attn", "2.8.3", "hopper/flash_attn_interface.py", "flash_attn_with_kvcache",
+        "q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
+        "cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None, "
+        "max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, "
+        "causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True, "
+        "scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False",
+    ),
+)  # fmt: skip
 _AITER = (
     f"{_FLASH}, min_seqlen_q=0, dropout_p=0.0, softmax_scale=None, logits_soft_cap=0.0, causal=False, "
     "window_size={window}, bias=None, alibi_slopes=None, deterministic=False, return_lse=False, "
@@ -138,6 +148,7 @@ LIGER_SWIGLU = Published(
 ALL = (
     *FLASH_ATTN_2,
     *FLASH_ATTN_3,
+    *FLASH_ATTN_3_CACHE,
     *AITER,
     *TE_INIT,
     *TE_FORWARD,

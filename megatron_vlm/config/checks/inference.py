@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args, get_type_hints
+
 from megatron_vlm.config.checks.model import check_language, check_vision
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.inference import InferenceConfig
@@ -34,6 +36,8 @@ def check_inference(config: InferenceConfig, recipe: Recipe | None = None) -> No
             f"inference_max_requests = {config.inference_max_requests}, because each running request adds one token "
             "to a step."
         )
+    if config.cuda_graph_impl not in get_args(get_type_hints(InferenceConfig)["cuda_graph_impl"]):
+        problems.append(f"cuda_graph_impl = {config.cuda_graph_impl}: must be none or local.")
     if recipe is not None:
         problems += [str(problem) for problem in (*check_vision(recipe), *check_language(recipe))]
     if problems:
