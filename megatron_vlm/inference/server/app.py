@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from megatron_vlm import __version__
@@ -17,7 +17,6 @@ from megatron_vlm.inference.server.errors import (
 )
 from megatron_vlm.inference.server.limits import Limits
 from megatron_vlm.inference.server.megatron_api import megatron_router
-from megatron_vlm.inference.server.metrics import CONTENT_TYPE
 from megatron_vlm.inference.server.openai.chat import chat_router
 from megatron_vlm.inference.server.openai.completions import completions_router
 from megatron_vlm.inference.server.page import page_router
@@ -80,11 +79,9 @@ def _add_information(app: FastAPI, backend: Backend) -> None:
         summary="Metrics in Prometheus' text format",
     )
     @app.get("/v1/metrics", response_class=PlainTextResponse, include_in_schema=False)
-    async def metrics() -> Response:
-        ready = backend.unavailable() is None
-        return PlainTextResponse(
-            backend.metrics.text(ready, backend.engine.stats() if ready else None), media_type=CONTENT_TYPE
-        )
+    async def metrics(request: Request) -> Response:
+        page, content_type = backend.metrics.page(request.headers.get("accept"))
+        return Response(page, headers={"Content-Type": content_type})
 
 
 def _model(backend: Backend) -> dict[str, Any]:

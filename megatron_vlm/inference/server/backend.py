@@ -24,7 +24,7 @@ class Backend:
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
         self.created = int(time.time())
-        self.metrics = ServerMetrics()
+        self.metrics = ServerMetrics(lambda: None if self.unavailable() is not None else self.engine.stats())
         self.status = "The model is being loaded."
         """Why there is no engine."""
         self._engine: Engine | None = None

@@ -35,7 +35,7 @@ class Limits:
 
         async def counted_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._metrics.responses[route, message["status"]] += 1
+                self._metrics.add_response(route, message["status"])
             await send(message)
 
         body = b""

@@ -1,62 +1,61 @@
-"""Metrics in Prometheus' text format, version 0.0.4."""
+"""Metrics for Prometheus, in the formats of its own client library."""
 
 from __future__ import annotations
 
-import bisect
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from megatron_vlm.inference.request import EngineStats
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0)
-_PREFIX = "megatron_vlm_"
-
-
-class Histogram:
-    """Durations in seconds. Used by the server's thread only."""
-
-    def __init__(self) -> None:
-        self._counts = [0] * (len(_BUCKETS) + 1)
-        self._sum = 0.0
-
-    def observe(self, seconds: float) -> None:
-        self._counts[bisect.bisect_left(_BUCKETS, seconds)] += 1
-        self._sum += seconds
-
-    def lines(self, name: str, text: str) -> Iterable[str]:
-        yield from _head(name, "histogram", text)
-        total = 0
-        for bound, count in zip([*map(str, _BUCKETS), "+Inf"], self._counts, strict=True):
-            total += count
-            yield f'{_PREFIX}{name}_bucket{{le="{bound}"}} {total}'
-        yield f"{_PREFIX}{name}_sum {self._sum}"
-        yield f"{_PREFIX}{name}_count {total}"
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0)
+_PREFIX = "megatron_vlm"
 
 
 class ServerMetrics:
-    """Counts of the HTTP side."""
+    """Counts of the HTTP side, and the engine's."""
 
-    def __init__(self) -> None:
-        self.responses: Counter[tuple[str, int]] = Counter()
-        """(route, status) -> responses."""
-        self.first_token = Histogram()
-        self.request = Histogram()
+    def __init__(self, stats: Callable[[], EngineStats | None]) -> None:
+        """`stats`: the engine's, None as long as no request is answered."""
+        self._registry = CollectorRegistry()
+        self._responses = Counter(
+            "http_responses", "HTTP responses by route and status.", ("route", "status"),
+            namespace=_PREFIX, registry=self._registry,
+        )  # fmt: skip
+        self.first_token = self._histogram("first_token_seconds", "From a request to its first token.")
+        self.request = self._histogram("request_seconds", "From a request to its last token.")
+        self._registry.register(_EngineCollector(stats))
 
-    def text(self, ready: bool, stats: EngineStats | None) -> str:
-        """The page."""
-        lines = [*_value("ready", "gauge", "1 if requests are answered.", int(ready))]
-        lines += _head("http_responses_total", "counter", "HTTP responses by route and status.")
-        for (route, status), count in sorted(self.responses.items()):
-            lines.append(f'{_PREFIX}http_responses_total{{route="{route}",status="{status}"}} {count}')
-        lines += self.first_token.lines("first_token_seconds", "From a request to its first token.")
-        lines += self.request.lines("request_seconds", "From a request to its last token.")
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, namespace=_PREFIX, buckets=_SECONDS, registry=self._registry)
+
+    def add_response(self, route: str, status: int) -> None:
+        self._responses.labels(route, str(status)).inc()
+
+    def page(self, accept: str | None) -> tuple[bytes, str]:
+        """The page in the format of a request's Accept header, and its content type."""
+        encode, content_type = choose_encoder(accept or "")
+        return encode(self._registry), content_type
+
+
+class _EngineCollector(Collector):
+    """Asks the engine when the page is read."""
+
+    def __init__(self, stats: Callable[[], EngineStats | None]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        ready = f"{_PREFIX}_ready", "1 if requests are answered."
+        yield GaugeMetricFamily(*ready, value=int(stats is not None))
         if stats is not None:
-            lines += _engine_lines(stats)
-        return "\n".join(lines) + "\n"
+            yield from _families(stats)
 
 
-def _engine_lines(stats: EngineStats) -> Iterable[str]:
+def _families(stats: EngineStats) -> Iterator[Metric]:
     gauges = {
         "requests_running": ("Requests in the running batch.", stats.running),
         "requests_waiting": ("Requests in the queue.", stats.waiting),
@@ -65,25 +64,17 @@ def _engine_lines(stats: EngineStats) -> Iterable[str]:
         "generated_tokens_per_second": ("Over the last 10 s.", stats.tokens_per_second),
     }
     counters = {
-        "prompt_tokens_total": ("Prompt tokens of admitted requests.", stats.prompt_tokens),
-        "cached_prompt_tokens_total": ("Prompt tokens found in the prefix cache.", stats.cached_tokens),
-        "generated_tokens_total": ("Generated tokens.", stats.generated_tokens),
-        "prefill_seconds_total": ("Time spent on prompts.", stats.prefill_seconds),
-        "decode_seconds_total": ("Time spent on new tokens.", stats.decode_seconds),
+        "prompt_tokens": ("Prompt tokens of admitted requests.", stats.prompt_tokens),
+        "cached_prompt_tokens": ("Prompt tokens found in the prefix cache.", stats.cached_tokens),
+        "generated_tokens": ("Generated tokens.", stats.generated_tokens),
+        "prefill_seconds": ("Time spent on prompts.", stats.prefill_seconds),
+        "decode_seconds": ("Time spent on new tokens.", stats.decode_seconds),
     }
-    for kind, metrics in (("gauge", gauges), ("counter", counters)):
-        for name, (text, value) in metrics.items():
-            yield from _value(name, kind, text, value)
-    yield from _head("requests_finished_total", "counter", "Finished requests by reason.")
+    for name, (text, value) in gauges.items():
+        yield GaugeMetricFamily(f"{_PREFIX}_{name}", text, value=value)
+    for name, (text, value) in counters.items():
+        yield CounterMetricFamily(f"{_PREFIX}_{name}", text, value=value)
+    finished = CounterMetricFamily(f"{_PREFIX}_requests_finished", "Finished requests by reason.", labels=["reason"])
     for reason in ("stop", "length", "cancelled"):
-        yield f'{_PREFIX}requests_finished_total{{reason="{reason}"}} {stats.finished.get(reason, 0)}'
-
-
-def _head(name: str, kind: str, text: str) -> Iterable[str]:
-    yield f"# HELP {_PREFIX}{name} {text}"
-    yield f"# TYPE {_PREFIX}{name} {kind}"
-
-
-def _value(name: str, kind: str, text: str, value: float) -> Iterable[str]:
-    yield from _head(name, kind, text)
-    yield f"{_PREFIX}{name} {value}"
+        finished.add_metric([reason], stats.finished.get(reason, 0))
+    yield finished

@@ -11,7 +11,7 @@ from tests.inference.server.running import RunningServer
 
 def _metrics(server: RunningServer) -> dict[str, float]:
     response = server.client.get("/metrics")
-    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert response.headers["content-type"].startswith("text/plain; version=")
     found = {}
     for family in text_string_to_metric_families(response.text):
         assert family.documentation
@@ -42,6 +42,12 @@ def test_metrics_count_requests_and_tokens(server: RunningServer) -> None:
         assert more(f"{histogram}_count") == more(f"{histogram}_bucket le=+Inf") == 1
         assert 0 < more(f"{histogram}_sum") < 60
     assert after["cache_blocks_free"] == after["cache_blocks"]
+
+
+def test_newer_formats_are_answered_in_kind(server: RunningServer) -> None:
+    response = server.client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    assert response.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert "megatron_vlm_ready 1.0\n" in response.text and response.text.endswith("# EOF\n")
 
 
 def test_the_openapi_document_describes_every_request(server: RunningServer) -> None:
