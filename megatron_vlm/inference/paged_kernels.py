@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from megatron_vlm.config import Recipe
 from megatron_vlm.config.training import AttentionBackend
 from megatron_vlm.model.layers.attention_backend import Attention, choose_attention
-from megatron_vlm.model.layers.attention_kernels import Kernel
+from megatron_vlm.model.layers.attention_kernels import Kernel, without_log_sum_exp
 from megatron_vlm.model.layers.packed_sequence import PackedSequence
 from megatron_vlm.runtime.device import device_kind
 
@@ -86,7 +85,7 @@ def flash_attn_3(
     """FlashAttention-3, built from the folder `hopper` of flash-attn."""
     from flash_attn_interface import flash_attn_with_kvcache
 
-    return _output(
+    return without_log_sum_exp(
         flash_attn_with_kvcache(
             query,
             keys,
@@ -106,7 +105,7 @@ def flash_attn_2(
     """The package flash-attn; blocks have a multiple of 256 tokens."""
     from flash_attn import flash_attn_varlen_func
 
-    return _output(
+    return without_log_sum_exp(
         flash_attn_varlen_func(
             query,
             keys,
@@ -119,12 +118,6 @@ def flash_attn_2(
             block_table=sequences.block_table,
         )
     )
-
-
-def _output(result: Any) -> torch.Tensor:
-    """Some versions return the log-sum-exp, too."""
-    output: torch.Tensor = result[0] if isinstance(result, tuple) else result
-    return output
 
 
 def copying(kernel: Kernel) -> Attend:

@@ -130,7 +130,7 @@ def _of_packed_rows(a: dict[str, Any]) -> torch.Tensor:
 def _torch_varlen(*args: Any, **kwargs: Any) -> torch.Tensor:
     """torch's own function, whose causal mask is a window."""
     a = inspect.signature(_VARLEN).bind(*args, **kwargs).arguments
-    assert a["window_size"] == (-1, 0) and a["enable_gqa"] == (a["query"].shape[1] != a["key"].shape[1])
+    assert a["window_size"] == (-1, 0) and a.get("enable_gqa", False) == (a["query"].shape[1] != a["key"].shape[1])
     packed = PackedSequence(
         qkv_format="thd", cu_seqlens_q=a["cu_seq_q"], cu_seqlens_kv=a["cu_seq_k"],
         max_seqlen_q=a["max_q"], max_seqlen_kv=a["max_k"],

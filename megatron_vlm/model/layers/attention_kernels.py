@@ -147,9 +147,13 @@ def _flash_attention(
         softmax_scale=scale,
         causal=packed.causal,
     )
-    # Some versions of FlashAttention-3 return the log-sum-exp, too.
-    attended: torch.Tensor = out[0] if isinstance(out, tuple) else out
-    return attended
+    return without_log_sum_exp(out)
+
+
+def without_log_sum_exp(result: Any) -> torch.Tensor:
+    """The output of a FlashAttention; some versions return the log-sum-exp, too."""
+    output: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return output
 
 
 def transformer_engine(
