@@ -121,7 +121,8 @@ def test_an_engine_gives_the_same_answers(
             for (tokens, logprobs), (their_tokens, their_logprobs) in zip(answers, expected, strict=True):
                 assert tokens == their_tokens
                 assert logprobs == pytest.approx(their_logprobs, rel=0, abs=1e-5)
-    assert record.count >= 2 if graphs == "local" else record.count == 0  # rows of 1 and 8
+    # At least rows of one token. Which others depends on how many requests were in decode at the same time.
+    assert record.count >= 1 if graphs == "local" else record.count == 0
 
 
 def test_graphs_that_cannot_be_used(folder: Path) -> None:
