@@ -31,8 +31,8 @@ from benchmarks.support.serving_model import recipe_of, same_weights
 from megatron_vlm.config import ConfigError, InferenceConfig
 from megatron_vlm.data.processing.tokenizer import load_tokenizer
 from megatron_vlm.inference.engine import Engine
-from megatron_vlm.inference.ranks import block_bytes
 from megatron_vlm.inference.request import SamplingParams, TokenPrompt
+from megatron_vlm.inference.sizes import block_bytes
 from megatron_vlm.runtime.device import current_device, on_gpu
 from megatron_vlm.runtime.launch import distributed
 
@@ -250,7 +250,7 @@ def main() -> None:
         "--max-tokens",
         type=int,
         default=InferenceConfig.inference_dynamic_batching_max_tokens,
-        help="tokens of a step of the engine at most",
+        help="tokens of a step of the engine at most; 0: its default",
     )
     parser.add_argument("--bf16", action="store_true", help="weights in bf16; tokens are not compared then")
     parser.add_argument("--threads", type=int, default=0, help="threads; 0: one per core")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_vlm.inference.engine import Engine
-from megatron_vlm.inference.ranks import block_bytes
 from megatron_vlm.inference.request import SamplingParams, TokenPrompt
+from megatron_vlm.inference.sizes import block_bytes
 from megatron_vlm.runtime.device import current_device, on_gpu
 from megatron_vlm.runtime.openmp import release_threads
 

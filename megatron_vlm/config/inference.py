@@ -16,13 +16,21 @@ class InferenceConfig:
         metadata={"help": "Prompt and generated tokens of a request at most; 0 takes max_position_embeddings."},
     )
     inference_dynamic_batching_max_tokens: int = field(
-        default=512, metadata={"help": "Tokens of one step at most; longer prompts are prefilled in chunks."}
+        default=0,
+        metadata={
+            "help": "Tokens of one step at most; longer prompts are prefilled in chunks. 0: 2048 on a GPU, 512 on a "
+            "CPU."
+        },
     )
     inference_dynamic_batching_block_size: int = field(
         default=64, metadata={"help": "Tokens per block of the key/value cache."}
     )
     inference_dynamic_batching_buffer_size_gb: float = field(
-        default=2.0, metadata={"help": "Memory of the key/value cache on each rank, in GiB."}
+        default=0.0,
+        metadata={
+            "help": "Memory of the key/value cache on each rank at most, in GiB. 0: four fifths of a GPU's memory that "
+            "is free when the model is loaded, 2 on a CPU."
+        },
     )
     enable_prefix_caching: bool = field(
         default=True,

@@ -7,13 +7,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from megatron_vlm.config import InferenceConfig
-from megatron_vlm.runtime.device import on_gpu
 
-_CACHE_SHARE = 0.4
-"""Of the free memory of a GPU, for the key/value cache. The rest is for the weights and activations."""
 _PUBLISHED = (
     "attn_implementation",
     "customized_config",
@@ -54,9 +49,6 @@ def engine_config(model_args: Mapping[str, Any], batch_size: int | str) -> Infer
     if ignored := sorted({*model_args} & {*_PUBLISHED} - {"model_name"}):
         logging.getLogger(__name__).warning("without an effect in model_args: %s", ", ".join(ignored))
     config = InferenceConfig()
-    if on_gpu():
-        free, _ = torch.cuda.mem_get_info()
-        config.inference_dynamic_batching_buffer_size_gb = _CACHE_SHARE * free / 2**30
     if str(batch_size).isdecimal() and int(batch_size) > 1:
         config.inference_max_requests = int(batch_size)
     for name in settings.keys() & model_args.keys():

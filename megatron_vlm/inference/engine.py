@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -22,7 +23,6 @@ from megatron_vlm.data.processing.tokenizer import Tokenizer
 from megatron_vlm.inference.block_allocator import BlockAllocator
 from megatron_vlm.inference.counters import EngineCounters
 from megatron_vlm.inference.detokenizer import Detokenizer
-from megatron_vlm.inference.model_runner import max_sequence_length
 from megatron_vlm.inference.prompts import EncodedPrompt, encode
 from megatron_vlm.inference.prompts import read_prompts as read_prompts
 from megatron_vlm.inference.ranks import PlanChannel, is_lost_rank, prepare_rank
@@ -38,6 +38,7 @@ from megatron_vlm.inference.request import (
 )
 from megatron_vlm.inference.request import Prompt as Prompt
 from megatron_vlm.inference.scheduler import Request, Scheduler, Step
+from megatron_vlm.inference.sizes import max_sequence_length, tokens_per_step
 from megatron_vlm.inference.step_results import next_tokens
 from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.runtime.device import on_gpu
@@ -67,8 +68,9 @@ class Engine:
         Raises:
             ConfigError: wrong settings.
         """
-        self.config = config or InferenceConfig()
+        self.config = replace(config or InferenceConfig())
         check_inference(self.config)
+        self.config.inference_dynamic_batching_max_tokens = tokens_per_step(self.config)
         chunks = [model] if isinstance(model, VisionLanguageModel) else list(model)
         self.model, self.tokenizer, self.recipe = chunks[0], tokenizer, chunks[0].recipe
         self._channel, self._runner, num_blocks = prepare_rank(chunks, self.config, channel, only_inference)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_vlm.config import ConfigError, InferenceConfig, Recipe
+from megatron_vlm.config import ConfigError, InferenceConfig
 from megatron_vlm.data.processing.image_tokens import RowFeatures
 from megatron_vlm.data.processing.tiling import ImageGeometry
 from megatron_vlm.data.rows.batch import IGNORE_INDEX, PackedBatch, tile_range
@@ -28,17 +28,13 @@ from megatron_vlm.inference.decode_graphs import CudaGraphs, DecodeGraphs
 from megatron_vlm.inference.kv_cache import PagedKVCache
 from megatron_vlm.inference.paged_kernels import paged_kernel
 from megatron_vlm.inference.scheduler import ROW_MULTIPLE
+from megatron_vlm.inference.sizes import max_sequence_length
 from megatron_vlm.inference.step_plan import ImageToEncode, StepPlan
 from megatron_vlm.model.image_merge import encode_tiles, merge_image_features
 from megatron_vlm.model.layers.packed_sequence import PackedSequence, rotary_tables
 from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.process_groups import tile_shard_rank
-
-
-def max_sequence_length(recipe: Recipe, config: InferenceConfig) -> int:
-    """Prompt and generated tokens of a request at most."""
-    return config.inference_max_seq_length or recipe.model.language.max_position_embeddings
 
 
 class ModelRunner:

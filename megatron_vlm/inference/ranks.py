@@ -15,7 +15,8 @@ from megatron.core import parallel_state
 
 from megatron_vlm.config import ConfigError
 from megatron_vlm.config.inference import InferenceConfig
-from megatron_vlm.inference.model_runner import ModelRunner, max_sequence_length
+from megatron_vlm.inference.model_runner import ModelRunner
+from megatron_vlm.inference.sizes import cache_bytes, num_blocks
 from megatron_vlm.inference.step_plan import StepPlan
 from megatron_vlm.model.vlm import VisionLanguageModel
 
@@ -93,34 +94,15 @@ def prepare_rank(
         ConfigError: the cache is too small for a block, or CUDA graphs cannot be used here.
     """
     channel = channel or PlanChannel()
-    num_blocks = channel.minimum(_num_blocks(chunks, config))
-    if num_blocks < 2:
+    blocks = channel.minimum(num_blocks(chunks, config))
+    if blocks < 2:
         raise ConfigError(
             "inference_dynamic_batching_buffer_size_gb = "
-            f"{config.inference_dynamic_batching_buffer_size_gb}: too small for two blocks of "
-            f"{config.inference_dynamic_batching_block_size} tokens. Make it larger, or the blocks smaller."
+            f"{config.inference_dynamic_batching_buffer_size_gb}: {cache_bytes(config) / 2**30:.2g} GiB on this rank "
+            f"are too small for two blocks of {config.inference_dynamic_batching_block_size} tokens. Make it larger, "
+            "or the blocks smaller."
         )
-    return channel, ModelRunner(chunks, config, num_blocks, engine_rank(), only_inference), num_blocks
-
-
-def block_bytes(chunks: Sequence[VisionLanguageModel], block_size: int) -> int:
-    """Memory of a block of the cache on this rank."""
-    language = chunks[0].recipe.model.language
-    head_ranks = (
-        parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
-    )
-    heads = max(1, language.num_key_value_heads // head_ranks)
-    layers = max(1, sum(len(chunk.language_model.decoder.layers) for chunk in chunks))
-    itemsize = next(chunks[0].parameters()).element_size()
-    return 2 * layers * heads * language.head_width * block_size * itemsize
-
-
-def _num_blocks(chunks: Sequence[VisionLanguageModel], config: InferenceConfig) -> int:
-    """Blocks that fit into this rank's buffer; at most twice those of a full batch of the longest sequences."""
-    block_size = config.inference_dynamic_batching_block_size
-    fitting = int(config.inference_dynamic_batching_buffer_size_gb * 2**30) // block_bytes(chunks, block_size)
-    per_request = -(-max_sequence_length(chunks[0].recipe, config) // block_size)
-    return min(fitting, 2 * config.inference_max_requests * per_request + 1)
+    return channel, ModelRunner(chunks, config, blocks, engine_rank(), only_inference), blocks
 
 
 def serve_rank(

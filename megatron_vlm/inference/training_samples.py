@@ -22,8 +22,9 @@ from megatron_vlm.data.processing.tiling import ImageGeometry
 from megatron_vlm.data.questions import Question, choose_samples, read_question
 from megatron_vlm.inference.engine import Engine
 from megatron_vlm.inference.prompts import EncodedPrompt, encode
-from megatron_vlm.inference.ranks import PlanChannel, block_bytes, engine_rank, serve_rank
+from megatron_vlm.inference.ranks import PlanChannel, engine_rank, serve_rank
 from megatron_vlm.inference.request import Prompt, SamplingParams
+from megatron_vlm.inference.sizes import block_bytes
 from megatron_vlm.model.sharding import unwrap
 from megatron_vlm.model.vlm import VisionLanguageModel
 from megatron_vlm.runtime.device import current_device
@@ -83,7 +84,6 @@ class TrainingSamples(Callback):
         config = InferenceConfig(
             inference_max_requests=requests,
             inference_max_seq_length=min(int(length), limit),
-            inference_dynamic_batching_max_tokens=max(512, requests),
             enable_prefix_caching=False,
             max_queued_requests=requests,
             max_cached_images=0,

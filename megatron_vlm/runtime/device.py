@@ -48,6 +48,16 @@ def device_memory() -> int | None:
     return int(total * share)
 
 
+def free_device_memory() -> int | None:
+    """Bytes that this process can still allocate on its GPU; None on a CPU."""
+    total = device_memory()
+    if total is None:
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return min(free + unused, total - torch.cuda.memory_allocated())
+
+
 def compute_capability() -> tuple[int, int]:
     """Of this process's GPU, such as (9, 0)."""
     return torch.cuda.get_device_capability()

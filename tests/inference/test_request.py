@@ -40,12 +40,14 @@ def test_the_prompt_alone_can_be_evaluated() -> None:
 
 def test_wrong_settings_are_listed_together() -> None:
     wrong = InferenceConfig(inference_dynamic_batching_block_size=0, max_cached_images=-1)
-    wrong.inference_max_requests = 600
+    wrong.inference_max_requests, wrong.inference_dynamic_batching_max_tokens = 600, 512
+    wrong.inference_dynamic_batching_buffer_size_gb = -1
     with pytest.raises(ConfigError) as caught:
         check_inference(wrong)
     problems = caught.value.problems
     assert [problem.split(" = ")[0] for problem in problems] == [
         "inference_dynamic_batching_block_size",
+        "inference_dynamic_batching_buffer_size_gb",
         "max_cached_images",
         "inference_dynamic_batching_max_tokens",
     ]

@@ -11,9 +11,14 @@ from megatron_vlm.config.recipe import Recipe
 
 AT_LEAST_ONE = (
     "inference_max_requests",
-    "inference_dynamic_batching_max_tokens",
     "inference_dynamic_batching_block_size",
     "max_queued_requests",
+)
+NOT_NEGATIVE = (
+    "inference_max_seq_length",
+    "inference_dynamic_batching_max_tokens",
+    "inference_dynamic_batching_buffer_size_gb",
+    "max_cached_images",
 )
 
 
@@ -22,15 +27,10 @@ def check_inference(config: InferenceConfig, recipe: Recipe | None = None) -> No
     problems = [
         f"{name} = {getattr(config, name)}: must be at least 1." for name in AT_LEAST_ONE if getattr(config, name) < 1
     ]
-    for name in ("inference_max_seq_length", "max_cached_images"):
+    for name in NOT_NEGATIVE:
         if getattr(config, name) < 0:
             problems.append(f"{name} = {getattr(config, name)}: must not be negative.")
-    if config.inference_dynamic_batching_buffer_size_gb <= 0:
-        problems.append(
-            f"inference_dynamic_batching_buffer_size_gb = {config.inference_dynamic_batching_buffer_size_gb}: "
-            "must be positive."
-        )
-    if config.inference_dynamic_batching_max_tokens < config.inference_max_requests:
+    if 0 < config.inference_dynamic_batching_max_tokens < config.inference_max_requests:
         problems.append(
             f"inference_dynamic_batching_max_tokens = {config.inference_dynamic_batching_max_tokens}: must be at least "
             f"inference_max_requests = {config.inference_max_requests}, because each running request adds one token "
