@@ -57,6 +57,19 @@ def test_it_runs_in_bf16(tmp_path: Path) -> None:
     assert "| engine, 2 clients, 5 new tokens" in done.stdout and "| transformers serve, 5 new tokens" in done.stdout
 
 
+def test_graphs_are_measured_where_they_can_be(tmp_path: Path) -> None:
+    sizes = ["--hidden-size", "64", "--num-layers", "1", "--clients", "2", "--new-tokens", "5"]
+    sizes += ["--prompt-tokens", "20", "90", "--baseline-prompts", "1", "--max-tokens", "32", "--threads", "1"]
+    script = Path(__file__).parent / "run_serving_with_graphs.py"
+    done = launch_forked(script, *sizes, "--output", tmp_path, ranks=1, timeout=100)
+    assert "| engine with CUDA graphs, 2 clients, 5 new tokens" in done.stdout
+    assert "\nCUDA graphs: 2 requests in decode, " in done.stdout
+    assert list(json.loads((tmp_path / "serving.json").read_text())["decode"]) == [
+        "one kernel at a time",
+        "CUDA graphs",
+    ]
+
+
 def test_other_tokens_are_reported() -> None:
     def run(*tokens: list[int]) -> Run:
         return Run(1.0, [], list(tokens))
