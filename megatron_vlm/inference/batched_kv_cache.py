@@ -49,8 +49,19 @@ def step_arrays(plan: StepPlan, block_size: int, width: int | None = None) -> St
     for row, span in enumerate(plan.spans):
         table[row, : len(span.blocks)] = span.blocks
     request = np.repeat(np.arange(len(new)), new)
-    written = table[request, plan.positions // block_size] * block_size + plan.positions % block_size
+    written = _slots(table, request, plan.positions, block_size)
     return StepArrays(written, _cumulative(new), lengths, _cumulative(lengths), table)
+
+
+def cached_slots(arrays: StepArrays, block_size: int) -> np.ndarray:
+    """[sum of the lengths] int64: where the tokens of all requests are in the cache, request by request."""
+    request = np.repeat(np.arange(len(arrays.lengths)), arrays.lengths)
+    position = np.arange(len(request)) - arrays.cu_seqlens_kv[request]
+    return _slots(arrays.block_table, request, position, block_size)
+
+
+def _slots(block_table: np.ndarray, request: np.ndarray, position: np.ndarray, block_size: int) -> np.ndarray:
+    return block_table[request, position // block_size].astype(np.int64) * block_size + position % block_size
 
 
 def _cumulative(counts: np.ndarray) -> np.ndarray:
@@ -78,7 +89,9 @@ class BatchedKVCache:
             torch.from_numpy(array).to(device) for array in (arrays.written, *arrays.of_sequences())
         )
         greatest = max(span.length for span in plan.spans), int(arrays.lengths.max())
-        sequences = StepSequences(new, lengths, cumulative, table, *greatest, total=int(arrays.lengths.sum()))
+        sequences = StepSequences(new, lengths, cumulative, table, *greatest)
+        if not self.kernel.reads_blocks:
+            sequences.slots = torch.from_numpy(cached_slots(arrays, self.block_size)).to(device)
         self.use(written, sequences)
 
     def use(self, written: torch.Tensor, sequences: StepSequences) -> None:

@@ -100,9 +100,8 @@ class _DecodeRow:
         self.tokens, self.positions, self.written = self._row.tensors
         self._sequences = _Inputs(torch.int32, [length + 1, length, length + 1, length * width], device)
         new, lengths, cumulative, table = self._sequences.tensors
-        most = width * block_size
         self.sequences = StepSequences(
-            new, lengths, cumulative, table.view(length, width), max_seqlen_q=1, max_seqlen_kv=most, total=length * most
+            new, lengths, cumulative, table.view(length, width), max_seqlen_q=1, max_seqlen_kv=width * block_size
         )
         self.steps = 0
         self.replay: Callable[[], torch.Tensor] | None = None

@@ -38,8 +38,9 @@ class StepSequences:
     max_seqlen_q: int
     max_seqlen_kv: int
     """The greatest length, or more."""
-    total: int
-    """The sum of the lengths."""
+    slots: torch.Tensor | None = None
+    """[sum of the lengths] int64, where the tokens of all requests are in the cache, for kernels that do not read
+    blocks."""
 
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, StepSequences], torch.Tensor]
@@ -124,7 +125,8 @@ def copying(kernel: Kernel) -> Attend:
     """A kernel for packed rows, on a copy of the step's keys and values without the gaps of their blocks."""
 
     def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sequences: StepSequences) -> torch.Tensor:
-        slots = cached_slots(sequences, keys.shape[1])
+        slots = sequences.slots
+        assert slots is not None
         packed = PackedSequence(
             qkv_format="thd",
             cu_seqlens_q=sequences.cu_seqlens_q,
@@ -135,12 +137,3 @@ def copying(kernel: Kernel) -> Attend:
         return kernel(query, keys.flatten(0, 1)[slots], values.flatten(0, 1)[slots], packed)
 
     return attend
-
-
-def cached_slots(sequences: StepSequences, block_size: int) -> torch.Tensor:
-    """[total] int64: where the tokens of all requests are in the cache, request by request; without a wait."""
-    device, lengths = sequences.lengths.device, sequences.lengths.long()
-    requests = torch.arange(len(lengths), device=device)
-    request = torch.repeat_interleave(requests, lengths, output_size=sequences.total)
-    position = torch.arange(sequences.total, device=device) - sequences.cu_seqlens_kv[request]
-    return sequences.block_table[request, position // block_size].long() * block_size + position % block_size

@@ -39,7 +39,7 @@ def _sequences(new: list[int], lengths: list[int], block_size: int) -> StepSeque
         return torch.tensor([0, *counts]).cumsum(0).int()
 
     return StepSequences(
-        cumulative(new), torch.tensor(lengths).int(), cumulative(lengths), table, max(new), max(lengths), sum(lengths)
+        cumulative(new), torch.tensor(lengths).int(), cumulative(lengths), table, max(new), max(lengths)
     )
 
 
@@ -54,9 +54,7 @@ def _checked(a: dict[str, Any], lengths: torch.Tensor, table: torch.Tensor, max_
     assert cu_seqlens_q[-1] == len(query) and len(table) == len(lengths) == len(new)
     cu_seqlens_kv = torch.cat([lengths.new_zeros(1), lengths.cumsum(0).int()])
     keys, values = (a["k_cache"], a["v_cache"]) if "k_cache" in a else (a["k"], a["v"])
-    sequences = StepSequences(
-        cu_seqlens_q, lengths, cu_seqlens_kv, table, a["max_seqlen_q"], max_seqlen_kv, int(lengths.sum())
-    )
+    sequences = StepSequences(cu_seqlens_q, lengths, cu_seqlens_kv, table, a["max_seqlen_q"], max_seqlen_kv)
     scale = a["softmax_scale"]
     assert scale is None
     return paged_attention(query, keys, values, sequences)
@@ -156,6 +154,12 @@ def test_blocks_are_copied(monkeypatch: pytest.MonkeyPatch, backend: str, new: l
     kernel = _choose(monkeypatch, backend, 4)
     assert kernel is not None and not kernel.reads_blocks
     sequences = _sequences(new, lengths, 4)
+    sequences.slots = torch.cat(
+        [
+            (4 * blocks[:, None] + torch.arange(4)).flatten()[:length]
+            for blocks, length in zip(sequences.block_table.long(), lengths, strict=True)
+        ]
+    )
     query = torch.randn(sum(new), 4, 8)
     keys, values = torch.randn(2, int(sequences.block_table.max()) + 1, 4, 2, 8)
     out = kernel.attend(query, keys, values, sequences)
