@@ -53,7 +53,12 @@ def report(folder: Path, how: str, inputs: tuple[Any, ...]) -> dict[str, Any]:
         for name, parameter in model.named_parameters()
         if name.removesuffix(".weight") not in weights and not torch.equal(parameter, before[name])
     ]
+    # On a processor with AVX512-BF16, bitsandbytes rounds what 4-bit layers read to bf16, unless it is kept from it.
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
     logits, answer = model(*inputs).logits, new_ids(model, inputs)
+    as_it_runs = load_pretrained_model(str(folder / "instellavl"), **{how: True})[1](*inputs).logits
     for name, weight in weights.items():
         before[f"{name}.weight"].copy_(weight.reshape(before[f"{name}.weight"].shape))
     return {
@@ -61,6 +66,7 @@ def report(folder: Path, how: str, inputs: tuple[Any, ...]) -> dict[str, Any]:
         "others changed": changed,
         "from the model": distance(logits, reference),
         "from its own weights": distance(logits, full(*inputs).logits),
+        "as it runs": distance(as_it_runs, full(*inputs).logits),
         "ids": answer,
         "ids of its own weights": new_ids(full, inputs),
         "snippet": local_checkpoint(folder, folder / "image.png", (ASKED, QUANTIZED[how])),

@@ -39,6 +39,7 @@ def test_decoder_is_quantized_and_nothing_else(tmp_path: Path, quantizing: Envir
         assert report["snippet"]
     # 4 bits quantize only the weights, 8 bits the activations too.
     assert reports["load_4bit"]["from its own weights"] < 1e-5
+    assert reports["load_4bit"]["as it runs"] < 0.02, "bf16 at most"
     assert reports["load_4bit"]["ids"] == reports["load_4bit"]["ids of its own weights"]
     assert reports["load_4bit"]["from the model"] < 0.3
     assert reports["load_8bit"]["from its own weights"] < 0.03

@@ -16,7 +16,6 @@ import gc
 import itertools
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterable
@@ -152,6 +151,12 @@ def stage1(recipe: Recipe, row: PackedBatch, folder: Path) -> dict[str, Any]:
     return measured | {"grad_norm": norm, "updated": updated}
 
 
+def peak_bytes() -> int:
+    """The most memory that this process held. ru_maxrss would include what the process that started it had held."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
+
+
 def main(folder: Path) -> None:
     # Freed tensors of up to 32 MB would stay in the heap, among others that are in use.
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
@@ -170,7 +175,7 @@ def main(folder: Path) -> None:
         recipe.training.trainable = ["vision", "projector", "language"]
         report["gradients"] = gradients(recipe, row, folder / "gradients")
         peaks: list[int] = [0] * dist.get_world_size()
-        dist.all_gather_object(peaks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        dist.all_gather_object(peaks, peak_bytes())
         report["peak_bytes"] = peaks
         if dist.get_rank() == 0:
             (folder / "report.json").write_text(json.dumps(report))
