@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import uvicorn
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from megatron_vlm.config import InferenceConfig
 from megatron_vlm.inference.engine import Engine
@@ -60,6 +61,12 @@ class RunningServer:
         assert response.status_code == 200, response.text
         answer: dict[str, Any] = response.json()
         return answer
+
+    def statuses(self) -> set[int]:
+        """Of all responses so far."""
+        page = self.backend.metrics.page(None)[0].decode()
+        samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+        return {int(sample.labels["status"]) for sample in samples if "status" in sample.labels}
 
 
 @contextlib.contextmanager
