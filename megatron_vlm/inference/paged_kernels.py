@@ -15,7 +15,7 @@ import torch
 from megatron_vlm.config import Recipe
 from megatron_vlm.config.training import AttentionBackend
 from megatron_vlm.model.layers.attention_backend import Attention, choose_attention
-from megatron_vlm.model.layers.attention_kernels import Kernel, without_log_sum_exp
+from megatron_vlm.model.layers.attention_kernels import Kernel, flash_attention, without_log_sum_exp
 from megatron_vlm.model.layers.packed_sequence import PackedSequence
 from megatron_vlm.runtime.device import device_kind
 
@@ -50,7 +50,6 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, StepSequences], tor
 class PagedKernel:
     """A kernel and what it can be used for."""
 
-    name: str
     attend: Attend
     reads_blocks: bool
     """It reads the cache by its block table. Otherwise keys and values are copied in each step, and the shapes of the
@@ -68,10 +67,10 @@ def paged_kernel(recipe: Recipe, block_size: int) -> PagedKernel | None:
     if backend in ("sdpa", "transformer_engine") or (backend == "torch_varlen" and device_kind() == "rocm"):
         return None
     if backend == "flash_attn_3" and _has_flash_attn_with_kvcache():
-        return PagedKernel(backend, flash_attn_3, reads_blocks=True)
+        return PagedKernel(flash_attn_3, reads_blocks=True)
     if backend == "flash_attn_2" and block_size % _FLASH_ATTN_2_BLOCK == 0:
-        return PagedKernel(backend, flash_attn_2, reads_blocks=True)
-    return PagedKernel(backend, copying(Attention(backend, "").kernel), reads_blocks=False)
+        return PagedKernel(flash_attn_2, reads_blocks=True)
+    return PagedKernel(copying(Attention(backend, "").kernel), reads_blocks=False)
 
 
 def _has_flash_attn_with_kvcache() -> bool:
@@ -106,18 +105,17 @@ def flash_attn_2(
     """The package flash-attn; blocks have a multiple of 256 tokens."""
     from flash_attn import flash_attn_varlen_func
 
-    return without_log_sum_exp(
-        flash_attn_varlen_func(
-            query,
-            keys,
-            values,
-            cu_seqlens_q=sequences.cu_seqlens_q,
-            cu_seqlens_k=sequences.cu_seqlens_kv,
-            max_seqlen_q=sequences.max_seqlen_q,
-            max_seqlen_k=sequences.max_seqlen_kv,
-            causal=True,
-            block_table=sequences.block_table,
-        )
+    packed = _packed_sequence(sequences)
+    return flash_attention(flash_attn_varlen_func, query, keys, values, packed, block_table=sequences.block_table)
+
+
+def _packed_sequence(sequences: StepSequences) -> PackedSequence:
+    return PackedSequence(
+        qkv_format="thd",
+        cu_seqlens_q=sequences.cu_seqlens_q,
+        cu_seqlens_kv=sequences.cu_seqlens_kv,
+        max_seqlen_q=sequences.max_seqlen_q,
+        max_seqlen_kv=sequences.max_seqlen_kv,
     )
 
 
@@ -127,13 +125,6 @@ def copying(kernel: Kernel) -> Attend:
     def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sequences: StepSequences) -> torch.Tensor:
         slots = sequences.slots
         assert slots is not None
-        packed = PackedSequence(
-            qkv_format="thd",
-            cu_seqlens_q=sequences.cu_seqlens_q,
-            cu_seqlens_kv=sequences.cu_seqlens_kv,
-            max_seqlen_q=sequences.max_seqlen_q,
-            max_seqlen_kv=sequences.max_seqlen_kv,
-        )
-        return kernel(query, keys.flatten(0, 1)[slots], values.flatten(0, 1)[slots], packed)
+        return kernel(query, keys.flatten(0, 1)[slots], values.flatten(0, 1)[slots], _packed_sequence(sequences))
 
     return attend

@@ -48,7 +48,7 @@ def packed_attention(
     return torch.cat(outputs)
 
 
-PAGED = PagedKernel("written out", paged_attention, reads_blocks=True)
+PAGED = PagedKernel(paged_attention, reads_blocks=True)
 
 
 class RecordedOperations:

@@ -26,7 +26,7 @@ from tests.inference.tiny_model import random_specs, write_tiny_model
 CPU, BLOCK = torch.device("cpu"), 4
 
 
-COPYING = PagedKernel("copying", copying(packed_attention), reads_blocks=False)
+COPYING = PagedKernel(copying(packed_attention), reads_blocks=False)
 
 
 STEPS = [
@@ -40,7 +40,7 @@ STEPS = [
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("kernel", [PAGED, COPYING], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [PAGED, COPYING], ids=["written out", "copying"])
 def test_all_requests_at_once_or_one_by_one(kernel: PagedKernel, kv_heads: int) -> None:
     """Both caches, through the same steps, in two layers."""
     one_by_one, at_once = PagedKVCache(64, BLOCK), BatchedKVCache(64, BLOCK, kernel)

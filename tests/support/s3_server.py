@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -70,6 +72,9 @@ def server() -> Iterator[int]:
     """An empty S3 server; yields its port."""
     from moto.server import ThreadedMotoServer
 
+    # Its threads would log each request with pytest's handlers. A process that a test forks at such a moment inherits
+    # a locked file buffer, and waits forever at its own first message.
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     instance = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     instance.start()
     port = instance.get_host_and_port()[1]
@@ -129,8 +134,15 @@ def proxy(server_port: int) -> Iterator[Proxy]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listener.daemon_threads = True
+    class Listener(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """No traceback for clients that are killed: a print by a thread is as bad for a fork as its log."""
+            if not isinstance(sys.exception(), ConnectionError):
+                super().handle_error(request, client_address)
+
+    listener = Listener(("127.0.0.1", 0), Handler)
     state = Proxy(listener.server_address[1])
     threading.Thread(target=listener.serve_forever, daemon=True).start()
     yield state

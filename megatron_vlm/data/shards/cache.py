@@ -124,9 +124,11 @@ class ShardCache:
     def used(self) -> int:
         """Current size in bytes, including the space reserved by downloads."""
         total = 0
-        for path in self._files():
-            with suppress(FileNotFoundError):
-                total += path.stat().st_size
+        # With the lock: otherwise a shard could be counted, and then what replaces it, too.
+        with _locked(self.folder / _LOCK):
+            for path in self._files():
+                with suppress(FileNotFoundError):
+                    total += path.stat().st_size
         return total
 
 

@@ -106,7 +106,7 @@ def flash_attn_2(
     """The package flash-attn: CUDA, or Composable Kernel on ROCm."""
     from flash_attn import flash_attn_varlen_func
 
-    return _flash_attention(flash_attn_varlen_func, query, key, value, packed, scale)
+    return flash_attention(flash_attn_varlen_func, query, key, value, packed, scale)
 
 
 def flash_attn_3(
@@ -115,7 +115,7 @@ def flash_attn_3(
     """FlashAttention-3, built from the folder `hopper` of flash-attn."""
     from flash_attn_interface import flash_attn_varlen_func
 
-    return _flash_attention(flash_attn_varlen_func, query, key, value, packed, scale)
+    return flash_attention(flash_attn_varlen_func, query, key, value, packed, scale)
 
 
 def aiter(
@@ -124,18 +124,22 @@ def aiter(
     """AMD's aiter: Composable Kernel and assembly."""
     from aiter import flash_attn_varlen_func
 
-    return _flash_attention(flash_attn_varlen_func, query, key, value, packed, scale)
+    return flash_attention(flash_attn_varlen_func, query, key, value, packed, scale)
 
 
-def _flash_attention(
+def flash_attention(
     function: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     packed: PackedSequence,
-    scale: float | None,
+    scale: float | None = None,
+    **more: Any,
 ) -> torch.Tensor:
-    """flash-attn's interface, which the other packages took over. Fewer key/value heads need no repeating."""
+    """flash-attn's interface, which the other packages took over. Fewer key/value heads need no repeating.
+
+    `more` are further arguments of the function.
+    """
     out = function(
         query,
         key,
@@ -146,6 +150,7 @@ def _flash_attention(
         max_seqlen_k=packed.max_seqlen_kv,
         softmax_scale=scale,
         causal=packed.causal,
+        **more,
     )
     return without_log_sum_exp(out)
 

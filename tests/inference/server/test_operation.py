@@ -11,7 +11,7 @@ from tests.inference.server.running import RunningServer
 
 def _metrics(server: RunningServer) -> dict[str, float]:
     response = server.client.get("/metrics")
-    assert response.headers["content-type"].startswith("text/plain; version=")
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     found = {}
     for family in text_string_to_metric_families(response.text):
         assert family.documentation
